@@ -1,0 +1,158 @@
+"""Configuration: a flat YAML file and `key=value` overrides become one dataclass, or one line that says what is wrong.
+
+Every option is a field of a dataclass that stands beside the code that reads it, with its meaning as the string under
+the field; a recipe's config inherits those dataclasses, so a YAML file stays flat and an option is documented once.
+jsonargparse does the parsing, the type checks and `--help`; this file adds the `key=value` form, the nearest name for a
+misspelt key, and errors of one line.
+"""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+Config = TypeVar("Config")
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class BallastError(Exception):
+    """A fault that the user can mend: printed as one line, exit code 2. The traceback goes to run.log only."""
+
+
+class ConfigError(BallastError):
+    """An option with an impossible value. `key` names it, `remedy` says what to do."""
+
+    def __init__(self, key: str, value: Any, remedy: str):
+        self.key, self.value, self.remedy = key, value, remedy
+        super().__init__(f"{key}: {remedy}" if value is None else f"{key}: {value!r} {remedy}")
+
+
+def _parser(config_class: type, **kwargs) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("--config", str(path), f"cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(where, None, f"is not valid YAML: {problem}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), None, "must hold `key: value` lines at the top level")
+    return values
+
+
+def _type_name(typehint: Any) -> str:
+    """`int`, `str | None`, `one of cosine, linear`, …, as a reader of YAML would say it."""
+    if typing.get_origin(typehint) is typing.Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(typehint))
+    if typing.get_origin(typehint) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in typing.get_args(typehint))
+    if typehint is type(None):
+        return "null"
+    return typehint.__name__ if isinstance(typehint, type) and not typing.get_args(typehint) else str(typehint)
+
+
+def _check(parser: jsonargparse.ArgumentParser, name: str, typehint: Any, value: Any, where: str) -> Any:
+    """`value` as the type of option `name`; ConfigError where it cannot be."""
+    try:
+        if value is None and type(None) not in typing.get_args(typehint):
+            raise TypeError
+        return parser.parse_object({name: value})[name]
+    except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError):
+        raise ConfigError(where, value, f"must be {_type_name(typehint)}") from None
+
+
+def parse_config(
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    *,
+    description: str = "",
+    ignore_unknown: bool = False,
+    base_directory_key: str | None = "config_directory",
+) -> Config:
+    """The config that `--config FILE key=value …` describes; later arguments win over earlier ones and over the file.
+
+    `ignore_unknown` lets a tool that needs some of a recipe's options read the recipe's whole file.
+    Raises ConfigError: unknown key (with the nearest known one), wrong type, unreadable file, or what the class's own
+    `__post_init__` refuses. `--help` prints every option and exits.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    usage = "%(prog)s --config FILE.yaml [key=value …]"
+    parser = _parser(config_class, description=description, usage=usage)
+    parser.add_argument("--config", help="YAML file with the options below, one `key: value` a line")
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        sys.exit(0)
+    names = {field.name for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
+
+    hints = typing.get_type_hints(config_class)
+    values: dict[str, tuple[Any, str]] = {}  # option → (value, where it was set)
+    directory = Path.cwd()
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if word == "--config" or word.startswith("--config="):
+            if "=" not in word and position == len(argv):
+                raise ConfigError("--config", None, "needs a file: --config x.yaml")
+            path = Path(word.split("=", 1)[1] if "=" in word else argv[position])
+            position += 0 if "=" in word else 1
+            directory = path.resolve().parent
+            values |= {str(key): (value, f"{path}: {key}") for key, value in _read_yaml(path).items()}
+            continue
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals:
+            raise ConfigError(word, None, "is not understood; options are given as key=value, e.g. learning_rate=2e-5")
+        key = key.replace("-", "_")
+        try:
+            values[key] = (yaml.safe_load(text), key)
+        except yaml.YAMLError:
+            values[key] = (text, key)
+
+    checked = {}
+    for key, (value, where) in values.items():
+        if key not in names:
+            if ignore_unknown:
+                continue
+            near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
+            hint = f"did you mean `{near[0]}`?" if near else "run with --help to see every option"
+            raise ConfigError(where, None, f"is not an option; {hint}")
+        checked[key] = _check(parser, key, hints[key], value, where)
+    required = [
+        field.name
+        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+        if field.init
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and field.name not in checked
+    ]
+    if required:
+        raise ConfigError(required[0], None, f"must be set: add `{required[0]}: …` to the YAML file or to the command")
+    config = config_class(**{k: _plain(v) for k, v in checked.items()})
+    if base_directory_key and hasattr(config, base_directory_key):
+        setattr(config, base_directory_key, str(directory))
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's Namespace back to dicts, so that a config prints and compares as the YAML that it came from."""
+    if isinstance(value, jsonargparse.Namespace):
+        return {key: _plain(item) for key, item in vars(value).items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,1408 @@
+"""One decoder for every family: a table of switches, a block that reads them, Hugging Face checkpoints in and out.
+
+    python model.py chat DIR              talk to a checkpoint on the terminal
+
+Shapes: B batch, T positions, D model width, H query heads, K key/value heads, E head width, F feed-forward width,
+V vocabulary, X experts, N = B·T tokens. Parameter names are Hugging Face's without the leading `model.`.
+"""
+
+import contextlib
+import fnmatch
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from config import BallastError, ConfigError
+
+SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
+
+
+class CheckpointError(BallastError):
+    """A checkpoint that cannot be read, or that this decoder would compute wrongly."""
+
+
+@dataclass
+class ModelOptions:
+    base_model: str
+    """Checkpoint to start from: a directory or a Hugging Face hub id. With random_init only its config.json is used."""
+    base_model_revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint."""
+    random_init: bool = False
+    """Start from random weights (seeded by `seed`) in the shape of base_model's config.json: train from scratch."""
+    ignore_config_fields: list[str] = field(default_factory=list)
+    """Fields of config.json that you have looked at and know to change nothing; unknown fields are refused otherwise."""
+    pad_vocab_to_multiple_of: int = 1
+    """Grow the embedding to a multiple of this (64 or 128 make the head faster on GPUs). New rows hold the mean row."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of mixture-of-experts models; default: the checkpoint's own value."""
+    adapter: Literal["lora"] | None = None
+    """`lora` trains low-rank adapters and freezes the base weights; unset trains every weight."""
+    lora_model_dir: str | None = None
+    """A PEFT adapter to go on from."""
+    lora_r: int = 16
+    """Rank of the adapters; 8–32 are usual."""
+    lora_alpha: float = 32
+    """Adapters are scaled by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the input of the adapters; 0.05 helps against overfitting."""
+    lora_target_modules: list[str] | None = None
+    """Names of the linear layers that get adapters, e.g. [q_proj, v_proj]; `*` and `?` match."""
+    lora_target_linear: bool = False
+    """Adapters on every linear layer of the blocks (what lora_target_modules unset means too)."""
+    lora_use_rslora: bool = False
+    """Scale by lora_alpha / √lora_r instead (rank-stabilised LoRA, arXiv 2312.03732)."""
+    merge_adapter: bool = False
+    """Save the base model with the adapter merged in instead of the adapter alone."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families as data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes one architecture from another. A string value names the config.json field that decides."""
+
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of q and k: per head (Qwen 3) or over all heads (OLMo 2)
+    norms: Literal["pre", "post", "both"] = "pre"  # where the norms of a block stand: OLMo 2 after, Gemma around
+    norm_plus_one: bool = False  # Gemma's norm multiplies by 1 + weight
+    scale_embeddings: bool = False  # Gemma's embedding output is multiplied by √D
+    fused_projections: bool = False  # Phi-3's qkv_proj and gate_up_proj
+    windows: Literal["none", "all", "typed"] = "none"  # which layers have the sliding window
+    experts: Literal["none", "mixtral", "qwen"] = "none"
+    defaults: dict = field(default_factory=dict)  # what config.json means when it leaves a field out
+    reads: tuple[str, ...] = ()  # fields of config.json that this family has besides the common ones
+
+
+_LLAMA_BIASES = dict(qkv_bias="attention_bias", o_bias="attention_bias")
+_GEMMA = dict(
+    **_LLAMA_BIASES, norms="both", norm_plus_one=True, scale_embeddings=True, windows="typed",
+    reads=("hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+           "attention_bias", "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"),
+)  # fmt: skip
+_GEMMA_DEFAULTS = dict(head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
+                       sliding_window=4096, tie_word_embeddings=True)  # fmt: skip
+_QWEN_WINDOW = ("use_sliding_window", "max_window_layers")
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(
+        **_LLAMA_BIASES, mlp_bias="mlp_bias", reads=("attention_bias", "mlp_bias")
+    ),
+    "MistralForCausalLM": Family(windows="all", defaults=dict(sliding_window=4096)),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, windows="typed", reads=_QWEN_WINDOW),
+    "Qwen3ForCausalLM": Family(
+        **_LLAMA_BIASES, qk_norm="head", windows="typed", defaults=dict(head_dim=128),
+        reads=("attention_bias", *_QWEN_WINDOW),
+    ),
+    "Gemma2ForCausalLM": Family(
+        **_GEMMA,
+        defaults=dict(**_GEMMA_DEFAULTS, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+                      sliding_window_pattern=2),
+    ),
+    "Gemma3ForCausalLM": Family(
+        **_GEMMA, qk_norm="head",
+        defaults=dict(**_GEMMA_DEFAULTS, sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=1e4),
+    ),
+    "Phi3ForCausalLM": Family(
+        fused_projections=True, windows="all", defaults=dict(rms_norm_eps=1e-5),
+        reads=("original_max_position_embeddings",),
+    ),
+    "Olmo2ForCausalLM": Family(
+        **_LLAMA_BIASES, qk_norm="all", norms="post", defaults=dict(rms_norm_eps=1e-5), reads=("attention_bias",)
+    ),
+    "SmolLM3ForCausalLM": Family(
+        **_LLAMA_BIASES, mlp_bias="mlp_bias", windows="typed",
+        defaults=dict(rope_theta=2e6, tie_word_embeddings=True, no_rope_layer_interval=4),
+        reads=("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *_QWEN_WINDOW),
+    ),
+    "MixtralForCausalLM": Family(
+        windows="all", experts="mixtral", defaults=dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8),
+        reads=("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits"),
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        **_LLAMA_BIASES, qk_norm="head", windows="all", experts="qwen",
+        reads=("attention_bias", *_QWEN_WINDOW, "num_local_experts", "num_experts", "num_experts_per_tok",
+               "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
+               "router_aux_loss_coef", "output_router_logits"),
+    ),
+}  # fmt: skip
+
+COMMON_FIELDS = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window", "layer_types",
+}  # fmt: skip
+# Fields that do not touch the forward arithmetic: identity, generation defaults, and leftovers of other libraries.
+INERT_FIELDS = {
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "use_cache",
+    "initializer_range", "return_dict", "torchscript", "chunk_size_feed_forward", "id2label", "label2id",
+    "problem_type", "tokenizer_class", "prefix", "task_specific_params", "finetuning_task", "pruned_heads",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
+    "forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "cache_implementation", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
+    "unsloth_version", "unsloth_fixed", "is_llama_config", "transformers.js_config", "pretraining_tp", "max_window_layers",
+    "output_router_logits", "router_aux_loss_coef", "num_logits_to_keep", "hidden_activation",
+}  # fmt: skip
+
+
+@dataclass
+class Rope:
+    """Rotary embedding of one kind of layer: which frequencies, and how they stretch with length."""
+
+    dim: int  # rotated dimensions of a head
+    kind: str = "default"
+    theta: float = 10000.0
+    params: dict = field(default_factory=dict)
+    max_positions: int = 0  # where `dynamic` starts to stretch
+
+    def frequencies(self, device) -> tuple[Tensor, float]:
+        """Inverse frequencies [dim/2] in fp32, and the factor on cos and sin."""
+        p = self.params
+        exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device=device) / self.dim
+        inverse = 1.0 / self.theta**exponent
+        if self.kind in ("default", "dynamic"):
+            return inverse, 1.0
+        if self.kind == "linear":  # position interpolation, arXiv 2306.15595
+            return inverse / p["factor"], 1.0
+        original = p.get("original_max_position_embeddings") or self.max_positions
+        if self.kind == "llama3":  # Llama 3.1: stretch long wavelengths, keep short ones, blend between
+            low, high = p["low_freq_factor"], p["high_freq_factor"]
+            wavelength = 2 * math.pi / inverse
+            blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+            return blend * inverse + (1 - blend) * inverse / p["factor"], 1.0
+        # yarn, arXiv 2309.00071 §3.2–3.3: interpolate dimensions that turn less than beta_slow times in the original
+        # context, keep those that turn more than beta_fast times, a linear ramp between.
+        factor = p.get("factor") or self.max_positions / original
+
+        def turns_at(rotations: float) -> float:
+            return self.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        first, last = turns_at(p.get("beta_fast") or 32), turns_at(p.get("beta_slow") or 1)
+        if p.get("truncate", True):
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, self.dim - 1)
+        ramp = (torch.arange(self.dim // 2, dtype=torch.float32, device=device) - first) / max(last - first, 0.001)
+        ramp = ramp.clamp(0, 1)
+
+        def mscale(m: float) -> float:
+            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        scale = p.get("attention_factor")
+        if scale is None:
+            both = p.get("mscale") and p.get("mscale_all_dim")
+            scale = mscale(p["mscale"]) / mscale(p["mscale_all_dim"]) if both else mscale(1.0)
+        return inverse / factor * ramp + inverse * (1 - ramp), float(scale)
+
+    def tables(self, position_ids: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, 1, dim/2] for `position_ids` [B, T].
+
+        `dynamic` (NTK-aware) stretches theta with the length of the sequence that a token is in, `lengths` [B, T]: by
+        document, so that packing or batching does not change what a document computes.
+        """
+        inverse, scale = self.frequencies(position_ids.device)
+        if self.kind == "dynamic":
+            assert lengths is not None
+            factor = self.params["factor"]
+            length = lengths.clamp(min=self.max_positions).float()[..., None]
+            stretch = (factor * length / self.max_positions - (factor - 1)) ** (self.dim / (self.dim - 2))
+            exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device=position_ids.device) / self.dim
+            inverse = 1.0 / (self.theta * stretch) ** exponent
+        angles = position_ids[..., None].float() * inverse
+        return (angles.cos() * scale).to(dtype)[:, :, None], (angles.sin() * scale).to(dtype)[:, :, None]
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) on x [B, T, heads, E], first and second half of the rotated part."""
+    cos, sin = tables
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+@dataclass
+class Architecture:
+    """One checkpoint's arithmetic, read from its config.json."""
+
+    name: str
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    activation: str
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    attention_scale: float
+    attention_softcap: float | None
+    final_softcap: float | None
+    windows: list[int | None]  # by layer
+    ropes: dict[str, Rope]
+    layer_ropes: list[str | None]  # by layer: key into ropes, None for a layer without positions (NoPE)
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    normalize_experts: bool
+    expert_layers: list[bool]  # by layer
+    router_aux_loss_coef: float
+    raw: dict  # config.json as it was read, written back on save
+
+    @staticmethod
+    def from_config(raw: dict, source: str = "config.json", ignore: list[str] | tuple = ()) -> "Architecture":
+        """Raises CheckpointError by name for an architecture or a field whose arithmetic is not implemented here."""
+
+        def refuse(what: str, remedy: str = "") -> CheckpointError:
+            return CheckpointError(f"{source}: {what}{'; ' + remedy if remedy else ''}")
+
+        names = raw.get("architectures") or [None]
+        name = names[0]
+        if name is None:
+            by_type = {re.sub(r"\W|_", "", k.removesuffix("ForCausalLM")).lower(): k for k in FAMILIES}
+            model_type = re.sub(r"_text$", "", str(raw.get("model_type"))).replace("_", "")
+            name = by_type.get(model_type, raw.get("model_type"))
+        if name not in FAMILIES:
+            raise refuse(f"architecture {name} is not supported", "supported: " + ", ".join(FAMILIES))
+        family = FAMILIES[name]
+        cfg: dict[str, Any] = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
+        if "quantization_config" in cfg:
+            raise refuse("quantization_config: quantised checkpoints are not supported", "use the bf16 original")
+        known = COMMON_FIELDS | INERT_FIELDS | set(family.reads) | set(ignore)
+        for key, value in cfg.items():
+            if key not in known and value not in (None, False, 0, 0.0, [], {}):  # a switch that is off changes nothing
+                raise refuse(
+                    f"field {key}={value!r} is not known for {name} and may change the arithmetic",
+                    f"if it does not, set ignore_config_fields: [{key}]",
+                )
+
+        def decide(switch: bool | str) -> bool:
+            return bool(cfg.get(switch, False)) if isinstance(switch, str) else switch
+
+        try:
+            L, D, H = cfg["num_hidden_layers"], cfg["hidden_size"], cfg["num_attention_heads"]
+            vocab_size, F_ = cfg["vocab_size"], cfg["intermediate_size"]
+        except KeyError as error:
+            raise refuse(f"field {error.args[0]} is missing") from None
+        E = cfg.get("head_dim") or D // H
+        activation = cfg.get("hidden_activation") if "hidden_activation" in family.reads else cfg.get("hidden_act")
+        activation = activation or "silu"
+        if activation not in ("silu", "gelu_pytorch_tanh", "gelu"):
+            raise refuse(f"activation {activation!r} is not supported", "supported: silu, gelu, gelu_pytorch_tanh")
+
+        # Which layers slide.
+        window = cfg.get("sliding_window")
+        if "use_sliding_window" in family.reads and not cfg.get("use_sliding_window", False):
+            window = None if "layer_types" not in raw else window
+        types = cfg.get("layer_types")
+        rope_layers = cfg.get("no_rope_layers")  # 1 where the layer has positions, despite its name
+        if "no_rope_layers" in family.reads and not rope_layers:
+            rope_layers = [int((i + 1) % cfg["no_rope_layer_interval"] != 0) for i in range(L)]
+        if types is not None:
+            if len(types) != L or any(t not in ("full_attention", "sliding_attention") for t in types):
+                raise refuse(f"layer_types must be {L} of full_attention, sliding_attention", f"it is {types}")
+        elif family.windows == "none" or window is None:
+            types = ["full_attention"] * L
+        elif family.windows == "all":
+            types = ["sliding_attention"] * L
+        elif "no_rope_layers" in family.reads:
+            types = ["full_attention" if rope else "sliding_attention" for rope in rope_layers]
+        elif "max_window_layers" in family.reads:
+            types = ["sliding_attention" if i >= cfg.get("max_window_layers", 28) else "full_attention" for i in range(L)]
+        else:
+            period = cfg.get("_sliding_window_pattern") or cfg["sliding_window_pattern"]
+            types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(L)]
+        if "sliding_attention" in types and not window:
+            raise refuse("layer_types has sliding_attention but sliding_window is not set")
+
+        # Rotary embeddings, in the dialect of transformers 4 or 5.
+        params = dict(cfg.get("rope_parameters") or {})
+        if "full_attention" in params or "sliding_attention" in params:
+            by_type = params
+        elif "rope_local_base_freq" in cfg:  # Gemma 3 in the older dialect: only global layers are stretched
+            by_type = {
+                "full_attention": params or cfg.get("rope_scaling") or {},
+                "sliding_attention": {"rope_theta": cfg["rope_local_base_freq"]},
+            }
+        else:
+            by_type = {"all": params or cfg.get("rope_scaling") or {}}
+        ropes = {key: _read_rope(dict(value), cfg, E, refuse) for key, value in by_type.items()}
+        layer_ropes: list[str | None] = ["all" if "all" in ropes else kind for kind in types]
+        if rope_layers:
+            layer_ropes = [key if rope else None for key, rope in zip(layer_ropes, rope_layers, strict=True)]
+
+        X = (cfg.get("num_local_experts") or cfg.get("num_experts") or 0) if family.experts != "none" else 0
+        dense = cfg.get("mlp_only_layers", [])
+        sparse_step = cfg.get("decoder_sparse_step", 1)
+        scalar = cfg.get("query_pre_attn_scalar") if "query_pre_attn_scalar" in family.reads else None
+        return Architecture(
+            name=name, family=family, vocab_size=vocab_size, hidden_size=D, intermediate_size=F_, num_layers=L,
+            num_heads=H, num_kv_heads=cfg.get("num_key_value_heads") or H, head_dim=E,
+            norm_eps=cfg.get("rms_norm_eps", 1e-6), activation=activation,
+            tied=bool(cfg.get("tie_word_embeddings", False)),
+            qkv_bias=decide(family.qkv_bias), o_bias=decide(family.o_bias), mlp_bias=decide(family.mlp_bias),
+            attention_scale=(scalar or E) ** -0.5,
+            attention_softcap=cfg.get("attn_logit_softcapping") if "attn_logit_softcapping" in family.reads else None,
+            final_softcap=cfg.get("final_logit_softcapping") if "final_logit_softcapping" in family.reads else None,
+            windows=[window if kind == "sliding_attention" else None for kind in types],
+            ropes=ropes, layer_ropes=layer_ropes,
+            num_experts=X, experts_per_token=cfg.get("num_experts_per_tok", 2 if family.experts == "mixtral" else 8),
+            expert_size=F_ if family.experts == "mixtral" else cfg.get("moe_intermediate_size", 768),
+            normalize_experts=family.experts == "mixtral" or bool(cfg.get("norm_topk_prob", False)),
+            expert_layers=[X > 0 and i not in dense and (i + 1) % sparse_step == 0 for i in range(L)],
+            router_aux_loss_coef=cfg.get("router_aux_loss_coef", 0.001) if X else 0.0,
+            raw=dict(raw),
+        )  # fmt: skip
+
+
+ROPE_FIELDS = {
+    "default": set(), "linear": {"factor"}, "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+             "mscale_all_dim", "truncate"},
+}  # fmt: skip
+
+
+def _read_rope(params: dict, cfg: dict, head_dim: int, refuse: Callable) -> Rope:
+    kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
+    params.pop("type", None)
+    theta = params.pop("rope_theta", None) or cfg.get("rope_theta", 10000.0)
+    partial = params.pop("partial_rotary_factor", None) or cfg.get("partial_rotary_factor", 1.0)
+    params = {key: value for key, value in params.items() if value is not None}
+    if kind not in ROPE_FIELDS:
+        raise refuse(f"rope type {kind!r} is not supported", "supported: " + ", ".join(ROPE_FIELDS))
+    inert = {"original_max_position_embeddings", "finetuned"}  # the first is read by llama3 and yarn only
+    unknown = set(params) - ROPE_FIELDS[kind] - inert
+    if unknown:
+        raise refuse(f"rope field {sorted(unknown)[0]} is not known for rope type {kind}")
+    needed = {"linear": {"factor"}, "dynamic": {"factor"}, "llama3": ROPE_FIELDS["llama3"]}.get(kind, set())
+    if needed - set(params):
+        raise refuse(f"rope type {kind} lacks {sorted(needed - set(params))[0]}")
+    return Rope(int(head_dim * partial), kind, float(theta), params, cfg.get("max_position_embeddings", 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float, plus_one: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps, self.plus_one = eps, plus_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In fp32 whatever the input: the mean of squares of a bf16 row loses the bits that keep training stable.
+        precise = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(precise)
+        return F.rms_norm(x.to(precise), weight.shape, weight + 1 if self.plus_one else weight, self.eps).to(x.dtype)
+
+
+@dataclass
+class Pass:
+    """What every block of one forward pass needs to know."""
+
+    rope_tables: dict[str, tuple[Tensor, Tensor]]
+    documents: kernels.Documents | None
+    cache: "KVCache | None"
+    decoding: bool  # one new token a row against the cache
+
+
+class Attention(nn.Module):
+    def __init__(self, arch: Architecture, layer: int):
+        super().__init__()
+        self.arch, self.layer = arch, layer
+        D, H, K, E = arch.hidden_size, arch.num_heads, arch.num_kv_heads, arch.head_dim
+        if arch.family.fused_projections:
+            self.qkv_proj = nn.Linear(D, (H + 2 * K) * E, bias=arch.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(D, H * E, bias=arch.qkv_bias)
+            self.k_proj = nn.Linear(D, K * E, bias=arch.qkv_bias)
+            self.v_proj = nn.Linear(D, K * E, bias=arch.qkv_bias)
+        self.o_proj = nn.Linear(H * E, D, bias=arch.o_bias)
+        if arch.family.qk_norm != "none":
+            heads = (H, K) if arch.family.qk_norm == "all" else (1, 1)
+            self.q_norm = RMSNorm(heads[0] * E, arch.norm_eps, arch.family.norm_plus_one)
+            self.k_norm = RMSNorm(heads[1] * E, arch.norm_eps, arch.family.norm_plus_one)
+
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        arch, layer = self.arch, self.layer
+        B, T, _ = x.shape
+        H, K, E = arch.num_heads, arch.num_kv_heads, arch.head_dim
+        if arch.family.fused_projections:
+            q, k, v = self.qkv_proj(x).split([H * E, K * E, K * E], dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if arch.family.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.view(B, T, H, E), k.view(B, T, K, E), v.view(B, T, K, E)
+        if arch.family.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        rope = arch.layer_ropes[layer]
+        if rope is not None:
+            q, k = rotate(q, now.rope_tables[rope]), rotate(k, now.rope_tables[rope])
+        window, scale, softcap = arch.windows[layer], arch.attention_scale, arch.attention_softcap
+        if now.cache is None:
+            out = kernels.attention(
+                q, k, v, scale=scale, documents=now.documents, window=window, softcap=softcap
+            )
+        else:
+            out = now.cache.attend(layer, q, k, v, now, window=window, scale=scale, softcap=softcap)
+        return self.o_proj(out.reshape(B, T, H * E))
+
+
+def _activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_pytorch_tanh" else "none") * up
+
+
+class FeedForward(nn.Module):
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        D, hidden = arch.hidden_size, arch.intermediate_size
+        self.activation, self.fused = arch.activation, arch.family.fused_projections
+        if self.fused:
+            self.gate_up_proj = nn.Linear(D, 2 * hidden, bias=arch.mlp_bias)
+        else:
+            self.gate_proj = nn.Linear(D, hidden, bias=arch.mlp_bias)
+            self.up_proj = nn.Linear(D, hidden, bias=arch.mlp_bias)
+        self.down_proj = nn.Linear(hidden, D, bias=arch.mlp_bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        gate, up = self.gate_up_proj(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(_activate(gate, up, self.activation)), None
+
+
+class Experts(nn.Module):
+    """Mixture of experts: each token through its `experts_per_token` best, chosen by a linear router."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        X, D, hidden = arch.num_experts, arch.hidden_size, arch.expert_size
+        self.arch = arch
+        self.gate = nn.Linear(D, X, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(X, 2 * hidden, D))
+        self.down_proj = nn.Parameter(torch.empty(X, D, hidden))
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        x = x_BTD.flatten(0, 1)  # [N, D]
+        router_logits = self.gate(x)  # [N, X]
+        probabilities = router_logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        weights, experts = probabilities.topk(self.arch.experts_per_token, dim=-1)
+        if self.arch.normalize_experts:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # Tokens sorted by expert: every expert's rows are one contiguous block of a grouped matrix product.
+        order = experts.flatten().argsort(stable=True)
+        token = order // self.arch.experts_per_token
+        ends = torch.bincount(experts.flatten(), minlength=self.arch.num_experts).cumsum(0)
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        gate, up = _grouped(x[token], gate_up, ends).chunk(2, -1)
+        out = _grouped(_activate(gate, up, self.arch.activation), down, ends)
+        out = out * weights.flatten()[order, None].to(out.dtype)
+        return torch.zeros_like(x).index_add(0, token, out.to(x.dtype)).view(x_BTD.shape), router_logits
+
+
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x [N, in], sorted by expert with cumulative counts `ends` [X], times weight[expert] [X, out, in] → [N, out]."""
+    # grouped_mm exists for fp32 and bf16 with rows of 16 bytes; fp64 (tests) and odd widths take the loop.
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if x.dtype in (torch.float32, torch.bfloat16) and aligned:
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends.to(torch.int32))
+    begins = [0, *ends.tolist()]
+    return torch.cat([x[a:b] @ weight[e].T for e, (a, b) in enumerate(zip(begins, begins[1:], strict=False))])
+
+
+class Block(nn.Module):
+    def __init__(self, arch: Architecture, layer: int):
+        super().__init__()
+        family = arch.family
+
+        def norm() -> RMSNorm:
+            return RMSNorm(arch.hidden_size, arch.norm_eps, family.norm_plus_one)
+
+        self.norms = family.norms
+        self.self_attn = Attention(arch, layer)
+        self.mlp = Experts(arch) if arch.expert_layers[layer] else FeedForward(arch)
+        if family.norms == "pre":
+            self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        else:  # Hugging Face's names: here post_attention_layernorm really is after the attention
+            self.post_attention_layernorm, self.post_feedforward_layernorm = norm(), norm()
+            if family.norms == "both":
+                self.input_layernorm, self.pre_feedforward_layernorm = norm(), norm()
+        self.checkpointing: bool | None = None  # None keeps activations; True/False recomputes them, use_reentrant or not
+
+    def forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:
+        if self.checkpointing is None or not torch.is_grad_enabled():
+            return self._forward(x, now)
+        if self.checkpointing and not x.requires_grad:
+            x = x.detach().requires_grad_()  # reentrant checkpointing drops the gradients of a block whose input has none
+        return checkpoint(self._forward, x, now, use_reentrant=self.checkpointing)  # type: ignore[return-value]
+
+    def _forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:
+        if self.norms == "pre":
+            x = x + self.self_attn(self.input_layernorm(x), now)
+            out, router_logits = self.mlp(self.post_attention_layernorm(x))
+            return x + out, router_logits
+        both = self.norms == "both"
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x) if both else x, now))
+        out, router_logits = self.mlp(self.pre_feedforward_layernorm(x) if both else x)
+        return x + self.post_feedforward_layernorm(out), router_logits
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model in the arithmetic that `arch` describes."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.arch = arch
+        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.layers = nn.ModuleList(Block(arch, layer) for layer in range(arch.num_layers))
+        self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.family.norm_plus_one)
+        if not arch.tied:
+            self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
+        self.adapter: dict | None = None  # what adapter_config.json says, where there are adapters
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output embedding [V, D]; the input embedding where they are tied."""
+        return self.embed_tokens.weight if self.arch.tied else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> Tensor:
+        """Logits [B, T, V] for `input_ids` [B, T]. See `hidden_states` for the other arguments."""
+        hidden, _ = self.hidden_states(
+            input_ids, position_ids=position_ids, document_ids=document_ids, cache=cache
+        )
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] → logits [..., V], with Gemma 2's final soft cap where the model has it."""
+        out = F.linear(hidden, self.head_weight.to(hidden.dtype))
+        cap = self.arch.final_softcap
+        return out if cap is None else cap * torch.tanh(out / cap)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: "KVCache | None" = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states [B, T, D] after the last norm, and each expert layer's router logits [N, X].
+
+        `document_ids` [B, T]: a run of equal ids is one document, attention stays inside it, a negative id is padding.
+        `position_ids` [B, T] default to counting from 0 in each document (each row). With a `cache` the keys and values
+        are stored: a prefill of packed prompts first, then one token a row.
+        """
+        B, T = input_ids.shape
+        decoding = cache is not None and cache.length > 0
+        documents = kernels.Documents(document_ids) if document_ids is not None and not decoding else None
+        if position_ids is None:
+            if decoding:
+                position_ids = cache.next_positions()[:, None]  # type: ignore[union-attr]
+            elif documents is None:
+                position_ids = torch.arange(T, device=input_ids.device).expand(B, T)
+            else:
+                position_ids = count_positions(document_ids)  # type: ignore[arg-type]
+        lengths = None
+        if any(rope.kind == "dynamic" for rope in self.arch.ropes.values()):
+            if decoding:
+                lengths = position_ids + 1
+            else:
+                lengths = documents.lengths if documents is not None else torch.full_like(position_ids, T)
+        x = self.embed_tokens(input_ids)
+        if self.arch.family.scale_embeddings:
+            x = x * torch.tensor(self.arch.hidden_size**0.5, dtype=x.dtype)  # rounded to x's dtype, as Gemma was trained
+        tables = {key: rope.tables(position_ids, lengths, x.dtype) for key, rope in self.arch.ropes.items()}
+        now = Pass(tables, documents, cache, decoding)
+        all_router_logits = []
+        for block in self.layers:
+            x, router_logits = block(x, now)
+            if router_logits is not None:
+                all_router_logits.append(router_logits)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x), all_router_logits
+
+    def flops_per_token(self, length: float) -> float:
+        """Training FLOPs a token (forward and backward) in documents of mean length `length`: 6 a weight that multiplies,
+        12·E·H·length/2 a layer for causal attention (PaLM, arXiv 2204.02311, appendix B)."""
+        arch = self.arch
+        used = 0.0
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2 or "embed_tokens" in name or "lora_" in name:
+                continue
+            share = arch.experts_per_token / arch.num_experts if parameter.dim() == 3 else 1.0
+            used += share * parameter.numel()
+        if arch.tied:
+            used += arch.vocab_size * arch.hidden_size
+        return 6 * used + 6 * arch.num_layers * arch.num_heads * arch.head_dim * length
+
+
+def count_positions(document_ids: Tensor) -> Tensor:
+    """Position of each token in its document [B, T]: counting starts anew at every change of id."""
+    T = document_ids.shape[1]
+    index = torch.arange(T, device=document_ids.device).expand_as(document_ids)
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(first, index, 0).cummax(dim=1).values
+
+
+def load_balancing_loss(router_logits: list[Tensor], arch: Architecture, real: Tensor | None = None) -> Tensor:
+    """Switch-Transformer auxiliary loss (arXiv 2101.03961, eq. 4–6) over all layers: X · Σ_e f_e·P_e, least when tokens
+    spread evenly; f_e is the share of choices that fell on expert e, times experts_per_token, P_e its mean probability.
+
+    `router_logits`: one [N, X] a layer; `real` [N] marks tokens that are no padding.
+    """
+    logits = torch.stack(router_logits)  # [L, N, X]
+    probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    chosen = probabilities.topk(arch.experts_per_token, dim=-1).indices
+    mask = torch.ones(logits.shape[1], device=logits.device) if real is None else real.to(probabilities.dtype)
+    counts = F.one_hot(chosen, arch.num_experts).sum(2).to(probabilities.dtype)  # [L, N, X]
+    total = mask.sum().clamp(min=1) * logits.shape[0]
+    share = (counts * mask[None, :, None]).sum((0, 1)) / total
+    mean_probability = (probabilities * mask[None, :, None]).sum((0, 1)) / total
+    return arch.num_experts * (share * mean_probability).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: Hugging Face in and out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_checkpoint(path_or_repo_id: str, revision: str | None = None) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded (or found in the cache) first."""
+    path = Path(path_or_repo_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_repo_id) or path_or_repo_id.startswith("."):
+        raise CheckpointError(f"{path_or_repo_id}: not a directory with a checkpoint, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{path_or_repo_id}: no such directory here, and no such model on the hub (private? run `hf auth login`)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path_or_repo_id}: no such directory, and the hub did not answer: {reason}") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return value
+
+
+def read_architecture(directory: Path, ignore: list[str] | tuple = ()) -> Architecture:
+    return Architecture.from_config(read_json(directory / "config.json"), str(directory / "config.json"), ignore)
+
+
+def resized(arch: Architecture, vocab_size: int) -> Architecture:
+    """The same arithmetic with another number of embedding rows; loading fills new rows with the mean row."""
+    arch.vocab_size = vocab_size
+    arch.raw["vocab_size"] = vocab_size
+    return arch
+
+
+class Weights:
+    """The tensors of a safetensors checkpoint, single or sharded, read one slice at a time."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        index = directory / "model.safetensors.index.json"
+        single = directory / "model.safetensors"
+        self.files: dict[str, Any] = {}
+        if index.exists():
+            self.where = read_json(index).get("weight_map", {})
+        elif single.exists():
+            self.where = {name: single.name for name in self._open(single.name).keys()}
+        else:
+            found = sorted(p.name for p in directory.glob("*.bin"))
+            hint = f"only {found[0]} is there: convert it to safetensors" if found else "save the weights there"
+            raise CheckpointError(f"{directory}: no model.safetensors or model.safetensors.index.json; {hint}")
+
+    def _open(self, name: str):
+        if name not in self.files:
+            try:
+                self.files[name] = safe_open(self.directory / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.directory / name}: cannot be read ({error})") from None
+        return self.files[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.where
+
+    def slice(self, name: str):
+        """A lazy view with get_shape() and row slicing; only the rows asked for leave the disk."""
+        return self._open(self.where[name]).get_slice(name)
+
+
+def hf_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else "model." + name
+
+
+def hf_parts(name: str, arch: Architecture, number: int) -> list[str]:
+    """Hugging Face names of expert `number` of the stacked parameter `name`: two (gate, up) or one (down)."""
+    prefix = hf_name(name).rsplit(".", 1)[0]
+    if arch.family.experts == "mixtral":
+        prefix = prefix.replace(".mlp", ".block_sparse_moe")
+        names = ("w1", "w3") if name.endswith("gate_up_proj") else ("w2",)
+    else:
+        names = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+    return [f"{prefix}.experts.{number}.{part}.weight" for part in names]
+
+
+def _dense_hf_name(name: str, arch: Architecture) -> str:
+    if arch.family.experts == "mixtral" and name.endswith("mlp.gate.weight"):
+        return hf_name(name).replace(".mlp.", ".block_sparse_moe.")
+    return hf_name(name)
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """This process's part of a parameter, a plain tensor, and the row of the whole at which it begins."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), offset[0] if offset else 0
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, directory: Path) -> None:
+    """Fill `model` (whole or sharded by dist.shard) from a checkpoint, reading only the rows that this process keeps.
+
+    Raises CheckpointError for tensors that are missing, of the wrong shape, or not expected.
+    """
+    weights, arch = Weights(directory), model.arch
+    used = set()
+
+    def copy(into: Tensor, source: str, begin: int, whole: torch.Size, may_grow: bool = False) -> None:
+        if source not in weights:
+            raise CheckpointError(f"{directory}: tensor {source} is missing")
+        used.add(source)
+        view = weights.slice(source)
+        shape = view.get_shape()
+        grown = may_grow and shape[0] < whole[0] and shape[1:] == list(whole[1:])
+        if shape != list(whole) and not grown:
+            raise CheckpointError(f"{directory}: tensor {source} has shape {shape}, config.json says {list(whole)}")
+        if into.numel() == 0:
+            return
+        rows = max(0, min(shape[0] - begin, into.shape[0]))
+        if rows:
+            into[:rows].copy_(view[begin : begin + rows])
+        if rows < into.shape[0]:  # rows past the checkpoint's vocabulary: the mean row is the least surprising logit
+            chunks = [view[i : i + 8192].float().sum(0) for i in range(0, shape[0], 8192)]
+            into[rows:] = (torch.stack(chunks).sum(0) / shape[0]).to(into.dtype)
+
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        local, begin = local_rows(parameter)
+        if parameter.dim() == 3:  # stacked experts
+            for i in range(local.shape[0]):
+                parts = hf_parts(name, arch, begin + i)
+                for part, piece in zip(parts, local[i].chunk(len(parts)), strict=True):
+                    copy(piece, part, 0, piece.shape)
+            used.update(part for e in range(arch.num_experts) for part in hf_parts(name, arch, e))
+        else:
+            vocabulary = name in ("embed_tokens.weight", "lm_head.weight")
+            copy(local, _dense_hf_name(name, arch), begin, parameter.shape, may_grow=vocabulary)
+    unexpected = [n for n in weights.where if n not in used and not n.endswith("rotary_emb.inv_freq")]
+    if arch.tied:  # some checkpoints store the tied matrix twice
+        unexpected = [n for n in unexpected if n != "lm_head.weight"]
+    if unexpected:
+        raise CheckpointError(f"{directory}: tensor {unexpected[0]} is not part of {arch.name} as config.json describes it")
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> None:
+    """Random weights: normal with config.json's initializer_range, norms at the identity, biases 0. Every tensor has a
+    generator of its own, so the result does not depend on sharding or on the order of creation."""
+    std = model.arch.raw.get("initializer_range", 0.02)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        local, begin = local_rows(parameter)
+        if name.endswith("norm.weight"):
+            local.fill_(0.0 if model.arch.family.norm_plus_one else 1.0)
+        elif name.endswith("bias"):
+            local.zero_()
+        elif "lora_" not in name:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            whole = torch.randn(parameter.shape, generator=generator).mul_(std)
+            local.copy_(whole[begin : begin + local.shape[0]])
+
+
+def load_pretrained(
+    path_or_repo_id: str, *, dtype: torch.dtype, device: str | torch.device = "cpu", revision: str | None = None
+) -> Transformer:
+    """A whole model from a directory or hub id, ready for inference or single-process training.
+
+    Raises CheckpointError in one line for anything that cannot be loaded exactly.
+    """
+    directory = resolve_checkpoint(str(path_or_repo_id), revision)
+    arch = read_architecture(directory)
+    with torch.device("meta"):
+        model = Transformer(arch).to(dtype)
+    model.to_empty(device=device)
+    load_weights(model, directory)
+    return model.eval()
+
+
+def save_pretrained(
+    model: Transformer,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    merge: bool = False,
+    main: bool = True,
+) -> None:
+    """Write config.json and safetensors that transformers and vLLM load unchanged, one shard in memory at a time.
+
+    With sharded parameters this is a collective: every rank calls it, the one with `main` writes. `merge` adds the
+    adapter's product to copies of the base weights; without it a model with adapters is saved as its base. `dtype`
+    converts on the way out.
+    """
+    directory, arch = Path(directory), model.arch
+    if main:
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        modules = dict(model.named_modules())
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                continue
+            whole = _gather(parameter)
+            module = modules[name.rpartition(".")[0]]
+            if merge and isinstance(module, LoRALinear) and name.endswith(".weight"):
+                whole = whole + module.delta().to(whole.dtype)
+            if not main:
+                continue
+            if parameter.dim() == 3:
+                for e in range(arch.num_experts):
+                    parts = hf_parts(name, arch, e)
+                    yield from zip(parts, whole[e].chunk(len(parts)), strict=True)
+            else:
+                yield _dense_hf_name(name, arch), whole
+
+    shard: dict[str, Tensor] = {}
+    shard_bytes, total, files, where = 0, 0, [], {}
+
+    def flush() -> None:
+        nonlocal shard, shard_bytes
+        if shard:
+            files.append(f"model-{len(files) + 1:05d}.safetensors")
+            where.update(dict.fromkeys(shard, files[-1]))
+            save_file(shard, directory / files[-1], metadata={"format": "pt"})
+        shard, shard_bytes = {}, 0
+
+    for name, tensor in tensors():
+        tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous().clone()
+        size = tensor.numel() * tensor.element_size()
+        if shard and shard_bytes + size > SHARD_BYTES:
+            flush()
+        shard[name] = tensor
+        shard_bytes += size
+        total += size
+    if not main:
+        return
+    flush()
+    saved_dtype = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
+    raw = dict(arch.raw)
+    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = saved_dtype
+    raw["architectures"] = [arch.name]
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    if len(files) == 1:
+        (directory / files[0]).rename(directory / "model.safetensors")
+        return
+    names = {old: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, old in enumerate(files)}
+    for old, new in names.items():
+        (directory / old).rename(directory / new)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[file] for name, file in where.items()}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _gather(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer plus scale·B·A (arXiv 2106.09685). With `enabled` off it is the base layer, bit for bit."""
+
+    lora_A: nn.Parameter  # [r, in]
+    lora_B: nn.Parameter  # [out, r]
+    scale: float
+    dropout: float
+    enabled: bool
+
+    @staticmethod
+    def wrap(linear: nn.Linear, r: int, scale: float, dropout: float, dtype: torch.dtype) -> "LoRALinear":
+        linear.__class__ = LoRALinear  # in place: the base weight stays the same object, nothing is copied
+        assert isinstance(linear, LoRALinear)
+        device = linear.weight.device
+        linear.lora_A = nn.Parameter(torch.empty(r, linear.in_features, dtype=dtype, device=device))
+        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, dtype=dtype, device=device))
+        linear.scale, linear.dropout, linear.enabled = scale, dropout, True
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if not self.enabled:
+            return out
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return out + self.scale * update.to(out.dtype)
+
+    def delta(self) -> Tensor:
+        """scale·B·A [out, in] in the adapter's dtype: what merging adds to the weight."""
+        return self.scale * (_gather(self.lora_B) @ _gather(self.lora_A))
+
+
+def lora_modules(model: Transformer) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def apply_lora(model: Transformer, options: ModelOptions, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Freeze every weight and put adapters (in `dtype`) on the chosen linear layers, in place."""
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("layers.") and not name.endswith("mlp.gate")
+    }
+    wanted = options.lora_target_modules
+    if wanted and options.lora_target_linear:
+        raise ConfigError("lora_target_linear", True, "contradicts lora_target_modules; keep one of the two")
+    chosen = {}
+    for name, module in linear.items():
+        leaf = name.rsplit(".", 1)[1]
+        if not wanted or any(fnmatch.fnmatch(leaf, w) or fnmatch.fnmatch(name, w) for w in wanted):
+            chosen[name] = module
+    for pattern in wanted or []:
+        if not any(fnmatch.fnmatch(n.rsplit(".", 1)[1], pattern) or fnmatch.fnmatch(n, pattern) for n in linear):
+            names = sorted({name.rsplit(".", 1)[1] for name in linear})
+            raise ConfigError("lora_target_modules", pattern, f"matches no linear layer; there are {', '.join(names)}")
+    model.requires_grad_(False)
+    r = options.lora_r
+    scale = options.lora_alpha / (math.sqrt(r) if options.lora_use_rslora else r)
+    for module in chosen.values():
+        LoRALinear.wrap(module, r, scale, options.lora_dropout, dtype)
+    model.adapter = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout, "use_rslora": options.lora_use_rslora, "bias": "none",
+        "target_modules": sorted({name.rsplit(".", 1)[1] for name in chosen}) if not wanted
+        or all(w in {n.rsplit(".", 1)[1] for n in chosen} for w in wanted) else sorted(hf_name(n) for n in chosen),
+        "base_model_name_or_path": options.base_model, "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+    return model
+
+
+@torch.no_grad()
+def initialize_lora(model: Transformer, seed: int) -> None:
+    """A uniform in ±1/√in (the reference's Kaiming bound), B zero: the adapted model starts as the base model."""
+    for number, module in enumerate(lora_modules(model).values()):
+        local, begin = local_rows(module.lora_A)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        bound = module.in_features**-0.5
+        whole = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        local.copy_(whole[begin : begin + local.shape[0]])
+        local_rows(module.lora_B)[0].zero_()
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: Transformer):
+    """Inside, the model is its base: the reference policy, without a second copy of the weights."""
+    modules = list(lora_modules(model).values())
+    before = [module.enabled for module in modules]
+    try:
+        for module in modules:
+            module.enabled = False
+        yield model
+    finally:
+        for module, enabled in zip(modules, before, strict=True):
+            module.enabled = enabled
+
+
+def save_adapter(model: Transformer, directory: str | Path, *, main: bool = True) -> None:
+    """Write the adapters as PEFT does: adapter_model.safetensors and adapter_config.json. A collective if sharded."""
+    assert model.adapter is not None
+    tensors = {}
+    for name, module in lora_modules(model).items():
+        for part in ("lora_A", "lora_B"):
+            whole = _gather(getattr(module, part))
+            if main:
+                tensors[f"base_model.model.{hf_name(name)}.{part}.weight"] = whole.detach().cpu().contiguous()
+    if main:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        (directory / "adapter_config.json").write_text(json.dumps(model.adapter, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions:
+    """The LoRA options that a PEFT adapter was made with. Raises CheckpointError for variants not implemented here."""
+    path = Path(directory) / "adapter_config.json"
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')} is not supported; only LORA is")
+    known = {
+        "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "auto_mapping",
+        "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "peft_version", "loftq_config",
+    }  # fmt: skip
+    for key, value in raw.items():
+        if key not in known and value not in (None, False, "none", [], {}, 0, 0.0):
+            raise CheckpointError(f"{path}: {key}={value!r} is not supported")
+    targets = raw.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":
+        raise CheckpointError(f"{path}: target_modules as a regular expression is not supported; list the names")
+    names = None if targets == "all-linear" else [re.sub(r"^(base_model\.)?(model\.)+", "", t) for t in targets]
+    return ModelOptions(
+        base_model=base_model, adapter="lora", lora_r=raw["r"], lora_alpha=raw["lora_alpha"],
+        lora_dropout=raw.get("lora_dropout", 0.0), lora_target_modules=names,
+        lora_use_rslora=bool(raw.get("use_rslora")),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def load_adapter(model: Transformer, directory: str | Path) -> None:
+    """Fill the adapters of `model` (after apply_lora) from a PEFT folder."""
+    path = Path(directory) / "adapter_model.safetensors"
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    names = set(file.keys())
+    for name, module in lora_modules(model).items():
+        for part in ("lora_A", "lora_B"):
+            key = f"base_model.model.{hf_name(name)}.{part}.weight"
+            parameter = getattr(module, part)
+            if key not in names:
+                raise CheckpointError(f"{path}: tensor {key} is missing")
+            view = file.get_slice(key)
+            if view.get_shape() != list(parameter.shape):
+                raise CheckpointError(f"{path}: {key} has shape {view.get_shape()}, expected {list(parameter.shape)}")
+            local, begin = local_rows(parameter)
+            local.copy_(view[begin : begin + local.shape[0]])
+            names.discard(key)
+    if names:
+        raise CheckpointError(f"{path}: tensor {sorted(names)[0]} belongs to no adapted layer")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of B sequences, right-aligned: rows end in the same column, so a step writes one column.
+
+    `starts` [B] is the column of each row's first token; `length` columns are filled.
+    """
+
+    def __init__(self, arch: Architecture, prompt_lengths: list[int], device, dtype: torch.dtype, room: int = 64):
+        B, self.prompt = len(prompt_lengths), max(prompt_lengths)
+        shape = (B, arch.num_kv_heads, self.prompt + room, arch.head_dim)
+        self.length = 0
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
+        self.starts = self.prompt - torch.tensor(prompt_lengths, device=device)
+        # Where each token of the packed prompts goes.
+        lengths = torch.tensor(prompt_lengths, device=device)
+        self.rows = torch.repeat_interleave(torch.arange(B, device=device), lengths)
+        self.columns = torch.cat([torch.arange(self.prompt - n, self.prompt, device=device) for n in prompt_lengths])
+
+    def next_positions(self) -> Tensor:
+        return self.length - self.starts
+
+    def advance(self, T: int) -> None:
+        self.length = self.prompt if self.length == 0 else self.length + T
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, now: Pass, window: int | None, **how) -> Tensor:
+        """Store this pass's keys and values, and attend. q [B, T, H, E], k and v [B, T, K, E] → [B, T, H, E]."""
+        if not now.decoding:
+            self.k[layer][self.rows, :, self.columns] = k.flatten(0, 1)
+            self.v[layer][self.rows, :, self.columns] = v.flatten(0, 1)
+            return kernels.attention(q, k, v, documents=now.documents, window=window, **how)
+        if self.length == self.k[layer].shape[2]:
+            room = torch.zeros_like(self.k[layer][:, :, : max(64, self.length // 2)])
+            self.k[layer] = torch.cat([self.k[layer], room], dim=2)
+            self.v[layer] = torch.cat([self.v[layer], room], dim=2)
+        self.k[layer][:, :, self.length] = k[:, 0]
+        self.v[layer][:, :, self.length] = v[:, 0]
+        oldest = 0 if window is None else max(0, self.length + 1 - window)
+        seen = slice(oldest, self.length + 1)
+        columns = torch.arange(oldest, self.length + 1, device=q.device)
+        visible = columns[None] >= self.starts[:, None]
+        out = kernels.decode_attention(q[:, 0], self.k[layer][:, :, seen], self.v[layer][:, :, seen], visible, **how)
+        return out[:, None]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows (an index may repeat: that is how one prefill serves G generations)."""
+        for layer in range(len(self.k)):
+            self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
+        self.starts = self.starts[rows]
+
+
+@dataclass
+class Generation:
+    """What `generate` made, a list entry a sequence; G sequences of a prompt stand in a row."""
+
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]]  # of each sampled token under the distribution that it was drawn from
+    finish_reasons: list[Literal["stop", "length"]]
+
+
+def sampling_logprobs(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
+    """Log-probabilities [B, V] that are sampled from: tempered, cut to min_p, then top_k, then top_p, renormalised.
+
+    The order is vLLM's. A token outside the cut has −inf; ties at the edge of a cut stay in.
+    """
+    logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
+    if min_p > 0:
+        logprobs = logprobs.masked_fill(logprobs < logprobs.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
+    if 0 < top_k < logprobs.shape[-1]:
+        kth = logprobs.topk(top_k, dim=-1).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < kth, -torch.inf)
+    if top_p < 1:
+        probabilities = logprobs.softmax(-1)
+        ordered = probabilities.sort(dim=-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered  # mass of the better tokens; a token stays while that is below top_p
+        smallest = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+        logprobs = logprobs.masked_fill(probabilities < smallest, -torch.inf)
+    return logprobs.log_softmax(-1) if min_p > 0 or top_k > 0 or top_p < 1 else logprobs
+
+
+def sample(logprobs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One token a row [B] from log-probabilities [B, V], by inverting the cumulative distribution: one uniform a row."""
+    cumulative = logprobs.exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    uniform = torch.rand(logprobs.shape[0], 1, generator=generator, device=logprobs.device, dtype=cumulative.dtype)
+    # Strictly below the total: otherwise rounding could pick the last token even where its probability is 0.
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    num_return_sequences: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop_token_ids: list[int] | tuple[int, ...] | set[int] = (),
+    generator: torch.Generator | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    anyone: Callable[[bool], bool] = bool,
+) -> Generation:
+    """Sample `num_return_sequences` completions of each prompt (lists of token ids, of any lengths).
+
+    Prompts are prefilled once, packed, whatever the number of completions; finished sequences leave the batch. A stop
+    token ends its sequence and is part of it. temperature 0 is greedy: the distribution is a point, its log-prob 0.
+    `generator` seeds the draws. `on_token(sequence, token)` is called as tokens arrive. `anyone` answers, on all ranks
+    alike, whether any rank still generates: sharded models need it, for every rank must run the same number of passes.
+    Raises ValueError for an empty prompt or settings outside their range.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one token")
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or top_k < 0:
+        raise ValueError("max_new_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1, 0 ≤ min_p < 1, top_k ≥ 0")
+    device, G = model.embed_tokens.weight.device, num_return_sequences
+    was_training = model.training
+    model.eval()
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed_tokens.weight.dtype
+    # Rope that stretches with the sequence changes every earlier hidden state with each token, past its limit: no cache
+    # can hold them, so there each step is a whole forward pass.
+    limit = min((r.max_positions for r in model.arch.ropes.values() if r.kind == "dynamic"), default=math.inf)
+
+    def prefill(sequences: list[list[int]]) -> tuple[Tensor, KVCache]:
+        """Logits [B, V] after the last token of each sequence; the sequences go through the model packed in one row."""
+        lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+        packed = torch.tensor([[token for sequence in sequences for token in sequence]], device=device)
+        document_ids = torch.repeat_interleave(torch.arange(len(sequences), device=device), lengths)[None]
+        cache = KVCache(model.arch, lengths.tolist(), device, dtype)
+        hidden, _ = model.hidden_states(packed, document_ids=document_ids, cache=cache)
+        return model.logits(hidden[0, lengths.cumsum(0) - 1]), cache
+
+    logits, cache = prefill(prompts)
+    if G > 1:
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(G)
+        cache.select(rows)
+        logits = logits[rows]
+
+    B, stops = len(prompts) * G, set(stop_token_ids)
+    completion_ids: list[list[int]] = [[] for _ in range(B)]
+    finished = [False] * B
+    active = list(range(B))  # the sequence that each row of the cache belongs to
+    drawn: list[tuple[list[int], list[int], Tensor]] = []  # a step: rows that count, their sequences, log-probs by row
+    for step in range(max_new_tokens):
+        if temperature == 0:
+            chosen = logits.argmax(-1)
+            logprobs = torch.zeros(len(active))
+        else:
+            distribution = sampling_logprobs(logits, temperature, top_k, top_p, min_p)
+            chosen = sample(distribution, generator)
+            logprobs = distribution.gather(-1, chosen[:, None])[:, 0]
+        running = [row for row, sequence in enumerate(active) if not finished[sequence]]
+        drawn.append((running, [active[row] for row in running], logprobs))
+        tokens = chosen.tolist()
+        for row in running:
+            completion_ids[active[row]].append(tokens[row])
+            finished[active[row]] = tokens[row] in stops
+            if on_token is not None:
+                on_token(active[row], tokens[row])
+        running = [row for row in running if not finished[active[row]]]
+        if not anyone(bool(running)) or step + 1 == max_new_tokens:
+            break
+        # Drop finished rows when that saves a quarter of the work; a copy of the cache for less does not pay.
+        if 0 < len(running) <= 0.75 * len(active):
+            cache.select(torch.tensor(running, device=device))
+            chosen, active = chosen[running], [active[row] for row in running]
+        if cache.length + 1 > limit:
+            logits, cache = prefill([prompts[sequence // G] + completion_ids[sequence] for sequence in active])
+        else:
+            hidden, _ = model.hidden_states(chosen[:, None], cache=cache)
+            logits = model.logits(hidden[:, 0])
+    completion_logprobs: list[list[float]] = [[] for _ in range(B)]
+    for rows_then, sequences, logprobs in drawn:
+        values = logprobs.tolist()
+        for row, sequence in zip(rows_then, sequences, strict=True):
+            completion_logprobs[sequence].append(values[row])
+    model.train(was_training)
+    return Generation(completion_ids, completion_logprobs, ["stop" if end else "length" for end in finished])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chat on the terminal
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_for_inference(directory: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Transformer, str]:
+    """A checkpoint, or a PEFT adapter on top of the base that it names; and the folder of the tokenizer."""
+    if (Path(directory) / "adapter_config.json").exists():
+        base = read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path") or ""
+        model = load_pretrained(base, dtype=dtype, device=device)
+        apply_lora(model, read_adapter_options(directory, base), dtype)
+        load_adapter(model, directory)
+        has_tokenizer = (Path(directory) / "tokenizer.json").exists()
+        return model.eval(), directory if has_tokenizer else str(resolve_checkpoint(base))
+    path = resolve_checkpoint(directory)
+    return load_pretrained(str(path), dtype=dtype, device=device), str(path)
+
+
+def chat(argv: list[str]) -> None:
+    import argparse
+
+    from data import Tokenizer
+
+    parser = argparse.ArgumentParser(prog="model.py chat", description="Talk to a checkpoint; an empty line ends.")
+    parser.add_argument("directory", help="a Hugging Face folder, a PEFT adapter or a hub id")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--system", help="a system prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model, tokenizer_directory = load_for_inference(arguments.directory, dtype, device)
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    generator = torch.Generator(device).manual_seed(arguments.seed)
+    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    limit = model.arch.raw.get("max_position_embeddings")
+    while True:
+        try:
+            text = input("you> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not text:
+            break
+        messages.append({"role": "user", "content": text})
+        prompt = tokenizer.encode_prompt(messages)
+        room = arguments.max_new_tokens if not limit else min(arguments.max_new_tokens, limit - len(prompt))
+        if room < 1:
+            print(f"The conversation has filled the model's {limit} positions; start again.")
+            break
+        ids: list[int] = []
+        shown = 0
+
+        def show(_: int, token: int) -> None:
+            nonlocal shown
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # wait for the rest of a multi-byte character
+                print(text[shown:], end="", flush=True)
+                shown = len(text)
+
+        try:
+            generate(
+                model, [prompt], max_new_tokens=room, temperature=arguments.temperature, top_p=arguments.top_p,
+                stop_token_ids=tokenizer.stop_ids, generator=generator, on_token=show,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print(" …", end="")
+        print()
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids).strip()})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] != "chat":
+        sys.exit("usage: python model.py chat DIR [--temperature 0.7] [--max-new-tokens 512]")
+    try:
+        chat(sys.argv[2:])
+    except BallastError as error:
+        sys.exit(f"error: {error}")
