@@ -8,6 +8,7 @@ misspelt key, and errors of one line.
 
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -31,6 +32,10 @@ class ConfigError(BallastError):
     def __init__(self, key: str, value: Any, remedy: str):
         self.key, self.value, self.remedy = key, value, remedy
         super().__init__(f"{key}: {remedy}" if value is None else f"{key}: {value!r} {remedy}")
+
+
+class CheckpointError(BallastError):
+    """A checkpoint that cannot be read, or that this decoder would compute wrongly."""
 
 
 def _parser(config_class: type, **kwargs) -> jsonargparse.ArgumentParser:
@@ -83,7 +88,6 @@ def parse_config(
     *,
     description: str = "",
     ignore_unknown: bool = False,
-    base_directory_key: str | None = "config_directory",
 ) -> Config:
     """The config that `--config FILE key=value …` describes; later arguments win over earlier ones and over the file.
 
@@ -133,19 +137,9 @@ def parse_config(
             hint = f"did you mean `{near[0]}`?" if near else "run with --help to see every option"
             raise ConfigError(where, None, f"is not an option; {hint}")
         checked[key] = _check(parser, key, hints[key], value, where)
-    required = [
-        field.name
-        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
-        if field.init
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-        and field.name not in checked
-    ]
-    if required:
-        raise ConfigError(required[0], None, f"must be set: add `{required[0]}: …` to the YAML file or to the command")
     config = config_class(**{k: _plain(v) for k, v in checked.items()})
-    if base_directory_key and hasattr(config, base_directory_key):
-        setattr(config, base_directory_key, str(directory))
+    if hasattr(config, "config_directory"):
+        config.config_directory = str(directory)  # type: ignore[attr-defined]
     return config
 
 
@@ -156,3 +150,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value
+
+
+def resolve_checkpoint(path_or_repo_id: str, revision: str | None = None, directory: Path | None = None) -> Path:
+    """The local directory of a checkpoint: as given, relative to `directory` (of the config) first, or by hub id.
+
+    Raises CheckpointError where there is none.
+    """
+    path = Path(path_or_repo_id).expanduser()
+    for place in (directory / path if directory else path, path):
+        if place.is_dir():
+            return place
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_repo_id) or path_or_repo_id.startswith("."):
+        raise CheckpointError(f"{path_or_repo_id}: not a directory with a checkpoint, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{path_or_repo_id}: no such directory here, and no such model on the hub (private? run `hf auth login`)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path_or_repo_id}: no such directory, and the hub did not answer: {reason}") from None

@@ -27,18 +27,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from config import BallastError, ConfigError
+from config import BallastError, CheckpointError, ConfigError, resolve_checkpoint
 
 SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
 
 
-class CheckpointError(BallastError):
-    """A checkpoint that cannot be read, or that this decoder would compute wrongly."""
-
-
 @dataclass
 class ModelOptions:
-    base_model: str
+    base_model: str = ""
     """Checkpoint to start from: a directory or a Hugging Face hub id. With random_init only its config.json is used."""
     base_model_revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
@@ -235,7 +231,7 @@ class Rope:
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) on x [B, T, heads, E], first and second half of the rotated part."""
-    cos, sin = tables
+    cos, sin = (table.to(x.dtype) for table in tables)  # under autocast x can be narrower than the residual stream
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
@@ -705,28 +701,6 @@ def load_balancing_loss(router_logits: list[Tensor], arch: Architecture, real: T
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: Hugging Face in and out
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def resolve_checkpoint(path_or_repo_id: str, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint; a hub id is downloaded (or found in the cache) first."""
-    path = Path(path_or_repo_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_repo_id) or path_or_repo_id.startswith("."):
-        raise CheckpointError(f"{path_or_repo_id}: not a directory with a checkpoint, and not a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"]
-    try:
-        return Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{path_or_repo_id}: no such directory here, and no such model on the hub (private? run `hf auth login`)"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path_or_repo_id}: no such directory, and the hub did not answer: {reason}") from None
 
 
 def read_json(path: Path) -> dict:

@@ -1,0 +1,1288 @@
+"""From rows on disk to micro-batches: tokenizer, chat templates, loss masks, packing, order, and a look at all of it.
+
+    python data.py inspect --config x.yaml            what training would see, with its faults named
+    python data.py inspect --config x.yaml --json     one object a row: input_ids and labels (−100 where not trained)
+
+A row is encoded once, by the same code for training and for `inspect`. What cannot be encoded with certainty (a chat
+whose assistant turns cannot be told apart, token by token, from the rest) is refused with its file and line.
+"""
+
+import bisect
+import datetime
+import hashlib
+import importlib
+import json
+import random
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+from config import BallastError, ConfigError, parse_config, resolve_checkpoint
+
+IGNORE = -100  # label of a token that is not trained
+PACK_WINDOW = 8192  # rows that are packed together; bounds the time of packing and keeps the order random
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+class DataError(BallastError):
+    """A row or file that training must not use. One line: file:line, reason, remedy."""
+
+    def __init__(self, file: str, line: int | None, reason: str, remedy: str = ""):
+        self.file, self.line, self.reason, self.remedy = file, line, reason, remedy
+        where = f"{file}:{line}" if line is not None else file
+        super().__init__(f"{where}: {reason}" + (f"; {remedy}" if remedy else ""))
+
+
+class BadRow(Exception):
+    """Why a row cannot be encoded; the caller knows its file and line."""
+
+
+@dataclass
+class DataOptions:
+    datasets: list[dict] = field(default_factory=list)
+    """What to train on: a list of {path, type, weight, split, columns}. path: a file or directory (JSONL, JSON, Parquet,
+    text), hf://datasets/owner/name, or reasoning-gym:TASK with {size, seed, params}. type: chat, instruct,
+    prompt_completion, text, tokens, or your own module.function(row). weight: times a row is seen in an epoch. split:
+    train, test[:100], train[10%:]. columns: {our name: the file's name}."""
+    test_datasets: list[dict] = field(default_factory=list)
+    """Held-out data in the same form; instead of val_set_size."""
+    val_set_size: int | float = 0
+    """Rows to hold out of `datasets` for evaluation: a count, or a fraction below 1 (0.05)."""
+    sequence_len: int = 2048
+    """Longest row, in tokens; packed rows are filled up to it."""
+    excess_length_strategy: Literal["drop", "truncate", "error"] = "drop"
+    """Rows longer than sequence_len: leave out and count, cut the end off, or stop. Plain text is always cut in pieces."""
+    sample_packing: bool = False
+    """Put several documents in one row of sequence_len. Attention and positions stay within a document."""
+    train_on_inputs: bool = False
+    """Train on every token, prompts too."""
+    chat_template: str | None = None
+    """A .jinja file, or `chatml`, instead of the tokenizer's own chat template."""
+    chat_template_kwargs: dict = field(default_factory=dict)
+    """More variables for the chat template, e.g. {enable_thinking: false}."""
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    """Set the tokenizer's special tokens, e.g. {pad_token: "<|endoftext|>"}; unknown ones are added."""
+    tokens: list[str] = field(default_factory=list)
+    """More tokens for the tokenizer; the embedding grows to fit."""
+    tokenizer_vocab_size: int | None = None
+    """With random_init: train a byte-level BPE tokenizer of this size on the training rows, once, instead of loading."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at the first row that cannot be used, or skip such rows, count and list them."""
+    dataset_prepared_path: str | None = None
+    """Where encoded data is kept between runs; default: output_dir/prepared."""
+    config_directory: str = field(default=".", init=False)  # of the YAML file: where relative paths begin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    file: str
+    line: int
+    value: dict
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(str(path), None, f"is not UTF-8 text (byte {error.start})", "convert it") from None
+    except OSError as error:
+        raise DataError(str(path), None, f"cannot be read ({error.strerror})") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except ValueError as error:
+                    yield DataError(str(path), number, f"is not valid JSON ({error})")
+                    continue
+                if isinstance(value, dict):
+                    yield Row(str(path), number, value)
+                else:
+                    yield DataError(str(path), number, "must be a JSON object")
+    except OSError as error:
+        raise DataError(str(path), None, f"cannot be read ({error.strerror})") from None
+
+
+def _read_json(path: Path) -> Iterator[Row | DataError]:
+    try:
+        values = json.loads(_read_text(path))
+    except ValueError as error:
+        raise DataError(str(path), getattr(error, "lineno", None), f"is not valid JSON ({error})") from None
+    if isinstance(values, dict):
+        lists = [v for v in values.values() if isinstance(v, list)]
+        values = lists[0] if len(lists) == 1 else values
+    if not isinstance(values, list):
+        raise DataError(str(path), None, "must hold a JSON list of objects", "or use .jsonl with one object a line")
+    for number, value in enumerate(values, 1):
+        good = isinstance(value, dict)
+        yield Row(str(path), number, value) if good else DataError(str(path), number, "must be a JSON object")
+
+
+def _read_parquet(path: Path) -> Iterator[Row | DataError]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(str(path), number, value)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(str(path), None, f"cannot be read as Parquet ({error})") from None
+
+
+READERS = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+
+
+def _reasoning_gym(spec: dict, name: str) -> Iterator[Row | DataError]:
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise ConfigError("datasets", spec["path"], "needs the package: pip install 'ballast[tiny]'") from None
+    try:
+        rows = reasoning_gym.create_dataset(
+            name, size=int(spec.get("size", 1000)), seed=int(spec.get("seed", 0)), **(spec.get("params") or {})
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError("datasets", spec["path"], f"reasoning-gym says: {error}") from None
+    for number, row in enumerate(rows, 1):
+        instruct = {"instruction": row["question"], "output": row["answer"]}
+        yield Row(spec["path"], number, {**row, **instruct})
+
+
+DATASET_KEYS = {"path", "type", "weight", "split", "columns", "size", "seed", "params"}
+
+
+def _locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
+    """The files of a dataset, and the slice of rows to take."""
+    path, split = spec["path"], str(spec.get("split") or "")
+    matched = re.fullmatch(r"(\w*)(?:\[(.*)\])?", split)
+    if not matched:
+        raise ConfigError("datasets", split, "is not a split; write train, test[:100] or train[10%:]")
+    name, rows = matched.group(1), matched.group(2)
+    if path.startswith("hf://datasets/"):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        parts = path.removeprefix("hf://datasets/").split("/")
+        owner, _, revision = parts[1].partition("@") if len(parts) > 1 else ("", "", "")
+        if not owner:
+            raise ConfigError("datasets", path, "write hf://datasets/owner/name")
+        try:
+            local = Path(
+                snapshot_download(
+                    f"{parts[0]}/{owner}", repo_type="dataset", revision=revision or None,
+                    allow_patterns=["*" + ending for ending in (*READERS, ".txt")],
+                )
+            ).joinpath(*parts[2:])  # fmt: skip
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(path, None, f"could not be had from the hub: {reason}") from None
+    else:
+        local = Path(path).expanduser()
+        if not local.is_absolute():
+            local = next((p for p in (directory / local, Path.cwd() / local) if p.exists()), directory / local)
+    if local.is_file():
+        return [local], rows
+    if not local.is_dir():
+        raise DataError(path, None, "no such file or directory", f"looked in {directory} and {Path.cwd()}")
+    endings = set(READERS) | ({".txt", ".md", ".py"} if spec.get("type") == "text" else set())
+    files = sorted(p for p in local.rglob("*") if p.suffix in endings and not p.name.startswith("."))
+    named = [p for p in files if re.search(rf"(^|[^a-z]){name or 'train'}([^a-z]|$)", str(p.relative_to(local)))]
+    if name and not named:
+        raise DataError(path, None, f"no file of split {name!r}", f"there are {[p.name for p in files][:5]}")
+    if not (named or files):
+        raise DataError(path, None, f"no {', '.join(sorted(endings))} file in this directory")
+    return named or files, rows
+
+
+def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
+    """The rows of one entry of `datasets`, in order; a row that cannot be parsed comes as the error that says so."""
+    unknown = set(spec) - DATASET_KEYS
+    if unknown:
+        raise ConfigError("datasets", sorted(unknown)[0], f"is not a key of a dataset; known: {sorted(DATASET_KEYS)}")
+    if not isinstance(spec.get("path"), str):
+        raise ConfigError("datasets", spec, "each entry needs a path")
+    if spec["path"].startswith("reasoning-gym:"):
+        rows, cut = list(_reasoning_gym(spec, spec["path"].split(":", 1)[1])), None
+    else:
+        files, cut = _locate(spec, directory)
+
+        def read() -> Iterator[Row | DataError]:
+            for file in files:
+                reader = READERS.get(file.suffix)
+                if reader is not None:
+                    yield from reader(file)
+                elif spec.get("type") == "text":
+                    yield Row(str(file), 1, {"text": _read_text(file)})
+                else:
+                    raise DataError(str(file), None, "has an ending that is not known", f"known: {sorted(READERS)}")
+
+        if not cut:
+            yield from read()
+            return
+        rows = list(read())
+    if cut:
+        ends = []
+        for text, default in zip((cut.split(":") + [""])[:2], (0, len(rows)), strict=True):
+            number = re.fullmatch(r"(-?\d+)(%?)", text.strip()) if text.strip() else None
+            if text.strip() and not number:
+                raise ConfigError("datasets", spec["split"], "is not a slice; write [:100] or [10%:]")
+            value = int(number.group(1)) if number else default
+            ends.append(len(rows) * value // 100 if number and number.group(2) else value)
+        rows = rows[ends[0] : ends[1]]
+    yield from rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and chat templates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}` marks what the assistant wrote; the marks are cut out after rendering."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        begin, end = self.environment.globals["generation_marks"]  # type: ignore[misc]
+        return f"{begin}{caller()}{end}"
+
+
+def _template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Templates come with checkpoints and are untrusted: sandboxed, and without access to Python objects' insides."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # jinja2's own filter escapes HTML characters, which a model must not see.
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    nonce = secrets.token_hex(8)  # content cannot contain the marks
+    environment.globals["generation_marks"] = (f"\x02{nonce}<", f"\x02{nonce}>")
+    return environment
+
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template, token ids in and out."""
+
+    def __init__(self, core: tokenizers.Tokenizer, config: dict, template: str | None, source: str, stop_ids=()):
+        core.no_truncation()
+        core.no_padding()
+        self.core, self.config, self.template, self.source = core, config, template, source
+        self.special = {name: self._text(config.get(name)) for name in SPECIAL_NAMES if config.get(name)}
+        self.eos_id = core.token_to_id(self.special["eos_token"]) if "eos_token" in self.special else None
+        pad = core.token_to_id(self.special["pad_token"]) if "pad_token" in self.special else None
+        self.pad_id = next((i for i in (pad, self.eos_id) if i is not None), 0)  # padding is never trained nor seen
+        self.added = {token.content: i for i, token in core.get_added_tokens_decoder().items()}
+        self.kwargs: dict = {}
+        self._extra_stops = list(stop_ids)
+        self._environment = _template_environment()
+        self._compiled: jinja2.Template | None = None
+        self._turn_end: int | None = None
+
+    @staticmethod
+    def _text(token: Any) -> str:
+        return token["content"] if isinstance(token, dict) else str(token)
+
+    @staticmethod
+    def load(directory: str | Path) -> "Tokenizer":
+        """From a checkpoint's folder. Raises DataError where there is no tokenizer.json or it cannot be read."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            hint = "only tokenizer.model is there; save it once with a fast tokenizer" if list(
+                directory.glob("tokenizer.model")
+            ) else "the checkpoint has no tokenizer"  # fmt: skip
+            raise DataError(str(path), None, "is missing", hint)
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(str(path), None, f"cannot be read ({error})") from None
+
+        def read(name: str) -> dict:
+            file = directory / name
+            if not file.exists():
+                return {}
+            try:
+                return json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, OSError) as error:
+                raise DataError(str(file), None, f"is not valid JSON ({error})") from None
+
+        config = {**read("special_tokens_map.json"), **read("tokenizer_config.json")}
+        template = config.pop("chat_template", None)
+        if isinstance(template, list):  # several named templates
+            named = {item["name"]: item["template"] for item in template}
+            template = named.get("default") or next(iter(named.values()), None)
+        if (directory / "chat_template.jinja").exists():
+            template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        stops = read("generation_config.json").get("eos_token_id") or read("config.json").get("eos_token_id")
+        return Tokenizer(
+            core, config, template, str(directory), stops if isinstance(stops, list) else [stops] if stops else []
+        )
+
+    @staticmethod
+    def train(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE tokenizer with single digits and the ChatML template."""
+        core = tokenizers.Tokenizer(tokenizers.models.BPE())
+        core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [
+                tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        core.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
+        core.train_from_iterator(texts, trainer)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False,
+        }  # fmt: skip
+        return Tokenizer(core, config, CHATML, "trained here")
+
+    def configure(self, options: DataOptions, directory: Path) -> "Tokenizer":
+        """This tokenizer with the config's template, special tokens and further tokens."""
+        unknown = set(options.special_tokens) - set(SPECIAL_NAMES)
+        if unknown:
+            raise ConfigError("special_tokens", sorted(unknown)[0], f"is not one of {', '.join(SPECIAL_NAMES)}")
+        self.core.add_special_tokens([t for t in options.special_tokens.values() if self.core.token_to_id(t) is None])
+        self.core.add_tokens([t for t in options.tokens if self.core.token_to_id(t) is None])
+        template = self.template
+        if options.chat_template == "chatml":
+            template = CHATML
+            self.core.add_special_tokens(
+                [t for t in ("<|im_start|>", "<|im_end|>") if self.core.token_to_id(t) is None]
+            )
+        elif options.chat_template:
+            path = Path(options.chat_template)
+            template = _read_text(path if path.is_absolute() or not (directory / path).exists() else directory / path)
+        stops = self._extra_stops
+        configured = Tokenizer(self.core, {**self.config, **options.special_tokens}, template, self.source, stops)
+        configured.kwargs = dict(options.chat_template_kwargs)
+        return configured
+
+    def __len__(self) -> int:
+        return self.core.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1: what an embedding needs."""
+        return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: EOS, those of generation_config.json, and what closes the template's turns."""
+        ids = {i for i in (self.eos_id, *self._extra_stops) if i is not None}
+        if self.template:
+            try:
+                ids.add(self.turn_end())
+            except BadRow:
+                pass  # a template that cannot render this probe ends its turns with one of the others
+        return sorted(ids)
+
+    def turn_end(self) -> int:
+        """The special token that closes an assistant turn in the chat template. BadRow where there is none."""
+        if self._turn_end is None:
+            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            ids, labels = self.encode_chat(probe)
+            self._turn_end = [token for token, label in zip(ids, labels, strict=True) if label != IGNORE][-1]
+        return self._turn_end
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of `text`; `special` lets the tokenizer add its own BOS."""
+        return self.core.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        return self.core.decode(ids, skip_special_tokens=not special)
+
+    def save(self, directory: Path) -> None:
+        """Write what transformers and vLLM need to read this tokenizer, its template and its stop tokens."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            source = Path(self.source) / name
+            if source.exists():
+                shutil.copyfile(source, directory / name)
+        self.core.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        if self.template:
+            (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        generation = Path(self.source) / "generation_config.json"
+        values = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+        stops = self.stop_ids
+        if stops:
+            values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        values.setdefault("pad_token_id", self.pad_id)
+        (directory / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    # -- chat ---------------------------------------------------------------------------------------------------------
+
+    def _render(self, messages: list[dict], tools: list | None, generation_prompt: bool, kwargs: dict) -> str:
+        if self.template is None:
+            raise BadRow("the tokenizer has no chat template; set chat_template: chatml or a .jinja file")
+        try:
+            if self._compiled is None:
+                self._compiled = self._environment.from_string(self.template)
+            return self._compiled.render(
+                messages=messages, tools=tools or None, documents=None, add_generation_prompt=generation_prompt,
+                **{**self.special, **self.kwargs, **kwargs},
+            )  # fmt: skip
+        except jinja2.TemplateError as error:
+            raise BadRow(f"the chat template refuses it: {error.message or type(error).__name__}") from None
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise BadRow(f"the chat template fails on it: {error}") from None
+
+    def render(self, messages: list[dict], tools: list | None = None, generation_prompt: bool = False, **kwargs) -> str:
+        """The conversation as text, as transformers' apply_chat_template renders it. Raises BadRow."""
+        text = self._render(messages, tools, generation_prompt, kwargs)
+        for mark in self._environment.globals["generation_marks"]:  # type: ignore[union-attr]
+            text = text.replace(mark, "")
+        return text
+
+    def encode_prompt(self, messages: list[dict], tools: list | None = None, **kwargs) -> list[int]:
+        """Token ids up to where the assistant's answer begins."""
+        return self.encode(self.render(messages, tools, generation_prompt=True, **kwargs))
+
+    def encode_chat(
+        self, messages: list[dict], tools: list | None = None, *, train_on_inputs: bool = False, **kwargs
+    ) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of a conversation, labels −100 except on what the assistant wrote and its end of turn.
+
+        The spans come from the template's `{% generation %}` blocks, or from `_assistant_spans`. Either way each end of
+        a span is checked: the text before it, tokenised alone, must be exactly the first tokens of the whole. BadRow
+        where that fails, for then no mask would be right.
+        """
+        marked = self._render(messages, tools, False, kwargs)
+        begin, end = self._environment.globals["generation_marks"]  # type: ignore[misc]
+        text = marked.replace(begin, "").replace(end, "")
+        ids = self.encode(text)
+        if train_on_inputs:
+            return ids, list(ids)
+        assistant = [m for m in messages if m.get("role") == "assistant"]
+        trained = [bool(m.get("train", True)) and m.get("weight", 1) != 0 for m in assistant]
+        if begin in marked:
+            spans, position = [], 0
+            for piece in re.split(f"({re.escape(begin)}|{re.escape(end)})", marked):
+                if piece == begin:
+                    spans.append((position, position))
+                elif piece == end:
+                    spans[-1] = (spans[-1][0], position)
+                else:
+                    position += len(piece)
+            if not all(trained) and len(spans) != len(trained):
+                raise BadRow(f"{len(trained)} assistant turns but {len(spans)} generation blocks: cannot map train/weight")
+            trained = trained if len(spans) == len(trained) else [True] * len(spans)
+        else:
+            spans = self._assistant_spans(messages, tools, text, kwargs)
+        labels = [IGNORE] * len(ids)
+        for (start, stop), train in zip(spans, trained, strict=True):
+            stop = self._with_end_of_turn(text, start, stop)
+            first = self._boundary(text, ids, start, "start", may_move=True)
+            last = self._boundary(text, ids, stop, "end")
+            if train:
+                labels[first:last] = ids[first:last]
+        return ids, labels
+
+    def _assistant_spans(self, messages: list[dict], tools: list | None, text: str, kwargs: dict) -> list[tuple[int, int]]:
+        """Where each assistant turn's own text stands in the rendered conversation `text`.
+
+        Each turn is rendered once more with its content replaced by a word that occurs nowhere else. What comes before
+        the word and what comes after must then be the beginning and the end of `text`: that holds however a template
+        trims, reorders or drops things, and also for consecutive assistant turns and for templates that drop the
+        reasoning of earlier turns, where comparing shorter and longer conversations goes wrong. The answer begins where
+        the generation prompt ends, if the template put one there (so reasoning before the content is trained too).
+        """
+        with_prompt = self.render([{"role": "user", "content": "a"}], tools, True, **kwargs)
+        without = self.render([{"role": "user", "content": "a"}], tools, False, **kwargs)
+        header = with_prompt.removeprefix(without) if with_prompt.startswith(without) else ""
+        word = "answer" + secrets.token_hex(8)
+        spans, previous = [], 0
+        for i, message in enumerate(messages):
+            if message.get("role") != "assistant":
+                continue
+            other = {k: v for k, v in message.items() if k not in ("reasoning_content", "tool_calls", "thinking")}
+            probe = self.render([*messages[:i], {**other, "content": word}, *messages[i + 1 :]], tools, **kwargs)
+            if probe.count(word) != 1:
+                raise BadRow(f"message {i}: the chat template shows it {probe.count(word)} times; its bounds are unclear")
+            before, after = probe.split(word)
+            start, end = len(before), len(text) - len(after)
+            at = before.rfind(header, previous) if header else -1
+            if at >= 0:
+                start = at + len(header)
+            if not text.startswith(before[:start]) or not text.endswith(after) or end < start or start < previous:
+                raise BadRow(f"message {i}: cannot tell where this assistant turn begins and ends in the chat template")
+            spans.append((start, end))
+            previous = end
+        return spans
+
+    def _with_end_of_turn(self, text: str, start: int, end: int) -> int:
+        """`end` moved past the special token that closes the turn: a model that never sees it trained never stops."""
+        content = text[start:end].rstrip()
+        if any(content.endswith(token) for token in self.added):
+            return start + len(content)
+        rest = text[end:]
+        after = len(rest) - len(rest.lstrip())
+        closing = max((t for t in self.added if rest.startswith(t, after)), key=len, default=None)
+        if closing is None:
+            raise BadRow("an assistant turn is not closed by a special token in the chat template: it could never stop")
+        return end + after + len(closing)
+
+    def _boundary(self, text: str, ids: list[int], at: int, what: str, may_move: bool = False) -> int:
+        """The index of the token that begins at character `at` of `text`."""
+        for place in (at, len(text[:at].rstrip())) if may_move else (at,):
+            # Sentencepiece-like tokenizers glue a leading space to the answer's first word: then the answer begins there.
+            before = self.encode(text[:place])
+            if ids[: len(before)] == before:
+                return len(before)
+        raise BadRow(f"a token reaches across the {what} of an assistant turn ({text[max(0, at - 10) : at + 10]!r})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows to token ids and labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROLES = {"system", "user", "assistant", "tool", "developer"}
+
+
+def _need_text(row: dict, name: str, default: str | None = None) -> str:
+    value = row.get(name, default)
+    if value is None:
+        raise BadRow(f"column {name!r} is missing (there are {', '.join(sorted(row)) or 'none'})")
+    if not isinstance(value, str):
+        raise BadRow(f"column {name!r} must be text, it is {type(value).__name__}")
+    return value
+
+
+def _check_messages(messages: Any) -> list[dict]:
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except ValueError:
+            raise BadRow("messages is text that is not JSON") from None
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("messages must be a non-empty list")
+    checked = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise BadRow(f"message {i} must be an object")
+        message = {key: value for key, value in message.items() if value is not None}  # Parquet fills gaps with nulls
+        if "role" not in message and "from" in message:  # ShareGPT
+            names = {"human": "user", "gpt": "assistant"}
+            message = {"role": names.get(message["from"], message["from"]), "content": message.get("value")}
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise BadRow(f"message {i}: role {role!r} is not one of {', '.join(sorted(ROLES))}")
+        if isinstance(content, list):
+            parts = [part for part in content if not (isinstance(part, dict) and part.get("type") == "text")]
+            if parts:
+                raise BadRow(f"message {i}: content has a part that is not text")
+            message = {**message, "content": "".join(part["text"] for part in content)}
+        elif content is None and role == "assistant" and (message.get("tool_calls") or message.get("reasoning_content")):
+            message = {**message, "content": ""}
+        elif not isinstance(content, str):
+            raise BadRow(f"message {i}: content must be text, it is {type(content).__name__}")
+        if message.get("weight", 1) not in (0, 1):
+            raise BadRow(f"message {i}: weight must be 0 or 1, it is {message['weight']}")
+        checked.append(message)
+    if not any(m["role"] == "assistant" for m in checked):
+        raise BadRow("no assistant message: nothing to train on")
+    return checked
+
+
+class Encoder:
+    """A row of one dataset as (input_ids, labels). `encode` raises BadRow."""
+
+    def __init__(self, kind: str, tokenizer: Tokenizer, options: DataOptions, directory: Path, columns: dict | None = None):
+        self.tokenizer, self.options, self.columns = tokenizer, options, columns or {}
+        self.kind, self.function = kind, None
+        if kind not in ("chat", "instruct", "prompt_completion", "text", "tokens"):
+            self.function = _import_function(kind, directory)
+
+    def encode(self, row: dict) -> tuple[list[int], list[int]] | None:
+        kind = self.kind
+        row = {**row, **{ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}}
+        if self.function is not None:
+            try:
+                made = self.function(row)
+            except Exception as error:  # user code may raise anything; the row is named by the caller
+                raise BadRow(f"{kind} raised {type(error).__name__}: {error}") from error
+            if made is None:
+                return None
+            shapes = [("chat", "messages"), ("tokens", "input_ids"), ("prompt_completion", "completion"),
+                      ("instruct", "output"), ("text", "text")]  # fmt: skip
+            kind = next((k for k, column in shapes if isinstance(made, dict) and column in made), None)
+            if kind is None:
+                raise BadRow(f"{self.kind} must return a dict with messages, completion, output, text or input_ids")
+            row = made
+        return getattr(self, "_" + kind)(row)
+
+    def _masked(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        ids = prompt + answer
+        return ids, list(ids) if self.options.train_on_inputs else [IGNORE] * len(prompt) + answer
+
+    def _end(self) -> list[int]:
+        if self.tokenizer.eos_id is None:
+            raise BadRow("the tokenizer has no EOS token; set special_tokens: {eos_token: …}")
+        return [self.tokenizer.eos_id]
+
+    def _chat(self, row: dict) -> tuple[list[int], list[int]]:
+        messages = row.get("messages", row.get("conversations"))
+        if messages is None:
+            raise BadRow(f"column 'messages' is missing (there are {', '.join(sorted(row)) or 'none'})")
+        tools = row.get("tools")
+        if isinstance(tools, str):
+            try:
+                tools = json.loads(tools)
+            except ValueError:
+                raise BadRow("tools is text that is not JSON") from None
+        return self.tokenizer.encode_chat(
+            _check_messages(messages), tools, train_on_inputs=self.options.train_on_inputs,
+            **(row.get("chat_template_kwargs") or {}),
+        )  # fmt: skip
+
+    def _instruct(self, row: dict) -> tuple[list[int], list[int]]:
+        instruction, more = _need_text(row, "instruction"), _need_text(row, "input", "")
+        output, system = _need_text(row, "output"), row.get("system")
+        if self.tokenizer.template:
+            question = f"{instruction}\n\n{more}" if more else instruction
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+            return self._chat({"messages": [{"role": "system", "content": system}, *messages] if system else messages})
+        middle = f"### Input:\n{more}\n\n" if more else ""
+        start = f"{system}\n\n" if system else ""
+        prompt = f"{start}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+        return self._prompt_completion({"prompt": prompt, "completion": output})
+
+    def _prompt_completion(self, row: dict) -> tuple[list[int], list[int]]:
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            unmarked = [{**message, "train": False} if message.get("role") == "assistant" else message for message in prompt]
+            return self._chat({**row, "messages": [*unmarked, *completion]})
+        # Tokenised apart, as a model reads a prompt before it writes: no token can span the two.
+        prompt = _need_text(row, "prompt", "")
+        completion = _need_text(row, "completion")
+        if not completion:
+            raise BadRow("completion is empty")
+        ids = self.tokenizer.encode(prompt, special=True)
+        return self._masked(ids, self.tokenizer.encode(completion) + self._end())
+
+    def _text(self, row: dict) -> tuple[list[int], list[int]]:
+        text = _need_text(row, "text")
+        if not text.strip():
+            raise BadRow("text is empty")
+        ids = self.tokenizer.encode(text, special=True) + self._end()
+        return ids, list(ids)
+
+    def _tokens(self, row: dict) -> tuple[list[int], list[int]]:
+        ids, labels = row.get("input_ids"), row.get("labels")
+        labels = ids if labels is None else labels
+
+        def whole(values: Any) -> bool:
+            return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+
+        if not whole(ids) or not whole(labels):
+            raise BadRow("input_ids and labels must be lists of whole numbers")
+        if len(ids) != len(labels):
+            raise BadRow(f"input_ids has {len(ids)} numbers, labels {len(labels)}")
+        if any(i < 0 for i in ids) or any(label < 0 and label != IGNORE for label in labels):
+            raise BadRow("a negative id (labels may be −100)")
+        return ids, labels
+
+
+def _import_function(name: str, directory: Path) -> Callable[[dict], Any]:
+    module, _, attribute = name.rpartition(".")
+    known = "chat, instruct, prompt_completion, text, tokens or your own module.function"
+    if not module:
+        raise ConfigError("datasets", name, f"is not a type; use {known}")
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        test = f"cd {directory} && python -c 'import {module}; {name}'"
+        raise ConfigError("datasets", name, f"cannot be imported ({error}); looked in {directory}; try: {test}") from None
+    if not callable(function):
+        raise ConfigError("datasets", name, "is not a function")
+    return function
+
+
+@dataclass
+class Encoded:
+    """A row as training sees it, or why training does not see it."""
+
+    file: str
+    line: int
+    input_ids: list[int]
+    labels: list[int]
+    status: Literal["kept", "truncated", "dropped", "bad", "skipped"] = "kept"
+    reason: str = ""
+
+
+def encode_dataset(spec: dict, tokenizer: Tokenizer, options: DataOptions, directory: Path) -> Iterator[Encoded]:
+    """Every row of one dataset through the code that training uses. DataError for a bad row under `on_bad_row: error`."""
+    kind = spec.get("type")
+    if not isinstance(kind, str):
+        raise ConfigError("datasets", spec.get("path"), "needs a type: chat, instruct, prompt_completion, text, tokens, …")
+    encoder = Encoder(kind, tokenizer, options, directory, spec.get("columns"))
+    limit = options.sequence_len
+    for row in read_rows(spec, directory):
+        if isinstance(row, DataError):
+            encoded, problem = Encoded(row.file, row.line or 0, [], []), row.reason
+        else:
+            encoded, problem = Encoded(row.file, row.line, [], []), ""
+            try:
+                made = encoder.encode(row.value)
+                if made is None:
+                    encoded.status, encoded.reason = "skipped", f"{kind} returned None"
+                    yield encoded
+                    continue
+                encoded.input_ids, encoded.labels = made
+            except BadRow as error:
+                problem = str(error)
+        ids, labels = encoded.input_ids, encoded.labels
+        if not problem and kind == "text" and len(ids) > limit:
+            for begin in range(0, len(ids), limit):
+                yield Encoded(encoded.file, encoded.line, ids[begin : begin + limit], labels[begin : begin + limit])
+            continue
+        if not problem and not any(label != IGNORE for label in labels[1:]):
+            problem = "no token is trained"  # position 0 has no prediction before it
+        if not problem and len(ids) > limit:
+            if options.excess_length_strategy == "error":
+                problem = f"has {len(ids)} tokens, sequence_len is {limit}"
+            else:
+                encoded.status, encoded.reason = "truncated", f"{len(ids)} tokens, sequence_len is {limit}"
+                encoded.input_ids, encoded.labels = ids[:limit], labels[:limit]
+                if options.excess_length_strategy == "drop" or all(x == IGNORE for x in encoded.labels[1:]):
+                    encoded.status = "dropped"
+        if problem:
+            if options.on_bad_row == "error":
+                remedy = "mend the row, or set on_bad_row: skip"
+                raise DataError(encoded.file, encoded.line, problem, remedy)
+            encoded.status, encoded.reason = "bad", problem
+        yield encoded
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoded data in memory, and its order
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Dataset:
+    """Encoded rows as flat arrays (memory-mapped when prepared on disk).
+
+    `tokens`, `labels` int32 [all tokens]; row i is tokens[offsets[i]:offsets[i+1]]; `source` [rows] is the dataset of a
+    row, `lines` [rows] its line, `files` [rows] an index into `file_names`.
+    """
+
+    ARRAYS = ("tokens", "labels", "offsets", "source", "lines", "files")
+
+    def __init__(self, arrays: dict[str, np.ndarray], file_names: list[str], counts: dict, fingerprint: str):
+        self.tokens, self.labels, self.offsets = arrays["tokens"], arrays["labels"], arrays["offsets"]
+        self.source, self.lines, self.files = arrays["source"], arrays["lines"], arrays["files"]
+        self.file_names, self.counts, self.fingerprint = file_names, counts, fingerprint
+        self.lengths = np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[part], self.labels[part]
+
+    def name(self, i: int) -> str:
+        return f"{self.file_names[self.files[i]]}:{self.lines[i]}"
+
+    def trained_tokens(self, i: int) -> int:
+        return int((self.row(i)[1][1:] != IGNORE).sum())
+
+    @staticmethod
+    def build(rows: Iterator[tuple[int, Encoded]]) -> "Dataset":
+        tokens, labels, offsets, source, lines, files = [], [], [0], [], [], []
+        names: dict[str, int] = {}
+        counts: dict[str, Any] = {"rows": 0, "kept": 0, "truncated": 0, "dropped": 0, "bad": 0, "skipped": 0}
+        counts["named"] = []
+        for number, encoded in rows:
+            counts["rows"] += 1
+            counts[encoded.status] += 1
+            if encoded.status in ("bad", "dropped") and len(counts["named"]) < 100:
+                counts["named"].append(f"{encoded.file}:{encoded.line}: {encoded.status}: {encoded.reason}")
+            if encoded.status not in ("kept", "truncated"):
+                continue
+            tokens.append(np.array(encoded.input_ids, dtype=np.int32))
+            labels.append(np.array(encoded.labels, dtype=np.int32))
+            offsets.append(offsets[-1] + len(encoded.input_ids))
+            source.append(number)
+            lines.append(encoded.line)
+            files.append(names.setdefault(encoded.file, len(names)))
+        arrays = {
+            "tokens": np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
+            "labels": np.concatenate(labels) if labels else np.zeros(0, np.int32),
+            "offsets": np.array(offsets, np.int64), "source": np.array(source, np.int32),
+            "lines": np.array(lines, np.int64), "files": np.array(files, np.int32),
+        }  # fmt: skip
+        digest = hashlib.sha256()
+        for name in ("tokens", "labels", "offsets", "source"):
+            digest.update(arrays[name].tobytes())
+        return Dataset(arrays, list(names), counts, digest.hexdigest())
+
+    def save(self, directory: Path) -> None:
+        """Beside its final place first, so that a kill leaves nothing half-written under that name."""
+        aside = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
+        aside.mkdir(parents=True)
+        for name in self.ARRAYS:
+            np.save(aside / f"{name}.npy", getattr(self, name))
+        facts = {"file_names": self.file_names, "counts": self.counts, "fingerprint": self.fingerprint}
+        (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        shutil.rmtree(directory, ignore_errors=True)
+        aside.rename(directory)
+
+    @staticmethod
+    def load(directory: Path) -> "Dataset":
+        facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
+        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in Dataset.ARRAYS}
+        return Dataset(arrays, facts["file_names"], facts["counts"], facts["fingerprint"])
+
+
+def prepare(specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path, cache: Path) -> Dataset:
+    """Encode every dataset, or find the result of an earlier run with the same files, options, tokenizer and code."""
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    for spec in specs:
+        key.update(json.dumps(spec, sort_keys=True, default=str).encode())
+        if not spec.get("path", "").startswith("reasoning-gym:"):
+            for file in _locate(spec, directory)[0]:
+                facts = file.stat()
+                key.update(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode())
+        if "." in str(spec.get("type")):
+            function = _import_function(spec["type"], directory)
+            path = getattr(sys.modules.get(function.__module__), "__file__", None)
+            key.update(Path(path).read_bytes() if path else b"")
+    key.update(repr((options.sequence_len, options.excess_length_strategy, options.train_on_inputs)).encode())
+    key.update(repr((options.on_bad_row, options.chat_template_kwargs, tokenizer.special)).encode())
+    key.update((tokenizer.template or "").encode() + tokenizer.core.to_str().encode())
+    place = cache / key.hexdigest()[:16]
+    if (place / "facts.json").exists():
+        return Dataset.load(place)
+
+    def rows() -> Iterator[tuple[int, Encoded]]:
+        for number, spec in enumerate(specs):
+            for encoded in encode_dataset(spec, tokenizer, options, directory):
+                yield number, encoded
+
+    Dataset.build(rows()).save(place)
+    return Dataset.load(place)
+
+
+def split_held_out(rows: int, val_set_size: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, held-out rows), both ascending; the choice depends on the seed only."""
+    if isinstance(val_set_size, float) and val_set_size != int(val_set_size) and not 0 < val_set_size < 1:
+        raise ConfigError("val_set_size", val_set_size, "must be a count, or a fraction between 0 and 1")
+    count = round(rows * val_set_size) if 0 < val_set_size < 1 else int(val_set_size)
+    if val_set_size and not 0 < count < rows:
+        raise ConfigError("val_set_size", val_set_size, f"holds out {count} of {rows} rows; leave some on both sides")
+    order = np.random.default_rng([seed, 17]).permutation(rows)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def pack(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: bins of `capacity` tokens, each a list of indices into `lengths`, in order of creation.
+
+    The longest document goes first, into the fullest bin that still has room for it. Raises ValueError for a document
+    that fits no bin.
+    """
+    bins: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # room left → bins with just that room
+    rooms: list[int] = []  # the keys of by_room, ascending
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[i]
+        if length > capacity:
+            raise ValueError(f"a document of {length} tokens does not fit into {capacity}")
+        at = bisect.bisect_left(rooms, length)
+        if at == len(rooms):
+            bins.append([i])
+            target, room = len(bins) - 1, capacity
+        else:
+            room = rooms[at]
+            target = by_room[room].pop()
+            bins[target].append(i)
+            if not by_room[room]:
+                del by_room[room]
+                rooms.pop(at)
+        room -= length
+        if room > 0:
+            if room not in by_room:
+                by_room[room] = []
+                bisect.insort(rooms, room)
+            by_room[room].append(target)
+    return bins
+
+
+@dataclass
+class Batch:
+    """One micro-batch. Shapes [B, T]; a target is the label of the next token of the same document, −100 if untrained."""
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    document_ids: Tensor  # −1 on padding
+    rows: list[int]  # of the Dataset, to name a row that breaks a run
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (getattr(self, n).to(device, non_blocking=True) for n in ("input_ids", "targets", "position_ids"))
+        return Batch(*moved, self.document_ids.to(device, non_blocking=True), self.rows)  # type: ignore[call-arg]
+
+
+class Batches:
+    """The order of training: a pure function of (seed, epoch), so that a step number is the whole position.
+
+    A unit is a row, or a pack of rows. Step s takes units [s·U, (s+1)·U) of the epochs laid end to end, where U =
+    micro_batch_size · gradient_accumulation_steps · world: how U is cut changes nothing but who computes what.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: np.ndarray,
+        options: DataOptions,
+        *,
+        weights: list[float],
+        units_a_step: int,
+        seed: int,
+        pad_id: int,
+        shuffle: bool = True,
+    ):
+        self.dataset, self.rows, self.options, self.weights = dataset, rows, options, weights
+        self.units_a_step, self.seed, self.pad_id, self.shuffle = units_a_step, seed, pad_id, shuffle
+        self._epochs: dict[int, list[list[int]]] = {}
+        self._starts = [0]  # unit at which each epoch begins
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """The units of an epoch, each a list of rows."""
+        if number not in self._epochs:
+            generator = np.random.default_rng([self.seed, number])
+            chosen = []
+            for source, weight in enumerate(self.weights):
+                of_source = self.rows[self.dataset.source[self.rows] == source]
+                whole, part = int(weight), weight - int(weight)
+                chosen += [of_source] * whole
+                if part:  # another part in every epoch
+                    chosen.append(generator.permutation(of_source)[: round(part * len(of_source))])
+            order = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
+            if self.shuffle:
+                order = generator.permutation(order)
+            if self.options.sample_packing:
+                units = []
+                for begin in range(0, len(order), PACK_WINDOW):
+                    window = order[begin : begin + PACK_WINDOW]
+                    packs = pack(self.dataset.lengths[window].tolist(), self.options.sequence_len)
+                    units += [[int(window[i]) for i in one] for one in packs]
+                if self.shuffle:  # best fit makes full packs first: undo that
+                    units = [units[i] for i in generator.permutation(len(units))]
+            else:
+                units = [[int(i)] for i in order]
+            if not units:
+                raise DataError("datasets", None, "no row is left to train on", "see `python data.py inspect`")
+            self._epochs = {k: v for k, v in self._epochs.items() if k >= number - 1} | {number: units}
+        return self._epochs[number]
+
+    def steps(self, epochs: float) -> int:
+        """Optimiser steps in so many epochs; the last one may be smaller."""
+        whole, units = int(epochs), 0
+        for number in range(whole):
+            units += len(self.epoch(number))
+        if epochs > whole:
+            units += round((epochs - whole) * len(self.epoch(whole)))
+        return max(1, -(-units // self.units_a_step))
+
+    def units(self, step: int) -> list[list[int]]:
+        """The units of one step. Epochs follow each other without a gap."""
+        first, last = step * self.units_a_step, (step + 1) * self.units_a_step
+        found: list[list[int]] = []
+        while self._starts[-1] <= last:
+            self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
+        for number in range(bisect.bisect_right(self._starts, first) - 1, len(self._starts) - 1):
+            start, end = self._starts[number], self._starts[number + 1]
+            if start >= last:
+                break
+            found += self.epoch(number)[max(0, first - start) : last - start]
+        return found
+
+    def epoch_of(self, step: int) -> float:
+        """How many epochs are behind after so many steps."""
+        unit = step * self.units_a_step
+        while self._starts[-1] <= unit:
+            self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
+        number = bisect.bisect_right(self._starts, unit) - 1
+        return number + (unit - self._starts[number]) / (self._starts[number + 1] - self._starts[number])
+
+    def micro_batches(self, units: list[list[int]], micro_batch_size: int, rank: int, world: int) -> list[Batch]:
+        """This rank's share of the units of one step, cut into micro-batches; as many on every rank."""
+        share = micro_batch_size * world
+        batches = []
+        for begin in range(0, len(units), share):
+            mine = units[begin + rank * micro_batch_size : min(begin + (rank + 1) * micro_batch_size, begin + share)]
+            batches.append(self.collate(mine))
+        return batches
+
+    def trained_tokens(self, units: list[list[int]]) -> int:
+        """Of all ranks: what the loss of the step is divided by."""
+        return sum(self.dataset.trained_tokens(i) for unit in units for i in unit)
+
+    def collate(self, units: list[list[int]]) -> Batch:
+        rows = [i for unit in units for i in unit]
+        width = max((sum(int(self.dataset.lengths[i]) for i in unit) for unit in units), default=1)
+        if self.options.sample_packing:  # few different widths, so that compiled kernels are reused
+            width = min(-(-width // 64) * 64, self.options.sequence_len)
+        B = max(1, len(units))  # a rank without a row still takes part in every collective, on one untrained token
+        ids = np.full((B, width), self.pad_id, np.int64)
+        targets = np.full((B, width), IGNORE, np.int64)
+        positions = np.zeros((B, width), np.int64)
+        documents = np.full((B, width), -1, np.int64)
+        if not units:
+            documents[0, 0] = 0
+        for b, unit in enumerate(units):
+            at = 0
+            for number, i in enumerate(unit):
+                tokens, labels = self.dataset.row(i)
+                end = at + len(tokens)
+                ids[b, at:end] = tokens
+                targets[b, at : end - 1] = labels[1:]
+                positions[b, at:end] = np.arange(len(tokens))
+                documents[b, at:end] = number
+                at = end
+        return Batch(*(torch.from_numpy(x) for x in (ids, targets, positions, documents)), rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and data of a config
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path, cache: Path) -> Tokenizer:
+    """The checkpoint's tokenizer, or one trained on the data (`tokenizer_vocab_size`) and kept in `cache`."""
+    if options.tokenizer_vocab_size is None:
+        return Tokenizer.load(checkpoint).configure(options, directory)
+    key = hashlib.sha256(repr((options.tokenizer_vocab_size, options.datasets)).encode()).hexdigest()[:16]
+    place = cache / f"tokenizer-{key}"
+    if not (place / "tokenizer.json").exists():
+
+        def texts() -> Iterator[str]:
+            def strings(value: Any) -> Iterator[str]:
+                if isinstance(value, str):
+                    yield value
+                elif isinstance(value, dict):
+                    for item in value.values():
+                        yield from strings(item)
+                elif isinstance(value, list):
+                    for item in value:
+                        yield from strings(item)
+
+            columns = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text")
+            for spec in options.datasets:
+                for row in read_rows(spec, directory):
+                    if isinstance(row, Row):
+                        yield from strings({k: row.value[k] for k in columns if k in row.value})
+
+        aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+        Tokenizer.train(texts(), options.tokenizer_vocab_size).save(aside)
+        aside.rename(place)
+    return Tokenizer.load(place).configure(options, directory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inspect
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class InspectOptions(DataOptions):
+    base_model: str = ""
+    """Checkpoint whose tokenizer and vocabulary count."""
+    base_model_revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint."""
+    output_dir: str = "outputs"
+    """Where a trained tokenizer is kept."""
+    samples: int = 3
+    """How many samples to show."""
+
+
+def inspect(argv: list[str]) -> int:
+    as_json = "--json" in argv
+    options = parse_config(
+        InspectOptions, [a for a in argv if a != "--json"], ignore_unknown=True,
+        description="Show what training would see. --json prints one object a row.",
+    )  # fmt: skip
+    directory = Path(options.config_directory)
+    if not options.base_model:
+        raise ConfigError("base_model", None, "must be set: a directory or a hub id")
+    checkpoint = resolve_checkpoint(options.base_model, options.base_model_revision, directory)
+    cache = Path(options.dataset_prepared_path or Path(options.output_dir) / "prepared")
+    tokenizer = load_tokenizer(checkpoint, options, directory, cache)
+    if as_json:
+        for spec in options.datasets:
+            for row in encode_dataset(spec, tokenizer, options, directory):
+                print(json.dumps(row.__dict__))
+        return 0
+    options.on_bad_row = "skip"  # here the faults are the point
+    rows = [row for spec in options.datasets for row in encode_dataset(spec, tokenizer, options, directory)]
+    config = checkpoint / "config.json"
+    vocab_size = json.loads(config.read_text()).get("vocab_size") if config.exists() else None
+    if options.tokenizer_vocab_size is not None:
+        vocab_size = tokenizer.vocab_size
+    return _report(rows, tokenizer, vocab_size, options)
+
+
+def _report(rows: list[Encoded], tokenizer: Tokenizer, vocab_size: int | None, options: InspectOptions) -> int:
+    used = [row for row in rows if row.status in ("kept", "truncated")]
+    colour = sys.stdout.isatty()
+    on, off = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
+    for row in random.Random(0).sample(used, min(options.samples, len(used))):
+        print(f"── {row.file}:{row.line}  {len(row.input_ids)} tokens, trained: {'green' if colour else '⟦ ⟧'}")
+        pieces, begin = [], 0
+        flags = [label != IGNORE for label in row.labels]
+        for i in range(1, len(flags) + 1):
+            if i == len(flags) or flags[i] != flags[begin]:
+                text = tokenizer.decode(row.input_ids[begin:i], special=True)
+                pieces.append(f"{on}{text}{off}" if flags[begin] else text)
+                begin = i
+        print("".join(pieces).rstrip("\n"), end="\n\n")
+    total = len(rows)
+    if not total:
+        print("warning: no rows")
+        return 1
+
+    lengths = np.array([len(row.input_ids) for row in used] or [0])
+    trained = sum(sum(label != IGNORE for label in row.labels) for row in used)
+    distinct = {hashlib.sha256(repr(row.input_ids).encode()).digest() for row in used}
+    count = {s: sum(row.status == s for row in rows) for s in ("kept", "truncated", "dropped", "bad", "skipped")}
+    no_token = [row for row in rows if row.status == "bad" and "no token is trained" in row.reason]
+    empty = [row for row in rows if row.status == "bad" and ("empty" in row.reason or "non-empty" in row.reason)]
+    beyond = [row for row in used if vocab_size and row.input_ids and max(row.input_ids) >= vocab_size]
+    share = trained / max(1, int(lengths.sum()))
+    stops = set(tokenizer.stop_ids)
+    endless = [
+        row for row in used
+        if row.status == "kept" and not any(l != IGNORE and i in stops for i, l in zip(row.input_ids, row.labels, strict=True))
+    ]  # fmt: skip
+
+    edges = np.unique(np.linspace(0, max(int(lengths.max()), 1), 11).astype(int))
+    print("length in tokens")
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        n = int(((lengths >= low) & ((lengths < high) | (high == edges[-1]))).sum())
+        print(f"  {low:>7,}–{high:<7,} {n:>8,} {'█' * round(40 * n / max(1, len(used)))}")
+    print(f"  mean {lengths.mean():.1f}, median {np.median(lengths):.0f}, longest {lengths.max():,}\n")
+    lines = [
+        ("rows", total, ""), ("used", len(used), ""), ("tokens", int(lengths.sum()), ""),
+        ("trained tokens", trained, f"{share:.1%} of tokens"),
+        ("truncated", count["truncated"], f"{count['truncated'] / total:.1%} of rows"),
+        ("dropped as too long", count["dropped"], f"{count['dropped'] / total:.1%} of rows"),
+        ("duplicates", len(used) - len(distinct), f"{(len(used) - len(distinct)) / total:.1%} of rows"),
+        ("empty", len(empty), f"{len(empty) / total:.1%} of rows"),
+        ("nothing trained", len(no_token), f"{len(no_token) / total:.1%} of rows"),
+        ("bad", count["bad"], f"{count['bad'] / total:.1%} of rows"),
+        ("ids out of range", len(beyond), f"vocabulary {vocab_size:,}" if vocab_size else ""),
+    ]  # fmt: skip
+    for label, number, note in lines:
+        print(f"{label:<20} {number:>10,}  {note}".rstrip())
+    if options.sample_packing and used:
+        packs = pack(lengths.tolist(), options.sequence_len)
+        print(f"{'packs':<20} {len(packs):>10,}  {lengths.sum() / (len(packs) * options.sequence_len):.1%} full")
+    print()
+
+    warnings = []
+    if beyond:
+        warnings.append(f"{len(beyond)} rows have ids beyond the vocabulary ({beyond[0].file}:{beyond[0].line}): "
+                        "wrong tokenizer for this checkpoint")  # fmt: skip
+    if used and share < 0.01:
+        warnings.append(f"only {share:.2%} of the tokens are trained: is the loss mask right? (reference page: Loss Plateau)")
+    if used and share > 0.999 and any(spec.get("type") not in ("text", "tokens") for spec in options.datasets):
+        if not options.train_on_inputs:
+            warnings.append("every token is trained although the data has prompts: is the loss mask right?")
+    if len(used) - len(distinct) > 0.01 * total:
+        warnings.append(f"{len(used) - len(distinct)} rows repeat another: they weigh double and hide overfitting")
+    if count["truncated"] + count["dropped"] > 0.05 * total:
+        warnings.append(f"{count['truncated'] + count['dropped']} rows are longer than sequence_len {options.sequence_len}: raise it, "
+                        "or split them")  # fmt: skip
+    if endless and len(endless) > 0.01 * total and any(spec.get("type") != "tokens" for spec in options.datasets):
+        warnings.append(f"{len(endless)} rows train no end-of-sequence token ({endless[0].file}:{endless[0].line}): "
+                        "the model may never stop")  # fmt: skip
+    if used and lengths.max() > 8 * np.median(lengths) and lengths.max() > 512:
+        row = used[int(lengths.argmax())]
+        warnings.append(f"the longest row is {lengths.max() / max(1, np.median(lengths)):.0f} times the median "
+                        f"({row.file}:{row.line}): a single extreme row can cause a loss spike")  # fmt: skip
+    bad = [row for row in rows if row.status == "bad"]
+    for row in bad[:10]:
+        warnings.append(f"{row.file}:{row.line}: {row.reason}")
+    if len(bad) > 10:
+        warnings.append(f"… and {len(bad) - 10} more bad rows")
+    for warning in warnings:
+        print(f"warning: {warning}")
+    if not warnings:
+        print("no fault found")
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] != "inspect":
+        sys.exit("usage: python data.py inspect --config x.yaml [--json] [key=value …]")
+    try:
+        sys.exit(inspect(sys.argv[2:]))
+    except BallastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)

@@ -1,0 +1,549 @@
+"""Processes, sharding, optimiser, schedule and checkpoints: what turns a loop into one that runs on many devices and
+goes on after it was killed.
+
+One process and many are the same program: `python sft.py` is a world of one. With more, FSDP2 shards each block; no rank
+ever holds a whole full-precision model.
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as td
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from config import BallastError, ConfigError
+from model import Transformer
+
+T = TypeVar("T")
+
+
+@dataclass
+class DistOptions:
+    bf16: bool = False
+    """Compute in bfloat16. Trained weights, their gradients and the optimiser stay in fp32; frozen weights are bf16."""
+    gradient_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing_kwargs: dict = field(default_factory=dict)
+    """{use_reentrant: false} is the default; true is the older implementation."""
+    fsdp_reshard_after_forward: bool = True
+    """Free a block's gathered weights between forward and backward: less memory, one more gather."""
+    fsdp_cpu_offload: bool = False
+    """Keep weights and optimiser state in host memory (CUDA only)."""
+    hsdp_shard_size: int | None = None
+    """Shard over groups of so many processes and replicate across groups (HSDP), e.g. the GPUs of one node."""
+    gpu_timeout_minutes: int = 30
+    """A collective that waits longer stops the run: some rank died or took another path."""
+
+
+@dataclass
+class OptimizerOptions:
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices of the blocks, AdamW for the rest."""
+    learning_rate: float = 2e-5
+    """Peak learning rate. Full fine-tuning 1e-5–5e-5, LoRA 1e-4–3e-4."""
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warmup; wsd holds the peak and decays over the last wsd_decay_ratio of the run."""
+    min_lr_ratio: float = 0.0
+    """Where the decay ends, as a share of the peak."""
+    wsd_decay_ratio: float = 0.2
+    """Share of the run over which wsd decays."""
+    warmup_steps: int | None = None
+    """Steps of linear warmup; 5–10 % of the run is usual."""
+    warmup_ratio: float | None = None
+    """Warmup as a share of the run, instead of warmup_steps."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices only."""
+    adam_beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 leaves it."""
+
+
+@dataclass
+class CheckpointOptions:
+    output_dir: str = "outputs/run"
+    """Everything the run writes goes here."""
+    save_steps: int | None = None
+    """Write a checkpoint every so many steps; unset: only when the run is interrupted."""
+    save_total_limit: int = 2
+    """Keep this many checkpoints, the newest."""
+    save_async: bool = True
+    """Write checkpoints in the background while training goes on."""
+    resume: str = "auto"
+    """auto: continue from the newest checkpoint in output_dir if there is one; never; or a checkpoint's directory."""
+    resume_with_new_data: bool = False
+    """Allow a checkpoint to go on with data other than it was made with; its position then means other rows."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    mesh: DeviceMesh | None = None  # over which parameters are sharded; None for one process
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self, bf16: bool) -> contextlib.AbstractContextManager:
+        """bf16 compute for one process; with several, FSDP's mixed precision does it."""
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16 and self.size == 1 else contextlib.nullcontext()
+
+
+def init(options: DistOptions) -> World:
+    """Join the other processes (torchrun's environment) or be a world of one."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    elif options.fsdp_cpu_offload:
+        raise ConfigError("fsdp_cpu_offload", True, "needs CUDA; without a GPU everything is in host memory already")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if not td.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        timeout = timedelta(minutes=options.gpu_timeout_minutes)
+        if "RANK" in os.environ:
+            td.init_process_group(backend, timeout=timeout)
+        else:
+            td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=timeout)
+    world = World(rank, size, local_rank, device)
+    shard = options.hsdp_shard_size
+    if shard and (size % shard or shard < 2):
+        raise ConfigError("hsdp_shard_size", shard, f"must divide the {size} processes and be at least 2")
+    if size > 1:
+        shape, names = ((size // shard, shard), ("replicate", "shard")) if shard else ((size,), ("shard",))
+        world.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return world
+
+
+def finish() -> None:
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def all_reduce(values: list[float], world: World, op: Any = td.ReduceOp.SUM) -> list[float]:
+    """Sums (or another reduction) over ranks, in fp64 on the CPU group: one call for many numbers."""
+    if world.size == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    td.all_reduce(tensor, op)
+    return tensor.tolist()
+
+
+def main_first(work: Callable[[], T], world: World) -> T:
+    """`work()` on rank 0, then on the others, which find what it left on disk. Its error stops all of them."""
+    if world.size == 1:
+        return work()
+    failure: list[str | None] = [None]
+    result: T | None = None
+    error: Exception | None = None
+    if world.main:
+        try:
+            result = work()
+        except Exception as caught:  # told to the others, then raised here
+            failure, error = [str(caught)], caught
+    td.broadcast_object_list(failure, src=0)
+    if error is not None:
+        raise error
+    if failure[0] is not None:
+        raise BallastError(failure[0])
+    return result if world.main else work()  # type: ignore[return-value]
+
+
+class Interrupt:
+    """SIGINT and SIGTERM ask the loop to save and stop; a second signal stops at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._caught)
+
+    def _caught(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shard(model: Transformer, options: DistOptions, world: World) -> Transformer:
+    """Set up activation checkpointing and, with several processes, FSDP2 on each block and the rest. In place; the model
+    may still be on the meta device."""
+    unknown = set(options.gradient_checkpointing_kwargs) - {"use_reentrant"}
+    if unknown:
+        raise ConfigError("gradient_checkpointing_kwargs", sorted(unknown)[0], "is not known; only use_reentrant is")
+    if options.gradient_checkpointing:
+        for block in model.layers:
+            block.checkpointing = bool(options.gradient_checkpointing_kwargs.get("use_reentrant", False))
+    if world.mesh is None:
+        return model
+    dtype = torch.bfloat16 if options.bf16 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    offload = CPUOffloadPolicy() if options.fsdp_cpu_offload else OffloadPolicy()
+    for block in model.layers:
+        fully_shard(
+            block, mesh=world.mesh, mp_policy=policy, offload_policy=offload,
+            reshard_after_forward=options.fsdp_reshard_after_forward,
+        )  # fmt: skip
+    # The head is needed again right after the forward pass, for the loss: keep the root's weights gathered.
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden_states")
+    return model
+
+
+def materialize(model: Transformer, options: DistOptions, world: World) -> None:
+    """Give a meta-device model storage where it will live; the weights are still to be loaded."""
+    model.to_empty(device="cpu" if options.fsdp_cpu_offload else world.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimiser and schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizers(model: nn.Module, options: OptimizerOptions) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon and AdamW. Norms, biases and other vectors have no weight decay."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = []
+    if options.optimizer == "muon":
+        # The orthogonalisation is for maps between hidden states; embeddings, head and experts' stacks keep AdamW.
+        matrices = [p for name, p in named if p.dim() == 2 and name.startswith("layers.") and "lora_" not in name]
+        if not matrices:
+            raise ConfigError("optimizer", "muon", "has no matrix to train here (LoRA trains adapters); use adamw")
+    taken = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (options.adam_beta1, options.adam_beta2)
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=options.learning_rate, betas=betas, eps=options.adam_epsilon, fused=True
+    )
+    if not matrices:
+        return [adamw]
+    # match_rms_adamw (arXiv 2502.16982) scales Muon's updates to AdamW's size, so one learning_rate serves both.
+    muon = torch.optim.Muon(
+        matrices, lr=options.learning_rate, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, adamw]
+
+
+def warmup(options: OptimizerOptions, total_steps: int) -> int:
+    if options.warmup_steps is not None:
+        return options.warmup_steps
+    return round((options.warmup_ratio or 0.0) * total_steps)
+
+
+def learning_rate(step: int, options: OptimizerOptions, total_steps: int) -> float:
+    """Learning rate of optimiser step `step` (counted from 0) of `total_steps`: linear warmup, then the decay."""
+    peak, floor, warm = options.learning_rate, options.min_lr_ratio, warmup(options, total_steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    progress = (step - warm) / max(1, total_steps - warm)
+    if options.lr_scheduler == "constant":
+        shape = 1.0
+    elif options.lr_scheduler == "linear":
+        shape = 1 - progress
+    elif options.lr_scheduler == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        decay = max(1, round(options.wsd_decay_ratio * total_steps))
+        shape = min(1.0, (total_steps - step) / decay)
+    return peak * (floor + (1 - floor) * shape)
+
+
+def check_optimizer_options(options: OptimizerOptions) -> None:
+    if options.warmup_steps is not None and options.warmup_ratio is not None:
+        raise ConfigError("warmup_ratio", options.warmup_ratio, "contradicts warmup_steps; keep one of the two")
+    for key, low, high in (
+        ("learning_rate", 0, math.inf), ("warmup_ratio", 0, 1), ("warmup_steps", 0, math.inf), ("weight_decay", 0, math.inf),
+        ("max_grad_norm", 0, math.inf), ("min_lr_ratio", 0, 1), ("wsd_decay_ratio", 0, 1),
+    ):  # fmt: skip
+        value = getattr(options, key)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise ConfigError(key, value, f"must lie between {low} and {high}")
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, list[nn.Parameter]]:
+    """L2 norm of all gradients, over all ranks, in fp32; and the parameters that have one."""
+    with_grad = [p for p in parameters if p.grad is not None]
+    if not with_grad:
+        return torch.zeros(()), []
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad])  # type: ignore[misc]
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float(), with_grad
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    if parameters and max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is either the old one or the whole new one, also after a power cut."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Make a finished directory appear under its name at once: flush every file, rename, flush the parent."""
+    for file in aside.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    _sync_directory(aside)
+    if final.exists():  # rename cannot replace a directory that holds files: move the old one out of the way first
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        aside.rename(final)
+    _sync_directory(final.parent)
+
+
+class Checkpointer:
+    """Sharded checkpoints (DCP) in `directory`/step-N that exist whole or not at all.
+
+    A checkpoint holds the trained parameters, the optimisers, each rank's random state and a JSON state of the loop. It
+    is written in .step-N, with a checksum for every file, and renamed when the last rank is done; `latest` follows.
+    """
+
+    def __init__(self, directory: Path, world: World, options: CheckpointOptions):
+        self.directory, self.world, self.options = directory, world, options
+        self._pending: Future | None = None
+        self._group = td.new_group(backend="gloo")  # collectives of a background save never mix with the loop's own
+        if world.main:
+            directory.mkdir(parents=True, exist_ok=True)
+            for leftover in directory.glob(".step-*"):  # of a run that was killed while saving
+                shutil.rmtree(leftover, ignore_errors=True)
+        if world.size > 1:
+            td.barrier()
+
+    def steps(self) -> list[int]:
+        found = (p.name.removeprefix("step-") for p in self.directory.glob("step-*") if p.is_dir())
+        return sorted(int(n) for n in found if n.isdigit())
+
+    def newest(self) -> Path | None:
+        steps = self.steps()
+        return self.directory / f"step-{steps[-1]}" if steps else None
+
+    @staticmethod
+    def _state_dict(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+        options = StateDictOptions(ignore_frozen_params=True)  # the base weights of LoRA are not the run's to save
+        return {
+            "model": get_model_state_dict(model, options=options),
+            "optimizer": get_optimizer_state_dict(model, optimizers, options=options),
+        }
+
+    def save(self, step: int, model: Transformer, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+        """Write step-N; in the background if `save_async`. A collective. `state` must be JSON."""
+        self.finish()
+        final, aside = self.directory / f"step-{step}", self.directory / f".step-{step}"
+        if self.world.main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            facts = {**state, "step": step, "world": self.world.size}
+            (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        td.barrier(self._group)
+        torch.save(_random_state(), aside / f"random-{self.world.rank}.pt")
+        state_dict = self._state_dict(model, optimizers)
+
+        def publish_it() -> None:
+            if not self.world.main:
+                return
+            sums = {p.name: [p.stat().st_size, _checksum(p)] for p in sorted(aside.iterdir())}
+            (aside / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+            publish(aside, final)
+            write_atomically(self.directory / "latest", final.name + "\n")
+            for old in self.steps()[: -max(1, self.options.save_total_limit)]:
+                shutil.rmtree(self.directory / f"step-{old}", ignore_errors=True)
+
+        if not self.options.save_async:
+            dcp.save(state_dict, checkpoint_id=aside, process_group=self._group)
+            publish_it()
+            td.barrier(self._group)
+            return
+        # Rank 0's part is done only when DCP has heard from every rank, so rank 0 alone decides when it is whole.
+        written = dcp.async_save(state_dict, checkpoint_id=aside, process_group=self._group)
+        assert isinstance(written, Future)
+        done: Future = Future()
+
+        def wait() -> None:
+            try:
+                written.result()
+                publish_it()
+                done.set_result(None)
+            except BaseException as error:  # raised in the loop by finish()
+                done.set_exception(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        self._pending = done
+
+    def finish(self) -> None:
+        """Wait for a save in the background; its error is raised here."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except OSError as error:
+                raise BallastError(f"checkpoint could not be written to {self.directory}: {error.strerror}") from error
+            td.barrier(self._group)
+
+    def state(self, path: Path) -> dict:
+        """The loop's JSON state in a checkpoint, after its checksums were found right."""
+        try:
+            sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+            if self.world.main:
+                for name, (size, checksum) in sums.items():
+                    file = path / name
+                    if not file.exists() or file.stat().st_size != size or _checksum(file) != checksum:
+                        raise BallastError(f"{file}: damaged (size or checksum differs); resume from another checkpoint")
+            return json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BallastError(f"{path}: is not a whole checkpoint ({error})") from None
+
+    def load(self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int) -> bool:
+        """Bring parameters, optimisers and random state back. False if the world has another size than the checkpoint's:
+        the numbers then agree only to rounding, and random state starts anew from `seed`."""
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)
+        state_dict = self._state_dict(model, optimizers)
+        dcp.load(state_dict, checkpoint_id=path, process_group=self._group)
+        set_model_state_dict(model, state_dict["model"], options=options)
+        set_optimizer_state_dict(model, optimizers, state_dict["optimizer"], options=options)
+        same = json.loads((path / "trainer.json").read_text(encoding="utf-8"))["world"] == self.world.size
+        if same:
+            _set_random_state(torch.load(path / f"random-{self.world.rank}.pt", weights_only=True))
+        else:
+            seed_everything(seed, self.world.rank)
+        return same
+
+
+def _random_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    name, keys, pos, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(), "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), pos, has_gauss, cached],
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, pos, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def appearing(final: Path, world: World):
+    """A directory that all ranks may write in, which appears under its name when the block ends without an error."""
+    aside = final.with_name(f".{final.name}.tmp")
+    if world.main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    if world.size > 1:
+        td.barrier()
+    yield aside
+    if world.size > 1:
+        td.barrier()
+    if world.main:
+        publish(aside, final)
+    if world.size > 1:
+        td.barrier()
+
+
+class Timer:
+    """Seconds since the last call."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def __call__(self) -> float:
+        now = time.perf_counter()
+        elapsed, self.last = now - self.last, now
+        return elapsed
