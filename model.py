@@ -1072,6 +1072,7 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
     known = {
         "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "auto_mapping",
         "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "peft_version", "loftq_config",
+        "megatron_core", "qalora_group_size",
     }  # fmt: skip
     for key, value in raw.items():
         if key not in known and value not in (None, False, "none", [], {}, 0, 0.0):

@@ -1,0 +1,254 @@
+"""Shared fixtures: tiny checkpoints of every family and tokenizers with the field's chat templates, made here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+torch.set_num_threads(2)
+
+COMMON = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+LLAMA3_ROPE = dict(
+    rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_embeddings=16)
+
+# name → (transformers config class, its arguments); every family, every rope, windows shorter than the test sequences.
+FAMILIES = {
+    "llama2": ("LlamaConfig", {}),
+    "llama3": ("LlamaConfig", dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
+    "llama-biases": ("LlamaConfig", dict(attention_bias=True, mlp_bias=True, head_dim=12)),
+    "llama-linear": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4))),
+    "llama-dynamic": (
+        "LlamaConfig",
+        dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
+    ),
+    "mistral": ("MistralConfig", dict(sliding_window=7)),
+    "qwen2": ("Qwen2Config", dict(use_sliding_window=True, sliding_window=5, max_window_layers=2)),
+    "qwen3": ("Qwen3Config", dict(head_dim=16)),
+    "qwen3-yarn": ("Qwen3Config", dict(head_dim=16, rope_parameters=YARN)),
+    "gemma2": ("Gemma2Config", dict(head_dim=16, query_pre_attn_scalar=12, sliding_window=6)),
+    "gemma3": ("Gemma3TextConfig", dict(head_dim=16, query_pre_attn_scalar=12, sliding_window=6, num_hidden_layers=7)),
+    "phi3": ("Phi3Config", dict(sliding_window=9)),
+    "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {}),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=4)),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        dict(head_dim=8, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1],
+             norm_topk_prob=True),
+    ),
+}  # fmt: skip
+
+
+def make_reference(name: str, **changes):
+    """A transformers model of a family with random weights that are far from its initialisation."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    class_name, arguments = FAMILIES[name]
+    config = getattr(transformers, class_name)(**{**COMMON, **arguments, **changes})
+    attention = "eager" if name == "gemma2" else "sdpa"  # transformers' SDPA path has no soft cap
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+        else:
+            torch.nn.init.normal_(parameter, mean=0.0 if "gemma" in name else 1.0, std=0.1)
+    model.tie_weights()
+    return model
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory):
+    """name → (transformers model, its directory), made when first asked for."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            model = make_reference(name)
+            directory = tmp_path_factory.mktemp(name)
+            model.save_pretrained(directory)
+            made[name] = (model, directory)
+        return made[name]
+
+    return get
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Written for these tests in the manner of the templates that checkpoints ship: same turns, tools and reasoning rules.
+CHATML_TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+Tools:
+{%- for tool in tools %}
+{{ tool | tojson }}
+{%- endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}
+{%- if message.tool_calls %}
+{%- for call in message.tool_calls %}
+<tool_call>{{ call.function | tojson }}</tool_call>
+{%- endfor %}
+{%- endif %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+LLAMA3_TEMPLATE = """\
+{{- bos_token }}
+{%- if tools %}{{ '<|start_header_id|>system<|end_header_id|>\\n\\nYou may call:\\n' }}
+{%- for tool in tools %}{{ tool | tojson(indent=4) }}{{ '\\n\\n' }}{%- endfor %}{{ '<|eot_id|>' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.tool_calls %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{{- '{"name": "' + message.tool_calls[0].function.name + '", "parameters": ' }}
+{{- message.tool_calls[0].function.arguments | tojson }}{{- '}<|eot_id|>' }}
+{%- elif message.role == 'tool' %}
+{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
+{%- else %}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+
+QWEN3_TEMPLATE = """\
+{%- if tools %}
+{{- '<|im_start|>system\\n# Tools\\n' }}{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last=0) %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{%- set thought = '' %}
+{%- set content = message.content %}
+{%- if message.reasoning_content is string %}
+{%- set thought = message.reasoning_content %}
+{%- elif '</think>' in content %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+{%- endif %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if loop.index0 > ns.last and (loop.last or thought) %}
+{{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+{%- else %}{{- content }}
+{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}{{- call.function.arguments | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif message.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+
+TEMPLATES = {"chatml": CHATML_TEMPLATE, "llama3": LLAMA3_TEMPLATE, "qwen3": QWEN3_TEMPLATE}
+CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA3_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+def write_tokenizer(directory: Path, template: str | None, tokens: list[str], eos: str, bos: str | None = None) -> Path:
+    """A byte-level BPE tokenizer in Hugging Face's files, trained on this project's own sources."""
+    import tokenizers
+    import transformers
+
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=tokens, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    core.train([str(ROOT / "data.py")], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, bos_token=bos, pad_token=tokens[0])
+    if template:
+        fast.chat_template = template
+    fast.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(tmp_path_factory):
+    """template name → a directory with a tokenizer that has it."""
+    made = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            directory = tmp_path_factory.mktemp(f"tokenizer-{name}")
+            if name == "llama3":
+                write_tokenizer(directory, TEMPLATES[name], LLAMA3_TOKENS, "<|eot_id|>", "<|begin_of_text|>")
+            else:
+                template = TEMPLATES.get(name)
+                write_tokenizer(directory, template, CHATML_TOKENS, "<|im_end|>")
+            made[name] = directory
+        return made[name]
+
+    return get
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A checkpoint with a tokenizer, data for it, and runs of the recipe as a user starts them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory):
+    """A random Qwen3 of 2 layers with the ChatML tokenizer: (directory, transformers model)."""
+    directory = tmp_path_factory.mktemp("small")
+    write_tokenizer(directory, CHATML_TEMPLATE, CHATML_TOKENS, "<|im_end|>")
+    model = make_reference("qwen3", vocab_size=512, num_hidden_layers=2, max_position_embeddings=512)
+    model.save_pretrained(directory)
+    return directory, model
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory):
+    """37 conversations of unequal lengths."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = []
+    for i in range(37):
+        messages = []
+        for turn in range(1 + i % 3):
+            messages.append({"role": "user", "content": f"What is {i} plus {turn}?" + " Please." * (i % 5)})
+            messages.append({"role": "assistant", "content": f"It is {i + turn}." + " Truly." * (i % 7)})
+        rows.append({"messages": messages})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_program(script: str | Path, *arguments: str, ranks: int = 1, timeout: int = 240, env: dict | None = None):
+    """Run a script as a user would; with `ranks` > 1 under torchrun. Returns the finished process."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+    return subprocess.run(
+        [*launch, str(script), *arguments], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT
+    )

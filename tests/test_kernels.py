@@ -1,0 +1,163 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+
+
+def naive_attention(q, k, v, document_ids, scale, window=None, softcap=None):
+    """Dense scores and a mask written out from the definition."""
+    B, T, H, _ = q.shape
+    k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bqhe,bkhe->bhqk", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    visible = (j <= i) & (document_ids[:, :, None] == document_ids[:, None, :])
+    if window is not None:
+        visible &= j > i - window
+    return torch.einsum("bhqk,bkhe->bqhe", scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("lengths", [[[24]], [[1, 1, 22], [24]], [[9, 2, 13], [3, 3, 18]]])
+def test_attention_over_documents_equals_a_dense_mask_in_value_and_gradient(window, softcap, lengths):
+    torch.manual_seed(0)
+    B, T = len(lengths), 24
+    document_ids = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths])
+    q, k, v = (torch.randn(B, T, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    how = dict(scale=0.3, window=window, softcap=softcap)
+    expected = naive_attention(q, k, v, document_ids, **how)
+    got = kernels.attention(q, k, v, documents=kernels.Documents(document_ids), **how)
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention_in_blocks_of_queries_equals_one_block(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 40, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
+    results = []
+    for block in (64, 7):
+        monkeypatch.setattr(kernels, "QUERY_BLOCK", block)
+        out = kernels.attention(q, k, v, scale=0.3, window=11, softcap=3.0)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_padding_gets_zeros_and_gives_no_gradient():
+    torch.manual_seed(0)
+    document_ids = torch.tensor([[0, 0, 0, 1, 1, -1, -1]])
+    q, k, v = (torch.randn(1, 7, 2, 4, requires_grad=True) for _ in range(3))
+    out = kernels.attention(q, k, v, scale=1.0, documents=kernels.Documents(document_ids))
+    assert (out[0, 5:] == 0).all()
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert (gradient[0, 5:] == 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=3))
+def test_every_real_token_has_exactly_one_slot(rows):
+    T = max(sum(row) for row in rows)
+    ids = torch.full((len(rows), T), -1)
+    for b, row in enumerate(rows):
+        at = 0
+        for i, n in enumerate(row):
+            ids[b, at : at + n] = i
+            at += n
+    documents = kernels.Documents(ids)
+    assert torch.equal(documents.token_of_slot[documents.slots], documents.tokens)
+    assert torch.equal(documents.tokens, (ids.flatten() >= 0).nonzero().flatten())
+    assert sum(n * length for n, length in documents.buckets) == len(documents.token_of_slot)
+    assert sorted(documents.lengths[ids >= 0].tolist()) == sorted(n for row in rows for n in row for _ in range(n))
+
+
+def naive_loss(hidden, weight, labels, softcap=None):
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk", [1, 7, 64, None])
+def test_linear_cross_entropy_equals_naive_fp64_in_value_and_gradient(softcap, chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(33, 12, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(33, (50,))
+    labels[::3] = -100
+    got = kernels.linear_cross_entropy(hidden, weight, labels, softcap=softcap, chunk=chunk)
+    expected = naive_loss(hidden, weight, labels, softcap)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(got * 0.37, (hidden, weight)), torch.autograd.grad(expected * 0.37, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_linear_cross_entropy_gradient_equals_finite_differences():
+    torch.manual_seed(0)
+    hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 4, -100, 2, 2, -100])
+
+    def loss():
+        return kernels.linear_cross_entropy(hidden, weight, labels, softcap=3.0, chunk=4)
+
+    loss().backward()  # once: the weight gradient is scaled in place, so torch's gradcheck, which repeats it, cannot
+    for tensor in (hidden, weight):
+        flat = tensor.detach().view(-1)
+        for i in range(flat.numel()):
+            before = flat[i].item()
+            values = []
+            for step in (1e-6, -1e-6):
+                flat[i] = before + step
+                values.append(loss().item())
+            flat[i] = before
+            assert (values[0] - values[1]) / 2e-6 == pytest.approx(tensor.grad.view(-1)[i].item(), abs=1e-7)
+
+
+def test_linear_cross_entropy_is_finite_for_large_logits_and_zero_for_no_labels():
+    hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+    loss = kernels.linear_cross_entropy(hidden, weight, torch.tensor([1, 0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(4e4)
+    assert torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+    nothing = kernels.linear_cross_entropy(hidden, weight, torch.tensor([-100, -100]))
+    nothing.backward()
+    assert nothing.item() == 0
+
+
+def test_a_frozen_head_gets_no_gradient_and_bf16_sums_are_kept_in_fp32():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4096, 8), torch.randn(64, 8)
+    labels = torch.randint(64, (4096,))
+    exact = naive_loss(hidden.bfloat16().double(), weight.bfloat16().double(), labels)
+    h = hidden.bfloat16().requires_grad_()
+    loss = kernels.linear_cross_entropy(h, weight.bfloat16(), labels)
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() / exact.item() - 1) < 2e-3
+    loss.backward()
+    assert h.grad is not None
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_decoding_equals_the_last_row_of_attention(softcap):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 9, heads, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    visible = torch.ones(2, 9, dtype=torch.bool)
+    visible[1, :4] = False
+    document_ids = torch.zeros(2, 9, dtype=torch.long)
+    document_ids[1, :4] = 1
+    expected = naive_attention(q, k, v, document_ids, 0.3, softcap=softcap)[:, -1]
+    got = kernels.decode_attention(q[:, -1], k.transpose(1, 2), v.transpose(1, 2), visible, scale=0.3, softcap=softcap)
+    torch.testing.assert_close(got, expected)
