@@ -1,0 +1,69 @@
+"""The recipe with a probe in it, for tests: `python worker.py PROBE FILE key=value …`, also under torchrun.
+
+gradients FILE: save the gradients before clipping of the first step (whole tensors, by name) and stop.
+kill-in-save STEP: SIGKILL this process in the middle of publishing step STEP's checkpoint.
+slow SECONDS: wait so long in every step, so that a test can hit it.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import dist
+import health
+import sft
+from config import parse_config
+
+
+def gradients(file: str) -> None:
+    models = []
+    shard, clip = dist.shard, dist.clip_gradients
+
+    def remember(model, *rest):
+        models.append(shard(model, *rest))
+        return models[-1]
+
+    def save(parameters, max_norm, norm):
+        found = {}
+        for name, parameter in models[0].named_parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                found[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+        if int(os.environ.get("RANK", 0)) == 0:
+            torch.save({"gradients": found, "norm": norm}, file)
+        clip(parameters, max_norm, norm)
+
+    dist.shard, dist.clip_gradients = remember, save
+
+
+def kill_in_save(step: str) -> None:
+    publish = dist.publish
+
+    def die(aside, final):
+        if final.name == f"step-{step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        publish(aside, final)
+
+    dist.publish = die
+
+
+def slow(seconds: str) -> None:
+    rate = dist.learning_rate
+
+    def wait(*arguments):
+        time.sleep(float(seconds))
+        return rate(*arguments)
+
+    dist.learning_rate = wait
+
+
+if __name__ == "__main__":
+    {"gradients": gradients, "kill-in-save": kill_in_save, "slow": slow, "plain": lambda _: None}[sys.argv[1]](sys.argv[2])
+    health.run(sft.main, lambda: parse_config(sft.Config, sys.argv[3:]))
