@@ -1,9 +1,10 @@
-"""Configuration: a flat YAML file and `key=value` overrides become one dataclass, or one line that says what is wrong.
+"""Configuration: a flat YAML file and `key=value` overrides become one dataclass, or one line that says what
+is wrong.
 
-Every option is a field of a dataclass that stands beside the code that reads it, with its meaning as the string under
-the field; a recipe's config inherits those dataclasses, so a YAML file stays flat and an option is documented once.
-jsonargparse does the parsing, the type checks and `--help`; this file adds the `key=value` form, the nearest name for a
-misspelt key, and errors of one line.
+Every option is a field of a dataclass that stands beside the code that reads it, with its meaning as the
+string under the field; a recipe's config inherits those dataclasses, so a YAML file stays flat and an option
+is documented once. jsonargparse does the parsing, the type checks and `--help`; this file adds the
+`key=value` form, the nearest name for a misspelt key, and errors of one line.
 """
 
 import dataclasses
@@ -23,7 +24,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class BallastError(Exception):
-    """A fault that the user can mend: printed as one line, exit code 2. The traceback goes to run.log only."""
+    """A fault that the user can mend: printed as one line, exit code 2. The traceback goes to run.log
+    only."""
 
 
 class ConfigError(BallastError):
@@ -48,7 +50,9 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError("--config", str(path), f"cannot be read ({error.strerror}); give a YAML file") from None
+        raise ConfigError(
+            "--config", str(path), f"cannot be read ({error.strerror}); give a YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -69,7 +73,9 @@ def _type_name(typehint: Any) -> str:
         return " or ".join(_type_name(part) for part in typing.get_args(typehint))
     if typehint is type(None):
         return "null"
-    return typehint.__name__ if isinstance(typehint, type) and not typing.get_args(typehint) else str(typehint)
+    return (
+        typehint.__name__ if isinstance(typehint, type) and not typing.get_args(typehint) else str(typehint)
+    )
 
 
 def _check(parser: jsonargparse.ArgumentParser, name: str, typehint: Any, value: Any, where: str) -> Any:
@@ -89,11 +95,12 @@ def parse_config(
     description: str = "",
     ignore_unknown: bool = False,
 ) -> Config:
-    """The config that `--config FILE key=value …` describes; later arguments win over earlier ones and over the file.
+    """The config that `--config FILE key=value …` describes; later arguments win over earlier ones and over
+    the file.
 
-    `ignore_unknown` lets a tool that needs some of a recipe's options read the recipe's whole file.
-    Raises ConfigError: unknown key (with the nearest known one), wrong type, unreadable file, or what the class's own
-    `__post_init__` refuses. `--help` prints every option and exits.
+    `ignore_unknown` lets a tool that needs some of a recipe's options read the recipe's whole file. Raises
+    ConfigError: unknown key (with the nearest known one), wrong type, unreadable file, or what the class's
+    own `__post_init__` refuses. `--help` prints every option and exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     usage = "%(prog)s --config FILE.yaml [key=value …]"
@@ -121,7 +128,9 @@ def parse_config(
             continue
         key, equals, text = word.removeprefix("--").partition("=")
         if not equals:
-            raise ConfigError(word, None, "is not understood; options are given as key=value, e.g. learning_rate=2e-5")
+            raise ConfigError(
+                word, None, "is not understood; options are given as key=value, e.g. learning_rate=2e-5"
+            )
         key = key.replace("-", "_")
         try:
             values[key] = (yaml.safe_load(text), key)
@@ -144,7 +153,8 @@ def parse_config(
 
 
 def _plain(value: Any) -> Any:
-    """jsonargparse's Namespace back to dicts, so that a config prints and compares as the YAML that it came from."""
+    """jsonargparse's Namespace back to dicts, so that a config prints and compares as the YAML that it came
+    from."""
     if isinstance(value, jsonargparse.Namespace):
         return {key: _plain(item) for key, item in vars(value).items()}
     if isinstance(value, list):
@@ -152,8 +162,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def resolve_checkpoint(path_or_repo_id: str, revision: str | None = None, directory: Path | None = None) -> Path:
-    """The local directory of a checkpoint: as given, relative to `directory` (of the config) first, or by hub id.
+def resolve_checkpoint(
+    path_or_repo_id: str, revision: str | None = None, directory: Path | None = None
+) -> Path:
+    """The local directory of a checkpoint: as given, relative to `directory` (of the config) first, or by hub
+    id.
 
     Raises CheckpointError where there is none.
     """
@@ -161,8 +174,14 @@ def resolve_checkpoint(path_or_repo_id: str, revision: str | None = None, direct
     for place in (directory / path if directory else path, path):
         if place.is_dir():
             return place
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_repo_id) or path_or_repo_id.startswith("."):
-        raise CheckpointError(f"{path_or_repo_id}: not a directory with a checkpoint, and not a hub id (owner/name)")
+    if (
+        path.exists()
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_repo_id)
+        or path_or_repo_id.startswith(".")
+    ):
+        raise CheckpointError(
+            f"{path_or_repo_id}: not a directory with a checkpoint, and not a hub id (owner/name)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -171,8 +190,10 @@ def resolve_checkpoint(path_or_repo_id: str, revision: str | None = None, direct
         return Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
     except RepositoryNotFoundError:
         raise CheckpointError(
-            f"{path_or_repo_id}: no such directory here, and no such model on the hub (private? run `hf auth login`)"
+            f"{path_or_repo_id}: no such directory, and no such model on the hub (private? `hf auth login`)"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path_or_repo_id}: no such directory, and the hub did not answer: {reason}") from None
+        raise CheckpointError(
+            f"{path_or_repo_id}: no such directory, and the hub did not answer: {reason}"
+        ) from None

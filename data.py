@@ -1,16 +1,20 @@
-"""From rows on disk to micro-batches: tokenizer, chat templates, loss masks, packing, order, and a look at all of it.
+"""From rows on disk to micro-batches: tokenizer, chat templates, loss masks, packing, order, and a look at
+all of it.
 
-    python data.py inspect --config x.yaml            what training would see, with its faults named
-    python data.py inspect --config x.yaml --json     one object a row: input_ids and labels (−100 where not trained)
+    python data.py inspect --config x.yaml           what training would see, with its faults named
+    python data.py inspect --config x.yaml --json    one object a row: input_ids, labels (−100: not trained)
 
-A row is encoded once, by the same code for training and for `inspect`. What cannot be encoded with certainty (a chat
-whose assistant turns cannot be told apart, token by token, from the rest) is refused with its file and line.
+A row is encoded once, by the same code for training and for `inspect`. What cannot be encoded with certainty
+(a chat whose assistant turns cannot be told apart, token by token, from the rest) is refused with its file
+and line.
 """
 
 import bisect
+import contextlib
 import datetime
 import hashlib
 import importlib
+import itertools
 import json
 import random
 import re
@@ -20,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jinja2
 import jinja2.ext
@@ -37,7 +41,8 @@ IGNORE = -100  # label of a token that is not trained
 PACK_WINDOW = 8192  # rows that are packed together; bounds the time of packing and keeps the order random
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
@@ -59,10 +64,10 @@ class BadRow(Exception):
 @dataclass
 class DataOptions:
     datasets: list[dict] = field(default_factory=list)
-    """What to train on: a list of {path, type, weight, split, columns}. path: a file or directory (JSONL, JSON, Parquet,
-    text), hf://datasets/owner/name, or reasoning-gym:TASK with {size, seed, params}. type: chat, instruct,
-    prompt_completion, text, tokens, or your own module.function(row). weight: times a row is seen in an epoch. split:
-    train, test[:100], train[10%:]. columns: {our name: the file's name}."""
+    """What to train on: a list of {path, type, weight, split, columns}. path: a file or directory (JSONL,
+    JSON, Parquet, text), hf://datasets/owner/name, or reasoning-gym:TASK with {size, seed, params}. type:
+    chat, instruct, prompt_completion, text, tokens, or your own module.function(row). weight: times a row is
+    seen in an epoch. split: train, test[:100], train[10%:]. columns: {our name: the file's name}."""
     test_datasets: list[dict] = field(default_factory=list)
     """Held-out data in the same form; instead of val_set_size."""
     val_set_size: int | float = 0
@@ -70,7 +75,8 @@ class DataOptions:
     sequence_len: int = 2048
     """Longest row, in tokens; packed rows are filled up to it."""
     excess_length_strategy: Literal["drop", "truncate", "error"] = "drop"
-    """Rows longer than sequence_len: leave out and count, cut the end off, or stop. Plain text is always cut in pieces."""
+    """Rows longer than sequence_len: leave out and count, cut the end off, or stop. Plain text is always cut
+    in pieces."""
     sample_packing: bool = False
     """Put several documents in one row of sequence_len. Attention and positions stay within a document."""
     train_on_inputs: bool = False
@@ -84,7 +90,8 @@ class DataOptions:
     tokens: list[str] = field(default_factory=list)
     """More tokens for the tokenizer; the embedding grows to fit."""
     tokenizer_vocab_size: int | None = None
-    """With random_init: train a byte-level BPE tokenizer of this size on the training rows, once, instead of loading."""
+    """With random_init: train a byte-level BPE tokenizer of this size on the training rows, once, instead of
+    loading."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at the first row that cannot be used, or skip such rows, count and list them."""
     dataset_prepared_path: str | None = None
@@ -92,9 +99,9 @@ class DataOptions:
     config_directory: str = field(default=".", init=False)  # of the YAML file: where relative paths begin
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rows on disk
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -141,7 +148,9 @@ def _read_json(path: Path) -> Iterator[Row | DataError]:
         lists = [v for v in values.values() if isinstance(v, list)]
         values = lists[0] if len(lists) == 1 else values
     if not isinstance(values, list):
-        raise DataError(str(path), None, "must hold a JSON list of objects", "or use .jsonl with one object a line")
+        raise DataError(
+            str(path), None, "must hold a JSON list of objects", "or use .jsonl with one object a line"
+        )
     for number, value in enumerate(values, 1):
         good = isinstance(value, dict)
         yield Row(str(path), number, value) if good else DataError(str(path), number, "must be a JSON object")
@@ -168,10 +177,13 @@ def _reasoning_gym(spec: dict, name: str) -> Iterator[Row | DataError]:
     try:
         import reasoning_gym
     except ImportError:
-        raise ConfigError("datasets", spec["path"], "needs the package: pip install 'ballast[tiny]'") from None
+        raise ConfigError("datasets", spec["path"], "needs the package: pip install -e '.[tiny]'") from None
     try:
         rows = reasoning_gym.create_dataset(
-            name, size=int(spec.get("size", 1000)), seed=int(spec.get("seed", 0)), **(spec.get("params") or {})
+            name,
+            size=int(spec.get("size", 1000)),
+            seed=int(spec.get("seed", 0)),
+            **(spec.get("params") or {}),
         )
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError("datasets", spec["path"], f"reasoning-gym says: {error}") from None
@@ -211,14 +223,18 @@ def _locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
     else:
         local = Path(path).expanduser()
         if not local.is_absolute():
-            local = next((p for p in (directory / local, Path.cwd() / local) if p.exists()), directory / local)
+            local = next(
+                (p for p in (directory / local, Path.cwd() / local) if p.exists()), directory / local
+            )
     if local.is_file():
         return [local], rows
     if not local.is_dir():
         raise DataError(path, None, "no such file or directory", f"looked in {directory} and {Path.cwd()}")
     endings = set(READERS) | ({".txt", ".md", ".py"} if spec.get("type") == "text" else set())
     files = sorted(p for p in local.rglob("*") if p.suffix in endings and not p.name.startswith("."))
-    named = [p for p in files if re.search(rf"(^|[^a-z]){name or 'train'}([^a-z]|$)", str(p.relative_to(local)))]
+    named = [
+        p for p in files if re.search(rf"(^|[^a-z]){name or 'train'}([^a-z]|$)", str(p.relative_to(local)))
+    ]
     if name and not named:
         raise DataError(path, None, f"no file of split {name!r}", f"there are {[p.name for p in files][:5]}")
     if not (named or files):
@@ -227,10 +243,13 @@ def _locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
 
 
 def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
-    """The rows of one entry of `datasets`, in order; a row that cannot be parsed comes as the error that says so."""
+    """The rows of one entry of `datasets`, in order; a row that cannot be parsed comes as the error that says
+    so."""
     unknown = set(spec) - DATASET_KEYS
     if unknown:
-        raise ConfigError("datasets", sorted(unknown)[0], f"is not a key of a dataset; known: {sorted(DATASET_KEYS)}")
+        raise ConfigError(
+            "datasets", sorted(unknown)[0], f"is not a key of a dataset; known: {sorted(DATASET_KEYS)}"
+        )
     if not isinstance(spec.get("path"), str):
         raise ConfigError("datasets", spec, "each entry needs a path")
     if spec["path"].startswith("reasoning-gym:"):
@@ -246,7 +265,9 @@ def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
                 elif spec.get("type") == "text":
                     yield Row(str(file), 1, {"text": _read_text(file)})
                 else:
-                    raise DataError(str(file), None, "has an ending that is not known", f"known: {sorted(READERS)}")
+                    raise DataError(
+                        str(file), None, "has an ending that is not known", f"known: {sorted(READERS)}"
+                    )
 
         if not cut:
             yield from read()
@@ -254,7 +275,7 @@ def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
         rows = list(read())
     if cut:
         ends = []
-        for text, default in zip((cut.split(":") + [""])[:2], (0, len(rows)), strict=True):
+        for text, default in zip([*cut.split(":"), ""][:2], (0, len(rows)), strict=True):
             number = re.fullmatch(r"(-?\d+)(%?)", text.strip()) if text.strip() else None
             if text.strip() and not number:
                 raise ConfigError("datasets", spec["split"], "is not a slice; write [:100] or [10%:]")
@@ -264,15 +285,16 @@ def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
     yield from rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizer and chat templates
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}` marks what the assistant wrote; the marks are cut out after rendering."""
+    """`{% generation %} … {% endgeneration %}` marks what the assistant wrote; the marks are cut out after
+    rendering."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -285,7 +307,8 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 def _template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Templates come with checkpoints and are untrusted: sandboxed, and without access to Python objects' insides."""
+    """Templates come with checkpoints and are untrusted: sandboxed, and without access to Python objects'
+    insides."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -309,7 +332,8 @@ def _template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
 
@@ -317,14 +341,18 @@ TOKENIZER_FILES = (
 class Tokenizer:
     """A checkpoint's tokenizer and chat template, token ids in and out."""
 
-    def __init__(self, core: tokenizers.Tokenizer, config: dict, template: str | None, source: str, stop_ids=()):
+    def __init__(
+        self, core: tokenizers.Tokenizer, config: dict, template: str | None, source: str, stop_ids=()
+    ):
         core.no_truncation()
         core.no_padding()
         self.core, self.config, self.template, self.source = core, config, template, source
         self.special = {name: self._text(config.get(name)) for name in SPECIAL_NAMES if config.get(name)}
         self.eos_id = core.token_to_id(self.special["eos_token"]) if "eos_token" in self.special else None
         pad = core.token_to_id(self.special["pad_token"]) if "pad_token" in self.special else None
-        self.pad_id = next((i for i in (pad, self.eos_id) if i is not None), 0)  # padding is never trained nor seen
+        self.pad_id = next(
+            (i for i in (pad, self.eos_id) if i is not None), 0
+        )  # padding is never trained nor seen
         self.added = {token.content: i for i, token in core.get_added_tokens_decoder().items()}
         self.kwargs: dict = {}
         self._extra_stops = list(stop_ids)
@@ -338,7 +366,8 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: str | Path) -> "Tokenizer":
-        """From a checkpoint's folder. Raises DataError where there is no tokenizer.json or it cannot be read."""
+        """From a checkpoint's folder. Raises DataError where there is no tokenizer.json or it cannot be
+        read."""
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.exists():
@@ -369,7 +398,11 @@ class Tokenizer:
             template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         stops = read("generation_config.json").get("eos_token_id") or read("config.json").get("eos_token_id")
         return Tokenizer(
-            core, config, template, str(directory), stops if isinstance(stops, list) else [stops] if stops else []
+            core,
+            config,
+            template,
+            str(directory),
+            stops if isinstance(stops, list) else [stops] if stops else [],
         )
 
     @staticmethod
@@ -390,7 +423,8 @@ class Tokenizer:
         )  # fmt: skip
         core.train_from_iterator(texts, trainer)
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
             "clean_up_tokenization_spaces": False,
         }  # fmt: skip
         return Tokenizer(core, config, CHATML, "trained here")
@@ -399,8 +433,12 @@ class Tokenizer:
         """This tokenizer with the config's template, special tokens and further tokens."""
         unknown = set(options.special_tokens) - set(SPECIAL_NAMES)
         if unknown:
-            raise ConfigError("special_tokens", sorted(unknown)[0], f"is not one of {', '.join(SPECIAL_NAMES)}")
-        self.core.add_special_tokens([t for t in options.special_tokens.values() if self.core.token_to_id(t) is None])
+            raise ConfigError(
+                "special_tokens", sorted(unknown)[0], f"is not one of {', '.join(SPECIAL_NAMES)}"
+            )
+        self.core.add_special_tokens(
+            [t for t in options.special_tokens.values() if self.core.token_to_id(t) is None]
+        )
         self.core.add_tokens([t for t in options.tokens if self.core.token_to_id(t) is None])
         template = self.template
         if options.chat_template == "chatml":
@@ -410,9 +448,13 @@ class Tokenizer:
             )
         elif options.chat_template:
             path = Path(options.chat_template)
-            template = _read_text(path if path.is_absolute() or not (directory / path).exists() else directory / path)
+            template = _read_text(
+                path if path.is_absolute() or not (directory / path).exists() else directory / path
+            )
         stops = self._extra_stops
-        configured = Tokenizer(self.core, {**self.config, **options.special_tokens}, template, self.source, stops)
+        configured = Tokenizer(
+            self.core, {**self.config, **options.special_tokens}, template, self.source, stops
+        )
         configured.kwargs = dict(options.chat_template_kwargs)
         return configured
 
@@ -426,17 +468,18 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: EOS, those of generation_config.json, and what closes the template's turns."""
+        """Tokens that end an answer: EOS, those of generation_config.json, and what closes the template's
+        turns."""
         ids = {i for i in (self.eos_id, *self._extra_stops) if i is not None}
         if self.template:
-            try:
+            # A template that cannot render the probe ends its turns with one of the others.
+            with contextlib.suppress(BadRow):
                 ids.add(self.turn_end())
-            except BadRow:
-                pass  # a template that cannot render this probe ends its turns with one of the others
         return sorted(ids)
 
     def turn_end(self) -> int:
-        """The special token that closes an assistant turn in the chat template. BadRow where there is none."""
+        """The special token that closes an assistant turn in the chat template. BadRow where there is
+        none."""
         if self._turn_end is None:
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             ids, labels = self.encode_chat(probe)
@@ -469,9 +512,12 @@ class Tokenizer:
         if stops:
             values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
         values.setdefault("pad_token_id", self.pad_id)
-        (directory / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (directory / "generation_config.json").write_text(
+            json.dumps(values, indent=2) + "\n", encoding="utf-8"
+        )
 
-    # -- chat ---------------------------------------------------------------------------------------------------------
+    # -- chat ------------------------------------------------------------------------------------------------
+    # ---------
 
     def _render(self, messages: list[dict], tools: list | None, generation_prompt: bool, kwargs: dict) -> str:
         if self.template is None:
@@ -480,7 +526,8 @@ class Tokenizer:
             if self._compiled is None:
                 self._compiled = self._environment.from_string(self.template)
             return self._compiled.render(
-                messages=messages, tools=tools or None, documents=None, add_generation_prompt=generation_prompt,
+                messages=messages, tools=tools or None, documents=None,
+                add_generation_prompt=generation_prompt,
                 **{**self.special, **self.kwargs, **kwargs},
             )  # fmt: skip
         except jinja2.TemplateError as error:
@@ -488,7 +535,9 @@ class Tokenizer:
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise BadRow(f"the chat template fails on it: {error}") from None
 
-    def render(self, messages: list[dict], tools: list | None = None, generation_prompt: bool = False, **kwargs) -> str:
+    def render(
+        self, messages: list[dict], tools: list | None = None, generation_prompt: bool = False, **kwargs
+    ) -> str:
         """The conversation as text, as transformers' apply_chat_template renders it. Raises BadRow."""
         text = self._render(messages, tools, generation_prompt, kwargs)
         for mark in self._environment.globals["generation_marks"]:  # type: ignore[union-attr]
@@ -502,11 +551,12 @@ class Tokenizer:
     def encode_chat(
         self, messages: list[dict], tools: list | None = None, *, train_on_inputs: bool = False, **kwargs
     ) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of a conversation, labels −100 except on what the assistant wrote and its end of turn.
+        """(input_ids, labels) of a conversation, labels −100 except on what the assistant wrote and its end
+        of turn.
 
-        The spans come from the template's `{% generation %}` blocks, or from `_assistant_spans`. Either way each end of
-        a span is checked: the text before it, tokenised alone, must be exactly the first tokens of the whole. BadRow
-        where that fails, for then no mask would be right.
+        The spans come from the template's `{% generation %}` blocks, or from `_assistant_spans`. Either way
+        each end of a span is checked: the text before it, tokenised alone, must be exactly the first tokens
+        of the whole. BadRow where that fails, for then no mask would be right.
         """
         marked = self._render(messages, tools, False, kwargs)
         begin, end = self._environment.globals["generation_marks"]  # type: ignore[misc]
@@ -526,7 +576,9 @@ class Tokenizer:
                 else:
                     position += len(piece)
             if not all(trained) and len(spans) != len(trained):
-                raise BadRow(f"{len(trained)} assistant turns but {len(spans)} generation blocks: cannot map train/weight")
+                raise BadRow(
+                    f"{len(trained)} assistant turns, {len(spans)} generation blocks: train/weight is unclear"
+                )
             trained = trained if len(spans) == len(trained) else [True] * len(spans)
         else:
             spans = self._assistant_spans(messages, tools, text, kwargs)
@@ -539,14 +591,17 @@ class Tokenizer:
                 labels[first:last] = ids[first:last]
         return ids, labels
 
-    def _assistant_spans(self, messages: list[dict], tools: list | None, text: str, kwargs: dict) -> list[tuple[int, int]]:
+    def _assistant_spans(
+        self, messages: list[dict], tools: list | None, text: str, kwargs: dict
+    ) -> list[tuple[int, int]]:
         """Where each assistant turn's own text stands in the rendered conversation `text`.
 
-        Each turn is rendered once more with its content replaced by a word that occurs nowhere else. What comes before
-        the word and what comes after must then be the beginning and the end of `text`: that holds however a template
-        trims, reorders or drops things, and also for consecutive assistant turns and for templates that drop the
-        reasoning of earlier turns, where comparing shorter and longer conversations goes wrong. The answer begins where
-        the generation prompt ends, if the template put one there (so reasoning before the content is trained too).
+        Each turn is rendered once more with its content replaced by a word that occurs nowhere else. What
+        comes before the word and what comes after must then be the beginning and the end of `text`: that
+        holds however a template trims, reorders or drops things, and also for consecutive assistant turns and
+        for templates that drop the reasoning of earlier turns, where comparing shorter and longer
+        conversations goes wrong. The answer begins where the generation prompt ends, if the template put one
+        there (so reasoning before the content is trained too).
         """
         with_prompt = self.render([{"role": "user", "content": "a"}], tools, True, **kwargs)
         without = self.render([{"role": "user", "content": "a"}], tools, False, **kwargs)
@@ -556,23 +611,35 @@ class Tokenizer:
         for i, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
-            other = {k: v for k, v in message.items() if k not in ("reasoning_content", "tool_calls", "thinking")}
-            probe = self.render([*messages[:i], {**other, "content": word}, *messages[i + 1 :]], tools, **kwargs)
+            other = {
+                k: v for k, v in message.items() if k not in ("reasoning_content", "tool_calls", "thinking")
+            }
+            probe = self.render(
+                [*messages[:i], {**other, "content": word}, *messages[i + 1 :]], tools, **kwargs
+            )
             if probe.count(word) != 1:
-                raise BadRow(f"message {i}: the chat template shows it {probe.count(word)} times; its bounds are unclear")
+                raise BadRow(f"message {i}: the chat template shows it {probe.count(word)} times, not once")
             before, after = probe.split(word)
             start, end = len(before), len(text) - len(after)
             at = before.rfind(header, previous) if header else -1
             if at >= 0:
                 start = at + len(header)
-            if not text.startswith(before[:start]) or not text.endswith(after) or end < start or start < previous:
-                raise BadRow(f"message {i}: cannot tell where this assistant turn begins and ends in the chat template")
+            if (
+                not text.startswith(before[:start])
+                or not text.endswith(after)
+                or end < start
+                or start < previous
+            ):
+                raise BadRow(
+                    f"message {i}: cannot tell where this assistant turn begins and ends in the chat template"
+                )
             spans.append((start, end))
             previous = end
         return spans
 
     def _with_end_of_turn(self, text: str, start: int, end: int) -> int:
-        """`end` moved past the special token that closes the turn: a model that never sees it trained never stops."""
+        """`end` moved past the special token that closes the turn: a model that never sees it trained never
+        stops."""
         content = text[start:end].rstrip()
         if any(content.endswith(token) for token in self.added):
             return start + len(content)
@@ -580,22 +647,27 @@ class Tokenizer:
         after = len(rest) - len(rest.lstrip())
         closing = max((t for t in self.added if rest.startswith(t, after)), key=len, default=None)
         if closing is None:
-            raise BadRow("an assistant turn is not closed by a special token in the chat template: it could never stop")
+            raise BadRow(
+                "an assistant turn is not closed by a special token in the chat template: it could never stop"
+            )
         return end + after + len(closing)
 
     def _boundary(self, text: str, ids: list[int], at: int, what: str, may_move: bool = False) -> int:
         """The index of the token that begins at character `at` of `text`."""
         for place in (at, len(text[:at].rstrip())) if may_move else (at,):
-            # Sentencepiece-like tokenizers glue a leading space to the answer's first word: then the answer begins there.
+            # Sentencepiece-like tokenizers glue a leading space to the answer's first word: then the answer
+            # begins there.
             before = self.encode(text[:place])
             if ids[: len(before)] == before:
                 return len(before)
-        raise BadRow(f"a token reaches across the {what} of an assistant turn ({text[max(0, at - 10) : at + 10]!r})")
+        raise BadRow(
+            f"a token reaches across the {what} of an assistant turn ({text[max(0, at - 10) : at + 10]!r})"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rows to token ids and labels
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 ROLES = {"system", "user", "assistant", "tool", "developer"}
 
@@ -621,7 +693,9 @@ def _check_messages(messages: Any) -> list[dict]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadRow(f"message {i} must be an object")
-        message = {key: value for key, value in message.items() if value is not None}  # Parquet fills gaps with nulls
+        message = {
+            key: value for key, value in message.items() if value is not None
+        }  # Parquet fills gaps with nulls
         if "role" not in message and "from" in message:  # ShareGPT
             names = {"human": "user", "gpt": "assistant"}
             message = {"role": names.get(message["from"], message["from"]), "content": message.get("value")}
@@ -633,7 +707,11 @@ def _check_messages(messages: Any) -> list[dict]:
             if parts:
                 raise BadRow(f"message {i}: content has a part that is not text")
             message = {**message, "content": "".join(part["text"] for part in content)}
-        elif content is None and role == "assistant" and (message.get("tool_calls") or message.get("reasoning_content")):
+        elif (
+            content is None
+            and role == "assistant"
+            and (message.get("tool_calls") or message.get("reasoning_content"))
+        ):
             message = {**message, "content": ""}
         elif not isinstance(content, str):
             raise BadRow(f"message {i}: content must be text, it is {type(content).__name__}")
@@ -648,7 +726,14 @@ def _check_messages(messages: Any) -> list[dict]:
 class Encoder:
     """A row of one dataset as (input_ids, labels). `encode` raises BadRow."""
 
-    def __init__(self, kind: str, tokenizer: Tokenizer, options: DataOptions, directory: Path, columns: dict | None = None):
+    def __init__(
+        self,
+        kind: str,
+        tokenizer: Tokenizer,
+        options: DataOptions,
+        directory: Path,
+        columns: dict | None = None,
+    ):
         self.tokenizer, self.options, self.columns = tokenizer, options, columns or {}
         self.kind, self.function = kind, None
         if kind not in ("chat", "instruct", "prompt_completion", "text", "tokens"):
@@ -668,7 +753,9 @@ class Encoder:
                       ("instruct", "output"), ("text", "text")]  # fmt: skip
             kind = next((k for k, column in shapes if isinstance(made, dict) and column in made), None)
             if kind is None:
-                raise BadRow(f"{self.kind} must return a dict with messages, completion, output, text or input_ids")
+                raise BadRow(
+                    f"{self.kind} must return a dict with messages, completion, output, text or input_ids"
+                )
             row = made
         return getattr(self, "_" + kind)(row)
 
@@ -702,7 +789,9 @@ class Encoder:
         if self.tokenizer.template:
             question = f"{instruction}\n\n{more}" if more else instruction
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-            return self._chat({"messages": [{"role": "system", "content": system}, *messages] if system else messages})
+            return self._chat(
+                {"messages": [{"role": "system", "content": system}, *messages] if system else messages}
+            )
         middle = f"### Input:\n{more}\n\n" if more else ""
         start = f"{system}\n\n" if system else ""
         prompt = f"{start}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
@@ -711,7 +800,10 @@ class Encoder:
     def _prompt_completion(self, row: dict) -> tuple[list[int], list[int]]:
         prompt, completion = row.get("prompt"), row.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
-            unmarked = [{**message, "train": False} if message.get("role") == "assistant" else message for message in prompt]
+            unmarked = [
+                {**message, "train": False} if message.get("role") == "assistant" else message
+                for message in prompt
+            ]
             return self._chat({**row, "messages": [*unmarked, *completion]})
         # Tokenised apart, as a model reads a prompt before it writes: no token can span the two.
         prompt = _need_text(row, "prompt", "")
@@ -733,10 +825,13 @@ class Encoder:
         labels = ids if labels is None else labels
 
         def whole(values: Any) -> bool:
-            return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+            return isinstance(values, list) and all(
+                isinstance(v, int) and not isinstance(v, bool) for v in values
+            )
 
         if not whole(ids) or not whole(labels):
             raise BadRow("input_ids and labels must be lists of whole numbers")
+        assert isinstance(ids, list) and isinstance(labels, list)
         if len(ids) != len(labels):
             raise BadRow(f"input_ids has {len(ids)} numbers, labels {len(labels)}")
         if any(i < 0 for i in ids) or any(label < 0 and label != IGNORE for label in labels):
@@ -755,7 +850,9 @@ def _import_function(name: str, directory: Path) -> Callable[[dict], Any]:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         test = f"cd {directory} && python -c 'import {module}; {name}'"
-        raise ConfigError("datasets", name, f"cannot be imported ({error}); looked in {directory}; try: {test}") from None
+        raise ConfigError(
+            "datasets", name, f"cannot be imported ({error}); looked in {directory}; try: {test}"
+        ) from None
     if not callable(function):
         raise ConfigError("datasets", name, "is not a function")
     return function
@@ -773,11 +870,16 @@ class Encoded:
     reason: str = ""
 
 
-def encode_dataset(spec: dict, tokenizer: Tokenizer, options: DataOptions, directory: Path) -> Iterator[Encoded]:
-    """Every row of one dataset through the code that training uses. DataError for a bad row under `on_bad_row: error`."""
+def encode_dataset(
+    spec: dict, tokenizer: Tokenizer, options: DataOptions, directory: Path
+) -> Iterator[Encoded]:
+    """Every row of one dataset through the code that training uses. DataError for a bad row under
+    `on_bad_row: error`."""
     kind = spec.get("type")
     if not isinstance(kind, str):
-        raise ConfigError("datasets", spec.get("path"), "needs a type: chat, instruct, prompt_completion, text, tokens, …")
+        raise ConfigError(
+            "datasets", spec.get("path"), "needs a type: chat, instruct, prompt_completion, text, tokens, …"
+        )
     encoder = Encoder(kind, tokenizer, options, directory, spec.get("columns"))
     limit = options.sequence_len
     for row in read_rows(spec, directory):
@@ -797,7 +899,9 @@ def encode_dataset(spec: dict, tokenizer: Tokenizer, options: DataOptions, direc
         ids, labels = encoded.input_ids, encoded.labels
         if not problem and kind == "text" and len(ids) > limit:
             for begin in range(0, len(ids), limit):
-                yield Encoded(encoded.file, encoded.line, ids[begin : begin + limit], labels[begin : begin + limit])
+                yield Encoded(
+                    encoded.file, encoded.line, ids[begin : begin + limit], labels[begin : begin + limit]
+                )
             continue
         if not problem and not any(label != IGNORE for label in labels[1:]):
             problem = "no token is trained"  # position 0 has no prediction before it
@@ -817,19 +921,19 @@ def encode_dataset(spec: dict, tokenizer: Tokenizer, options: DataOptions, direc
         yield encoded
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Encoded data in memory, and its order
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Dataset:
     """Encoded rows as flat arrays (memory-mapped when prepared on disk).
 
-    `tokens`, `labels` int32 [all tokens]; row i is tokens[offsets[i]:offsets[i+1]]; `source` [rows] is the dataset of a
-    row, `lines` [rows] its line, `files` [rows] an index into `file_names`.
+    `tokens`, `labels` int32 [all tokens]; row i is tokens[offsets[i]:offsets[i+1]]; `source` [rows] is the
+    dataset of a row, `lines` [rows] its line, `files` [rows] an index into `file_names`.
     """
 
-    ARRAYS = ("tokens", "labels", "offsets", "source", "lines", "files")
+    ARRAYS: ClassVar = ("tokens", "labels", "offsets", "source", "lines", "files")
 
     def __init__(self, arrays: dict[str, np.ndarray], file_names: list[str], counts: dict, fingerprint: str):
         self.tokens, self.labels, self.offsets = arrays["tokens"], arrays["labels"], arrays["offsets"]
@@ -898,8 +1002,11 @@ class Dataset:
         return Dataset(arrays, facts["file_names"], facts["counts"], facts["fingerprint"])
 
 
-def prepare(specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path, cache: Path) -> Dataset:
-    """Encode every dataset, or find the result of an earlier run with the same files, options, tokenizer and code."""
+def prepare(
+    specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path, cache: Path
+) -> Dataset:
+    """Encode every dataset, or find the result of an earlier run with the same files, options, tokenizer and
+    code."""
     key = hashlib.sha256(Path(__file__).read_bytes())
     for spec in specs:
         key.update(json.dumps(spec, sort_keys=True, default=str).encode())
@@ -933,16 +1040,19 @@ def split_held_out(rows: int, val_set_size: int | float, seed: int) -> tuple[np.
         raise ConfigError("val_set_size", val_set_size, "must be a count, or a fraction between 0 and 1")
     count = round(rows * val_set_size) if 0 < val_set_size < 1 else int(val_set_size)
     if val_set_size and not 0 < count < rows:
-        raise ConfigError("val_set_size", val_set_size, f"holds out {count} of {rows} rows; leave some on both sides")
+        raise ConfigError(
+            "val_set_size", val_set_size, f"holds out {count} of {rows} rows; leave some on both sides"
+        )
     order = np.random.default_rng([seed, 17]).permutation(rows)
     return np.sort(order[count:]), np.sort(order[:count])
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: bins of `capacity` tokens, each a list of indices into `lengths`, in order of creation.
+    """Best-fit decreasing: bins of `capacity` tokens, each a list of indices into `lengths`, in order of
+    creation.
 
-    The longest document goes first, into the fullest bin that still has room for it. Raises ValueError for a document
-    that fits no bin.
+    The longest document goes first, into the fullest bin that still has room for it. Raises ValueError for a
+    document that fits no bin.
     """
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # room left → bins with just that room
@@ -973,7 +1083,8 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 
 @dataclass
 class Batch:
-    """One micro-batch. Shapes [B, T]; a target is the label of the next token of the same document, −100 if untrained."""
+    """One micro-batch. Shapes [B, T]; a target is the label of the next token of the same document, −100 if
+    untrained."""
 
     input_ids: Tensor
     targets: Tensor
@@ -982,15 +1093,17 @@ class Batch:
     rows: list[int]  # of the Dataset, to name a row that breaks a run
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (getattr(self, n).to(device, non_blocking=True) for n in ("input_ids", "targets", "position_ids"))
-        return Batch(*moved, self.document_ids.to(device, non_blocking=True), self.rows)  # type: ignore[call-arg]
+        tensors = (self.input_ids, self.targets, self.position_ids, self.document_ids)
+        ids, targets, positions, documents = (x.to(device, non_blocking=True) for x in tensors)
+        return Batch(ids, targets, positions, documents, self.rows)
 
 
 class Batches:
     """The order of training: a pure function of (seed, epoch), so that a step number is the whole position.
 
-    A unit is a row, or a pack of rows. Step s takes units [s·U, (s+1)·U) of the epochs laid end to end, where U =
-    micro_batch_size · gradient_accumulation_steps · world: how U is cut changes nothing but who computes what.
+    A unit is a row, or a pack of rows. Step s takes units [s·U, (s+1)·U) of the epochs laid end to end, where
+    U = micro_batch_size · gradient_accumulation_steps · world: how U is cut changes nothing but who computes
+    what.
     """
 
     def __init__(
@@ -1007,6 +1120,7 @@ class Batches:
     ):
         self.dataset, self.rows, self.options, self.weights = dataset, rows, options, weights
         self.units_a_step, self.seed, self.pad_id, self.shuffle = units_a_step, seed, pad_id, shuffle
+        self.total_units = sys.maxsize
         self._epochs: dict[int, list[list[int]]] = {}
         self._starts = [0]  # unit at which each epoch begins
 
@@ -1035,27 +1149,32 @@ class Batches:
             else:
                 units = [[int(i)] for i in order]
             if not units:
-                raise DataError("datasets", None, "no row is left to train on", "see `python data.py inspect`")
+                raise DataError(
+                    "datasets", None, "no row is left to train on", "see `python data.py inspect`"
+                )
             self._epochs = {k: v for k, v in self._epochs.items() if k >= number - 1} | {number: units}
         return self._epochs[number]
 
-    def steps(self, epochs: float) -> int:
-        """Optimiser steps in so many epochs; the last one may be smaller."""
-        whole, units = int(epochs), 0
-        for number in range(whole):
-            units += len(self.epoch(number))
+    def plan(self, epochs: float, max_steps: int | None = None) -> int:
+        """Fix the end of the run, and return the number of its steps; the last one may be smaller."""
+        if max_steps is not None:
+            self.total_units = max_steps * self.units_a_step
+            return max_steps
+        whole = int(epochs)
+        self.total_units = sum(len(self.epoch(number)) for number in range(whole))
         if epochs > whole:
-            units += round((epochs - whole) * len(self.epoch(whole)))
-        return max(1, -(-units // self.units_a_step))
+            self.total_units += round((epochs - whole) * len(self.epoch(whole)))
+        self.total_units = max(1, self.total_units)
+        return -(-self.total_units // self.units_a_step)
 
     def units(self, step: int) -> list[list[int]]:
-        """The units of one step. Epochs follow each other without a gap."""
-        first, last = step * self.units_a_step, (step + 1) * self.units_a_step
+        """The units of one step. Epochs follow each other without a gap, to the end that `plan` set."""
+        first, last = step * self.units_a_step, min((step + 1) * self.units_a_step, self.total_units)
         found: list[list[int]] = []
         while self._starts[-1] <= last:
             self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
         for number in range(bisect.bisect_right(self._starts, first) - 1, len(self._starts) - 1):
-            start, end = self._starts[number], self._starts[number + 1]
+            start = self._starts[number]
             if start >= last:
                 break
             found += self.epoch(number)[max(0, first - start) : last - start]
@@ -1069,12 +1188,16 @@ class Batches:
         number = bisect.bisect_right(self._starts, unit) - 1
         return number + (unit - self._starts[number]) / (self._starts[number + 1] - self._starts[number])
 
-    def micro_batches(self, units: list[list[int]], micro_batch_size: int, rank: int, world: int) -> list[Batch]:
+    def micro_batches(
+        self, units: list[list[int]], micro_batch_size: int, rank: int, world: int
+    ) -> list[Batch]:
         """This rank's share of the units of one step, cut into micro-batches; as many on every rank."""
         share = micro_batch_size * world
         batches = []
         for begin in range(0, len(units), share):
-            mine = units[begin + rank * micro_batch_size : min(begin + (rank + 1) * micro_batch_size, begin + share)]
+            mine = units[
+                begin + rank * micro_batch_size : min(begin + (rank + 1) * micro_batch_size, begin + share)
+            ]
             batches.append(self.collate(mine))
         return batches
 
@@ -1087,7 +1210,9 @@ class Batches:
         width = max((sum(int(self.dataset.lengths[i]) for i in unit) for unit in units), default=1)
         if self.options.sample_packing:  # few different widths, so that compiled kernels are reused
             width = min(-(-width // 64) * 64, self.options.sequence_len)
-        B = max(1, len(units))  # a rank without a row still takes part in every collective, on one untrained token
+        B = max(
+            1, len(units)
+        )  # a rank without a row still takes part in every collective, on one untrained token
         ids = np.full((B, width), self.pad_id, np.int64)
         targets = np.full((B, width), IGNORE, np.int64)
         positions = np.zeros((B, width), np.int64)
@@ -1104,12 +1229,13 @@ class Batches:
                 positions[b, at:end] = np.arange(len(tokens))
                 documents[b, at:end] = number
                 at = end
-        return Batch(*(torch.from_numpy(x) for x in (ids, targets, positions, documents)), rows)
+        tensors = (torch.from_numpy(x) for x in (ids, targets, positions, documents))
+        return Batch(*tensors, rows=rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizer and data of a config
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path, cache: Path) -> Tokenizer:
@@ -1131,7 +1257,16 @@ def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path, cach
                     for item in value:
                         yield from strings(item)
 
-            columns = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text")
+            columns = (
+                "messages",
+                "conversations",
+                "instruction",
+                "input",
+                "output",
+                "prompt",
+                "completion",
+                "text",
+            )
             for spec in options.datasets:
                 for row in read_rows(spec, directory):
                     if isinstance(row, Row):
@@ -1143,9 +1278,9 @@ def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path, cach
     return Tokenizer.load(place).configure(options, directory)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # inspect
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1186,12 +1321,16 @@ def inspect(argv: list[str]) -> int:
     return _report(rows, tokenizer, vocab_size, options)
 
 
-def _report(rows: list[Encoded], tokenizer: Tokenizer, vocab_size: int | None, options: InspectOptions) -> int:
+def _report(
+    rows: list[Encoded], tokenizer: Tokenizer, vocab_size: int | None, options: InspectOptions
+) -> int:
     used = [row for row in rows if row.status in ("kept", "truncated")]
     colour = sys.stdout.isatty()
     on, off = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     for row in random.Random(0).sample(used, min(options.samples, len(used))):
-        print(f"── {row.file}:{row.line}  {len(row.input_ids)} tokens, trained: {'green' if colour else '⟦ ⟧'}")
+        print(
+            f"── {row.file}:{row.line}  {len(row.input_ids)} tokens, trained: {'green' if colour else '⟦ ⟧'}"
+        )
         pieces, begin = [], 0
         flags = [label != IGNORE for label in row.labels]
         for i in range(1, len(flags) + 1):
@@ -1208,20 +1347,25 @@ def _report(rows: list[Encoded], tokenizer: Tokenizer, vocab_size: int | None, o
     lengths = np.array([len(row.input_ids) for row in used] or [0])
     trained = sum(sum(label != IGNORE for label in row.labels) for row in used)
     distinct = {hashlib.sha256(repr(row.input_ids).encode()).digest() for row in used}
-    count = {s: sum(row.status == s for row in rows) for s in ("kept", "truncated", "dropped", "bad", "skipped")}
+    count = {
+        s: sum(row.status == s for row in rows) for s in ("kept", "truncated", "dropped", "bad", "skipped")
+    }
     no_token = [row for row in rows if row.status == "bad" and "no token is trained" in row.reason]
-    empty = [row for row in rows if row.status == "bad" and ("empty" in row.reason or "non-empty" in row.reason)]
+    empty = [
+        row for row in rows if row.status == "bad" and ("empty" in row.reason or "non-empty" in row.reason)
+    ]
     beyond = [row for row in used if vocab_size and row.input_ids and max(row.input_ids) >= vocab_size]
     share = trained / max(1, int(lengths.sum()))
     stops = set(tokenizer.stop_ids)
     endless = [
         row for row in used
-        if row.status == "kept" and not any(l != IGNORE and i in stops for i, l in zip(row.input_ids, row.labels, strict=True))
+        if row.status == "kept" and not any(label != IGNORE and i in stops for i, label in zip(row.input_ids,
+        row.labels, strict=True))
     ]  # fmt: skip
 
     edges = np.unique(np.linspace(0, max(int(lengths.max()), 1), 11).astype(int))
     print("length in tokens")
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         n = int(((lengths >= low) & ((lengths < high) | (high == edges[-1]))).sum())
         print(f"  {low:>7,}–{high:<7,} {n:>8,} {'█' * round(40 * n / max(1, len(used)))}")
     print(f"  mean {lengths.mean():.1f}, median {np.median(lengths):.0f}, longest {lengths.max():,}\n")
@@ -1240,30 +1384,48 @@ def _report(rows: list[Encoded], tokenizer: Tokenizer, vocab_size: int | None, o
         print(f"{label:<20} {number:>10,}  {note}".rstrip())
     if options.sample_packing and used:
         packs = pack(lengths.tolist(), options.sequence_len)
-        print(f"{'packs':<20} {len(packs):>10,}  {lengths.sum() / (len(packs) * options.sequence_len):.1%} full")
+        print(
+            f"{'packs':<20} {len(packs):>10,}  {lengths.sum() / (len(packs) * options.sequence_len):.1%} full"
+        )
     print()
+
+    def name(faulty: list[Encoded]) -> str:
+        return f"{faulty[0].file}:{faulty[0].line}"
 
     warnings = []
     if beyond:
-        warnings.append(f"{len(beyond)} rows have ids beyond the vocabulary ({beyond[0].file}:{beyond[0].line}): "
-                        "wrong tokenizer for this checkpoint")  # fmt: skip
+        warnings.append(
+            f"{len(beyond)} rows have ids beyond the vocabulary ({name(beyond)}): another model's tokenizer?"
+        )
     if used and share < 0.01:
-        warnings.append(f"only {share:.2%} of the tokens are trained: is the loss mask right? (reference page: Loss Plateau)")
-    if used and share > 0.999 and any(spec.get("type") not in ("text", "tokens") for spec in options.datasets):
-        if not options.train_on_inputs:
-            warnings.append("every token is trained although the data has prompts: is the loss mask right?")
+        warnings.append(
+            f"only {share:.2%} of the tokens are trained: is the loss mask right? (docs: Loss Plateau)"
+        )
+    prompted = any(spec.get("type") not in ("text", "tokens") for spec in options.datasets)
+    if used and share > 0.999 and prompted and not options.train_on_inputs:
+        warnings.append("every token is trained although the data has prompts: is the loss mask right?")
     if len(used) - len(distinct) > 0.01 * total:
-        warnings.append(f"{len(used) - len(distinct)} rows repeat another: they weigh double and hide overfitting")
-    if count["truncated"] + count["dropped"] > 0.05 * total:
-        warnings.append(f"{count['truncated'] + count['dropped']} rows are longer than sequence_len {options.sequence_len}: raise it, "
-                        "or split them")  # fmt: skip
-    if endless and len(endless) > 0.01 * total and any(spec.get("type") != "tokens" for spec in options.datasets):
-        warnings.append(f"{len(endless)} rows train no end-of-sequence token ({endless[0].file}:{endless[0].line}): "
-                        "the model may never stop")  # fmt: skip
+        warnings.append(
+            f"{len(used) - len(distinct)} rows repeat another: they weigh double and hide overfitting"
+        )
+    too_long = count["truncated"] + count["dropped"]
+    if too_long > 0.05 * total:
+        warnings.append(
+            f"{too_long} rows are longer than sequence_len ({options.sequence_len}): raise it or split them"
+        )
+    if (
+        endless
+        and len(endless) > 0.01 * total
+        and any(spec.get("type") != "tokens" for spec in options.datasets)
+    ):
+        warnings.append(
+            f"{len(endless)} rows train no end-of-sequence token ({name(endless)}): the model may never stop"
+        )
     if used and lengths.max() > 8 * np.median(lengths) and lengths.max() > 512:
-        row = used[int(lengths.argmax())]
-        warnings.append(f"the longest row is {lengths.max() / max(1, np.median(lengths)):.0f} times the median "
-                        f"({row.file}:{row.line}): a single extreme row can cause a loss spike")  # fmt: skip
+        times = f"{lengths.max() / max(1, np.median(lengths)):.0f} times the median"
+        warnings.append(
+            f"the longest row is {times} ({name([used[int(lengths.argmax())]])}): it can cause a loss spike"
+        )
     bad = [row for row in rows if row.status == "bad"]
     for row in bad[:10]:
         warnings.append(f"{row.file}:{row.line}: {row.reason}")

@@ -1,8 +1,8 @@
-"""Processes, sharding, optimiser, schedule and checkpoints: what turns a loop into one that runs on many devices and
-goes on after it was killed.
+"""Processes, sharding, optimiser, schedule and checkpoints: what turns a loop into one that runs on many
+devices and goes on after it was killed.
 
-One process and many are the same program: `python sft.py` is a world of one. With more, FSDP2 shards each block; no rank
-ever holds a whole full-precision model.
+One process and many are the same program: `python sft.py` is a world of one. With more, FSDP2 shards each
+block; no rank ever holds a whole full-precision model.
 """
 
 import contextlib
@@ -35,12 +35,28 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from config import BallastError, ConfigError
-from model import Transformer
+from model import (
+    Architecture,
+    Block,
+    Transformer,
+    apply_lora,
+    initialize,
+    initialize_lora,
+    load_adapter,
+    load_weights,
+    save_adapter,
+    save_pretrained,
+)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -48,7 +64,8 @@ T = TypeVar("T")
 @dataclass
 class DistOptions:
     bf16: bool = False
-    """Compute in bfloat16. Trained weights, their gradients and the optimiser stay in fp32; frozen weights are bf16."""
+    """Compute in bfloat16. Trained weights, their gradients and the optimiser stay in fp32; frozen weights
+    are bf16."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
     gradient_checkpointing_kwargs: dict = field(default_factory=dict)
@@ -58,7 +75,8 @@ class DistOptions:
     fsdp_cpu_offload: bool = False
     """Keep weights and optimiser state in host memory (CUDA only)."""
     hsdp_shard_size: int | None = None
-    """Shard over groups of so many processes and replicate across groups (HSDP), e.g. the GPUs of one node."""
+    """Shard over groups of so many processes and replicate across groups (HSDP), e.g. the GPUs of one
+    node."""
     gpu_timeout_minutes: int = 30
     """A collective that waits longer stops the run: some rank died or took another path."""
 
@@ -102,14 +120,16 @@ class CheckpointOptions:
     save_async: bool = True
     """Write checkpoints in the background while training goes on."""
     resume: str = "auto"
-    """auto: continue from the newest checkpoint in output_dir if there is one; never; or a checkpoint's directory."""
+    """auto: continue from the newest checkpoint in output_dir if there is one; never; or a checkpoint's
+    directory."""
     resume_with_new_data: bool = False
-    """Allow a checkpoint to go on with data other than it was made with; its position then means other rows."""
+    """Allow a checkpoint to go on with data other than it was made with; its position then means other
+    rows."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -126,7 +146,11 @@ class World:
 
     def autocast(self, bf16: bool) -> contextlib.AbstractContextManager:
         """bf16 compute for one process; with several, FSDP's mixed precision does it."""
-        return torch.autocast(self.device.type, torch.bfloat16) if bf16 and self.size == 1 else contextlib.nullcontext()
+        return (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if bf16 and self.size == 1
+            else contextlib.nullcontext()
+        )
 
 
 def init(options: DistOptions) -> World:
@@ -137,7 +161,9 @@ def init(options: DistOptions) -> World:
     if cuda:
         torch.cuda.set_device(local_rank)
     elif options.fsdp_cpu_offload:
-        raise ConfigError("fsdp_cpu_offload", True, "needs CUDA; without a GPU everything is in host memory already")
+        raise ConfigError(
+            "fsdp_cpu_offload", True, "needs CUDA; without a GPU everything is in host memory already"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if not td.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -177,7 +203,8 @@ def all_reduce(values: list[float], world: World, op: Any = td.ReduceOp.SUM) -> 
 
 
 def main_first(work: Callable[[], T], world: World) -> T:
-    """`work()` on rank 0, then on the others, which find what it left on disk. Its error stops all of them."""
+    """`work()` on rank 0, then on the others, which find what it left on disk. Its error stops all of
+    them."""
     if world.size == 1:
         return work()
     failure: list[str | None] = [None]
@@ -211,19 +238,22 @@ class Interrupt:
         self.signal = number
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sharding
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def shard(model: Transformer, options: DistOptions, world: World) -> Transformer:
-    """Set up activation checkpointing and, with several processes, FSDP2 on each block and the rest. In place; the model
-    may still be on the meta device."""
+    """Set up activation checkpointing and, with several processes, FSDP2 on each block and the rest. In
+    place; the model may still be on the meta device."""
     unknown = set(options.gradient_checkpointing_kwargs) - {"use_reentrant"}
     if unknown:
-        raise ConfigError("gradient_checkpointing_kwargs", sorted(unknown)[0], "is not known; only use_reentrant is")
+        raise ConfigError(
+            "gradient_checkpointing_kwargs", sorted(unknown)[0], "is not known; only use_reentrant is"
+        )
     if options.gradient_checkpointing:
         for block in model.layers:
+            assert isinstance(block, Block)
             block.checkpointing = bool(options.gradient_checkpointing_kwargs.get("use_reentrant", False))
     if world.mesh is None:
         return model
@@ -241,14 +271,32 @@ def shard(model: Transformer, options: DistOptions, world: World) -> Transformer
     return model
 
 
-def materialize(model: Transformer, options: DistOptions, world: World) -> None:
-    """Give a meta-device model storage where it will live; the weights are still to be loaded."""
-    model.to_empty(device="cpu" if options.fsdp_cpu_offload else world.device)
+def build_model(arch: Architecture, checkpoint: Path, config: Any, world: World) -> Transformer:
+    """The model of a config, sharded, with its weights (loaded or random) and adapters, in training mode.
+
+    It is made on the meta device, where it costs nothing; once it is sharded each rank gives storage to its
+    own rows and reads only those from the checkpoint.
+    """
+    with torch.device("meta"):
+        model = Transformer(arch)
+        if config.adapter:
+            apply_lora(model.to(torch.bfloat16 if config.bf16 else torch.float32), config)
+    shard(model, config, world)
+    model.to_empty(device="cpu" if config.fsdp_cpu_offload else world.device)
+    if config.random_init:
+        initialize(model, config.seed)
+    else:
+        load_weights(model, checkpoint)
+    if config.adapter:
+        initialize_lora(model, config.seed)
+        if config.lora_model_dir:
+            load_adapter(model, config.lora_model_dir)
+    return model.train()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Optimiser and schedule
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def make_optimizers(model: nn.Module, options: OptimizerOptions) -> list[torch.optim.Optimizer]:
@@ -256,10 +304,15 @@ def make_optimizers(model: nn.Module, options: OptimizerOptions) -> list[torch.o
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = []
     if options.optimizer == "muon":
-        # The orthogonalisation is for maps between hidden states; embeddings, head and experts' stacks keep AdamW.
-        matrices = [p for name, p in named if p.dim() == 2 and name.startswith("layers.") and "lora_" not in name]
+        # The orthogonalisation is for maps between hidden states; embeddings, head and experts' stacks keep
+        # AdamW.
+        matrices = [
+            p for name, p in named if p.dim() == 2 and name.startswith("layers.") and "lora_" not in name
+        ]
         if not matrices:
-            raise ConfigError("optimizer", "muon", "has no matrix to train here (LoRA trains adapters); use adamw")
+            raise ConfigError(
+                "optimizer", "muon", "has no matrix to train here (LoRA trains adapters); use adamw"
+            )
     taken = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in taken]
     groups = [
@@ -268,11 +321,16 @@ def make_optimizers(model: nn.Module, options: OptimizerOptions) -> list[torch.o
     ]
     betas = (options.adam_beta1, options.adam_beta2)
     adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=options.learning_rate, betas=betas, eps=options.adam_epsilon, fused=True
+        [g for g in groups if g["params"]],
+        lr=options.learning_rate,
+        betas=betas,
+        eps=options.adam_epsilon,
+        fused=True,
     )
     if not matrices:
         return [adamw]
-    # match_rms_adamw (arXiv 2502.16982) scales Muon's updates to AdamW's size, so one learning_rate serves both.
+    # match_rms_adamw (arXiv 2502.16982) scales Muon's updates to AdamW's size, so one learning_rate serves
+    # both.
     muon = torch.optim.Muon(
         matrices, lr=options.learning_rate, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
@@ -286,7 +344,8 @@ def warmup(options: OptimizerOptions, total_steps: int) -> int:
 
 
 def learning_rate(step: int, options: OptimizerOptions, total_steps: int) -> float:
-    """Learning rate of optimiser step `step` (counted from 0) of `total_steps`: linear warmup, then the decay."""
+    """Learning rate of optimiser step `step` (counted from 0) of `total_steps`: linear warmup, then the
+    decay."""
     peak, floor, warm = options.learning_rate, options.min_lr_ratio, warmup(options, total_steps)
     if step < warm:
         return peak * (step + 1) / warm
@@ -305,9 +364,12 @@ def learning_rate(step: int, options: OptimizerOptions, total_steps: int) -> flo
 
 def check_optimizer_options(options: OptimizerOptions) -> None:
     if options.warmup_steps is not None and options.warmup_ratio is not None:
-        raise ConfigError("warmup_ratio", options.warmup_ratio, "contradicts warmup_steps; keep one of the two")
+        raise ConfigError(
+            "warmup_ratio", options.warmup_ratio, "contradicts warmup_steps; keep one of the two"
+        )
     for key, low, high in (
-        ("learning_rate", 0, math.inf), ("warmup_ratio", 0, 1), ("warmup_steps", 0, math.inf), ("weight_decay", 0, math.inf),
+        ("learning_rate", 0, math.inf), ("warmup_ratio", 0, 1), ("warmup_steps", 0, math.inf),
+        ("weight_decay", 0, math.inf),
         ("max_grad_norm", 0, math.inf), ("min_lr_ratio", 0, 1), ("wsd_decay_ratio", 0, 1),
     ):  # fmt: skip
         value = getattr(options, key)
@@ -329,9 +391,9 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -369,7 +431,9 @@ def publish(aside: Path, final: Path) -> None:
             os.fsync(descriptor)
             os.close(descriptor)
     _sync_directory(aside)
-    if final.exists():  # rename cannot replace a directory that holds files: move the old one out of the way first
+    if (
+        final.exists()
+    ):  # rename cannot replace a directory that holds files: move the old one out of the way first
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
@@ -383,14 +447,17 @@ def publish(aside: Path, final: Path) -> None:
 class Checkpointer:
     """Sharded checkpoints (DCP) in `directory`/step-N that exist whole or not at all.
 
-    A checkpoint holds the trained parameters, the optimisers, each rank's random state and a JSON state of the loop. It
-    is written in .step-N, with a checksum for every file, and renamed when the last rank is done; `latest` follows.
+    A checkpoint holds the trained parameters, the optimisers, each rank's random state and a JSON state of
+    the loop. It is written in .step-N, with a checksum for every file, and renamed when the last rank is
+    done; `latest` follows.
     """
 
     def __init__(self, directory: Path, world: World, options: CheckpointOptions):
         self.directory, self.world, self.options = directory, world, options
         self._pending: Future | None = None
-        self._group = td.new_group(backend="gloo")  # collectives of a background save never mix with the loop's own
+        self._group: Any = td.new_group(
+            backend="gloo"
+        )  # collectives of a background save never mix with the loop's own
         if world.main:
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in directory.glob(".step-*"):  # of a run that was killed while saving
@@ -408,13 +475,17 @@ class Checkpointer:
 
     @staticmethod
     def _state_dict(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-        options = StateDictOptions(ignore_frozen_params=True)  # the base weights of LoRA are not the run's to save
+        options = StateDictOptions(
+            ignore_frozen_params=True
+        )  # the base weights of LoRA are not the run's to save
         return {
             "model": get_model_state_dict(model, options=options),
             "optimizer": get_optimizer_state_dict(model, optimizers, options=options),
         }
 
-    def save(self, step: int, model: Transformer, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+    def save(
+        self, step: int, model: Transformer, optimizers: list[torch.optim.Optimizer], state: dict
+    ) -> None:
         """Write step-N; in the background if `save_async`. A collective. `state` must be JSON."""
         self.finish()
         final, aside = self.directory / f"step-{step}", self.directory / f".step-{step}"
@@ -442,7 +513,8 @@ class Checkpointer:
             publish_it()
             td.barrier(self._group)
             return
-        # Rank 0's part is done only when DCP has heard from every rank, so rank 0 alone decides when it is whole.
+        # Rank 0's part is done only when DCP has heard from every rank, so rank 0 alone decides when it is
+        # whole.
         written = dcp.async_save(state_dict, checkpoint_id=aside, process_group=self._group)
         assert isinstance(written, Future)
         done: Future = Future()
@@ -465,8 +537,43 @@ class Checkpointer:
             try:
                 pending.result()
             except OSError as error:
-                raise BallastError(f"checkpoint could not be written to {self.directory}: {error.strerror}") from error
+                raise BallastError(
+                    f"checkpoint could not be written to {self.directory}: {error.strerror}"
+                ) from error
             td.barrier(self._group)
+
+    def to_resume(self, identity: dict) -> Path | None:
+        """The checkpoint that `resume` asks for, if there is one.
+
+        `identity` says what a checkpoint can go on with: option → value, and "data" → fingerprint. Raises
+        ConfigError where the checkpoint has another: it would silently continue a different run.
+        """
+        resume = self.options.resume
+        path = self.newest() if resume == "auto" else None if resume == "never" else Path(resume)
+        if resume == "never" and self.steps():
+            raise ConfigError(
+                "output_dir",
+                self.options.output_dir,
+                "holds checkpoints already; choose another, or resume: auto",
+            )
+        if path is None:
+            return None
+        if not (path / "trainer.json").exists():
+            raise ConfigError(
+                "resume", resume, "is not a checkpoint; give auto, never or …/checkpoints/step-N"
+            )
+        saved = self.state(path)["identity"]
+        for key, value in identity.items():
+            if saved.get(key) == value or (key == "data" and self.options.resume_with_new_data):
+                continue
+            if key == "data":
+                remedy = (
+                    "was made with other data: its position means other rows; set resume_with_new_data: true"
+                )
+                raise ConfigError("datasets", None, f"{path} {remedy} to go on, or choose another output_dir")
+            remedy = f"but {path} was made with {saved.get(key)!r}: set it back, or choose another output_dir"
+            raise ConfigError(key, value, remedy)
+        return path
 
     def state(self, path: Path) -> dict:
         """The loop's JSON state in a checkpoint, after its checksums were found right."""
@@ -476,14 +583,18 @@ class Checkpointer:
                 for name, (size, checksum) in sums.items():
                     file = path / name
                     if not file.exists() or file.stat().st_size != size or _checksum(file) != checksum:
-                        raise BallastError(f"{file}: damaged (size or checksum differs); resume from another checkpoint")
+                        raise BallastError(
+                            f"{file}: damaged (size or checksum differs); resume from another checkpoint"
+                        )
             return json.loads((path / "trainer.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BallastError(f"{path}: is not a whole checkpoint ({error})") from None
 
-    def load(self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int) -> bool:
-        """Bring parameters, optimisers and random state back. False if the world has another size than the checkpoint's:
-        the numbers then agree only to rounding, and random state starts anew from `seed`."""
+    def load(
+        self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int
+    ) -> bool:
+        """Bring parameters, optimisers and random state back. False if the world has another size than the
+        checkpoint's: the numbers then agree only to rounding, and random state starts anew from `seed`."""
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         state_dict = self._state_dict(model, optimizers)
         dcp.load(state_dict, checkpoint_id=path, process_group=self._group)
@@ -521,7 +632,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def appearing(final: Path, world: World):
-    """A directory that all ranks may write in, which appears under its name when the block ends without an error."""
+    """A directory that all ranks may write in, which appears under its name when the block ends without an
+    error."""
     aside = final.with_name(f".{final.name}.tmp")
     if world.main:
         shutil.rmtree(aside, ignore_errors=True)
@@ -535,6 +647,21 @@ def appearing(final: Path, world: World):
         publish(aside, final)
     if world.size > 1:
         td.barrier()
+
+
+def save_final(model: Transformer, tokenizer: Any, config: Any, world: World) -> Path:
+    """output_dir/final: the model as a Hugging Face folder, or the adapter as a PEFT folder, when it is
+    whole."""
+    final = Path(config.output_dir) / "final"
+    with appearing(final, world) as aside:
+        if config.adapter and not config.merge_adapter:
+            save_adapter(model, aside, main=world.main)
+        else:
+            dtype = torch.bfloat16 if config.bf16 else torch.float32
+            save_pretrained(model, aside, dtype=dtype, merge=config.adapter is not None, main=world.main)
+        if world.main:
+            tokenizer.save(aside)
+    return final
 
 
 class Timer:

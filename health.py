@@ -1,4 +1,5 @@
-"""What a run tells about itself: one tidy line a step, metrics.jsonl, TensorBoard, wandb, run.log, and clear endings."""
+"""What a run tells about itself: one tidy line a step, metrics.jsonl, TensorBoard, wandb, run.log, and clear
+endings."""
 
 import json
 import logging
@@ -26,7 +27,16 @@ from config import BallastError, ConfigError
 log = logging.getLogger("ballast")
 
 # Dense bf16 peak in TFLOP/s, from the vendors' data sheets: what MFU is a share of.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "B200": 2250, "4090": 165, "MI300X": 1307}
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "B200": 2250,
+    "4090": 165,
+    "MI300X": 1307,
+}
 
 
 @dataclass
@@ -53,7 +63,8 @@ class NonFinite(BallastError):
 
 
 def start_log(output_dir: Path, main: bool) -> None:
-    """Everything printed goes to run.log too. LOG_LEVEL=DEBUG shows more on the console; the file always has it."""
+    """Everything printed goes to run.log too. LOG_LEVEL=DEBUG shows more on the console; the file always has
+    it."""
     name = os.environ.get("LOG_LEVEL", "INFO").upper()
     level = logging.getLevelNamesMapping().get(name)
     if level is None:
@@ -78,8 +89,8 @@ class _Console(logging.Handler):
 
 
 def run(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
-    """Run a recipe. A user's mistake ends as one line and exit code 2, its traceback in run.log; on several ranks the
-    first to fail prints it."""
+    """Run a recipe. A user's mistake ends as one line and exit code 2, its traceback in run.log; on several
+    ranks the first to fail prints it."""
     try:
         main(parse())
     except BallastError as error:
@@ -88,7 +99,9 @@ def run(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
             log.debug("error: %s", error)
         logging.shutdown()
-        os._exit(2)  # at once: another rank may wait in a collective, and torchrun stops it when this one is gone
+        os._exit(
+            2
+        )  # at once: another rank may wait in a collective, and torchrun stops it when this one is gone
     except KeyboardInterrupt:
         print("stopped at once; the newest checkpoint is where a resumed run begins", file=sys.stderr)
         os._exit(130)
@@ -123,17 +136,25 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def check_finite(
-    step: int, losses: list[float], batches: list, name_of: Callable[[int], str], norm: float, model: nn.Module
+    step: int,
+    losses: list[torch.Tensor],
+    batches: list,
+    name_of: Callable[[int], str],
+    norm: torch.Tensor,
+    model: nn.Module,
 ) -> None:
-    """Stop before the optimiser spreads a NaN into every weight, and say where it came from (reference page: NaN)."""
+    """Stop before the optimiser spreads a NaN into every weight, and say where it came from (reference page:
+    NaN)."""
+    if math.isfinite(norm.item()) and all(math.isfinite(loss.item()) for loss in losses):
+        return
     for loss, batch in zip(losses, batches, strict=True):
-        if not math.isfinite(loss):
+        if not math.isfinite(loss.item()):
             rows = ", ".join(name_of(row) for row in batch.rows[:4]) + (" …" if len(batch.rows) > 4 else "")
             raise NonFinite(
-                step, f"the loss ({loss})", f"micro-batch of rows {rows}",
-                "look at these rows with `python data.py inspect`; if they are sound, lower learning_rate or set bf16: false",
+                step, f"the loss ({loss.item()})", f"micro-batch of rows {rows}",
+                "see them with `python data.py inspect`; if they are sound, lower learning_rate or drop bf16",
             )  # fmt: skip
-    if not math.isfinite(norm):
+    if not math.isfinite(norm.item()):
         bad = []
         for name, parameter in model.named_parameters():
             gradient = parameter.grad
@@ -141,21 +162,23 @@ def check_finite(
             if gradient is not None and not torch.isfinite(gradient).all():
                 bad.append(name)
         raise NonFinite(
-            step, f"the gradient norm ({norm}), though the loss is finite",
+            step, f"the gradient norm ({norm.item()}), though the loss is finite",
             f"{len(bad)} parameters, first {bad[-1] if bad else 'on another rank'} (in backward order)",
-            "the backward pass overflowed: lower learning_rate, or set bf16: false to see whether precision is the cause",
+            "the backward pass overflowed: lower learning_rate; drop bf16 to see if precision is the cause",
         )  # fmt: skip
 
 
 FORMATS = {
     "train/loss": ("loss", ".4f"), "eval/loss": ("eval", ".4f"), "train/grad_norm": ("norm", ".3f"),
-    "train/learning_rate": ("lr", ".2e"), "tokens_per_second": ("tok/s", ",.0f"), "memory/max_alloc": ("GiB", ".2f"),
+    "train/learning_rate": ("lr", ".2e"), "tokens_per_second": ("tok/s", ",.0f"), "memory/max_alloc": ("GiB",
+    ".2f"),
     "mfu": ("mfu", ".1%"), "eval/accuracy": ("right", ".1%"),
 }  # fmt: skip
 
 
 class MetricLogger:
-    """Console, output_dir/metrics.jsonl, TensorBoard and wandb, from one dict a step. Only the main rank writes."""
+    """Console, output_dir/metrics.jsonl, TensorBoard and wandb, from one dict a step. Only the main rank
+    writes."""
 
     def __init__(self, config: Any, output_dir: Path, *, main: bool, first_step: int, total_steps: int):
         self.main, self.output_dir = main, output_dir
@@ -171,7 +194,9 @@ class MetricLogger:
             aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             aside.replace(metrics)
         self.file = metrics.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.tensorboard = SummaryWriter(
+            str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
+        )
         values = {k: v for k, v in asdict(config).items() if k != "config_directory"}
         (output_dir / "config.yaml").write_text(
             yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8"
@@ -227,7 +252,8 @@ def _step_of(line: str) -> int | None:
 
 @contextmanager
 def profiled(step: int, options: LogOptions, output_dir: Path, rank: int, device: torch.device):
-    """Record one step with the profiler if it is in profiler_steps: a Chrome trace, and a memory snapshot on CUDA."""
+    """Record one step with the profiler if it is in profiler_steps: a Chrome trace, and a memory snapshot on
+    CUDA."""
     if step not in options.profiler_steps:
         yield
         return

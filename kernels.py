@@ -1,6 +1,8 @@
-"""The arithmetic that decides whether a run fits and how fast it is: attention over packed documents, and the loss.
+"""The arithmetic that decides whether a run fits and how fast it is: attention over packed documents, and the
+loss.
 
-Everything here is plain torch and exact; it is what CPUs run, and the reference for a GPU kernel of the same signature.
+Everything here is plain torch and exact; it is what CPUs run, and the reference for a GPU kernel of the same
+signature.
 """
 
 import torch
@@ -8,21 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-QUERY_BLOCK = 512  # queries a block where attention has to be masked by hand; bounds its memory to QUERY_BLOCK × T
+QUERY_BLOCK = (
+    512  # queries a block where attention has to be masked by hand; bounds its memory to QUERY_BLOCK × T
+)
 LOGITS_A_CHUNK = 2**23  # elements of logits that exist at one time in linear_cross_entropy: 32 MiB in fp32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Attention
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Documents:
     """The documents in packed rows, found once for a forward pass and used by every layer.
 
-    `document_ids` [B, T]: a run of equal ids in a row is one document, a negative id is padding. Documents of similar
-    length are laid side by side in dense buckets, so that a row of a hundred short answers costs one attention call and
-    not a hundred. Right padding inside a bucket needs no mask: under a causal mask no real query sees a later key.
+    `document_ids` [B, T]: a run of equal ids in a row is one document, a negative id is padding. Documents of
+    similar length are laid side by side in dense buckets, so that a row of a hundred short answers costs one
+    attention call and not a hundred. Right padding inside a bucket needs no mask: under a causal mask no real
+    query sees a later key.
     """
 
     def __init__(self, document_ids: Tensor):
@@ -63,7 +68,8 @@ class Documents:
 
 
 class _ToSlots(torch.autograd.Function):
-    """x [N, …] → [slots, …]. Backward is a gather too: each real token has one slot, and repeats get no gradient."""
+    """x [N, …] → [slots, …]. Backward is a gather too: each real token has one slot, and repeats get no
+    gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, documents: Documents) -> Tensor:
@@ -109,9 +115,9 @@ def attention(
 ) -> Tensor:
     """Causal grouped-query attention inside each document.
 
-    q [B, T, H, E], k and v [B, T, K, E] with H a multiple of K → [B, T, H, E]. Without `documents` each row is one
-    document. `window` w lets a query see the w newest keys, itself included. `softcap` c replaces a score s by
-    c·tanh(s/c) (Gemma 2, arXiv 2408.00118, §2). Padding gets zeros.
+    q [B, T, H, E], k and v [B, T, K, E] with H a multiple of K → [B, T, H, E]. Without `documents` each row
+    is one document. `window` w lets a query see the w newest keys, itself included. `softcap` c replaces a
+    score s by c·tanh(s/c) (Gemma 2, arXiv 2408.00118, §2). Padding gets zeros.
     """
     B, T, H, E = q.shape
     if documents is None:
@@ -127,8 +133,11 @@ def attention(
     return _FromSlots.apply(out, documents, B * T).view(B, T, H, E)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
-    """Causal attention of dense rows [n, L, H|K, E]; window and soft cap are masked a block of queries at a time."""
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of dense rows [n, L, H|K, E]; window and soft cap are masked a block of queries at a
+    time."""
     L = q.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [n, H|K, L, E]
     grouped = q.shape[1] != k.shape[1]
@@ -146,7 +155,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
             visible &= key > query - window
         arguments = (q[:, :, begin:end], k[:, :, oldest:end], v[:, :, oldest:end], visible, scale, softcap)
         if L > QUERY_BLOCK and torch.is_grad_enabled() and q.requires_grad:
-            blocks.append(checkpoint(_masked, *arguments, use_reentrant=False))  # keeps memory O(L), not O(L²)
+            blocks.append(
+                checkpoint(_masked, *arguments, use_reentrant=False)
+            )  # keeps memory O(L), not O(L²)
         else:
             blocks.append(_masked(*arguments))
     return torch.cat(blocks, dim=2).transpose(1, 2)
@@ -160,10 +171,14 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, soft
         )
     n, H, Q, E = q.shape
     K = k.shape[1]
-    scores = torch.matmul(q.reshape(n, K, H // K * Q, E), k.transpose(-1, -2)).view(n, K, H // K, Q, -1) * scale
+    scores = (
+        torch.matmul(q.reshape(n, K, H // K * Q, E), k.transpose(-1, -2)).view(n, K, H // K, Q, -1) * scale
+    )
     scores = softcap * torch.tanh(scores / softcap)
     visible = visible if visible.dim() == 2 else visible[:, :, None]
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(
+        -1, dtype=torch.promote_types(q.dtype, torch.float32)
+    )
     return torch.matmul(weights.to(q.dtype).view(n, K, H // K * Q, -1), v).view(n, H, Q, E)
 
 
@@ -172,8 +187,8 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new query a row over cached keys.
 
-    q [B, H, E], k and v [B, K, S, E], `visible` [B, S] → [B, H, E]. The query heads that share a key head are laid along
-    the query axis, so that keys are read once and never repeated in memory.
+    q [B, H, E], k and v [B, K, S, E], `visible` [B, S] → [B, H, E]. The query heads that share a key head are
+    laid along the query axis, so that keys are read once and never repeated in memory.
     """
     B, H, E = q.shape
     K = k.shape[1]
@@ -181,18 +196,21 @@ def decode_attention(
     return out.reshape(B, H, E)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of NLLs. The gradients are made in the forward pass, where each chunk's probabilities are at hand: the logits
-    are computed once, not a second time in backward, and only the upstream scalar multiplies them later."""
+    """Sum of NLLs. The gradients are made in the forward pass, where each chunk's probabilities are at hand:
+    the logits are computed once, not a second time in backward, and only the upstream scalar multiplies them
+    later."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, chunk: int) -> Tensor:
-        N, D = hidden.shape
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, chunk: int
+    ) -> Tensor:
+        N = hidden.shape[0]
         precise = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -202,10 +220,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, N, chunk):
             rows = slice(begin, begin + chunk)
             x, target = hidden[rows], labels[rows, None]
-            logits = (x @ weight.T).to(precise)  # [c, V]
+            logits, slope = (x @ weight.T).to(precise), None  # [c, V]
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
-                slope = 1 - (logits / softcap).square() if need_hidden or need_weight else None
+                slope = 1 - (logits / softcap).square()
             logits.sub_(logits.amax(-1, keepdim=True))  # exp never overflows
             chosen = logits.gather(-1, target)
             sums = logits.exp_().sum(-1, keepdim=True)
@@ -214,7 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             d_logits = logits.div_(sums)  # softmax
             d_logits.scatter_add_(-1, target, torch.full_like(chosen, -1.0))
-            if softcap is not None:
+            if slope is not None:
                 d_logits.mul_(slope)
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
@@ -234,7 +252,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = d_hidden * upstream.to(d_hidden.dtype)
         if d_weight is not None:
-            d_weight = d_weight.mul_(upstream.to(d_weight.dtype))  # [V, D] is the largest tensor here: no second copy
+            d_weight = d_weight.mul_(
+                upstream.to(d_weight.dtype)
+            )  # [V, D] is the largest tensor here: no second copy
         return d_hidden, d_weight, None, None, None
 
 
@@ -243,10 +263,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of −log softmax(hidden @ weight.T)[label], without ever holding [N, V] logits.
 
-    hidden [N, D], weight [V, D], labels [N] with −100 where a token is not trained: such rows cost nothing. Returns a
-    scalar in fp32 (fp64 for fp64 input). Exact to the naive computation in value and gradient; peak memory is one chunk
-    of logits and one [V, D] gradient. `softcap` is Gemma 2's final soft cap; `chunk` tokens are taken at a time.
-    Backward may be called once.
+    hidden [N, D], weight [V, D], labels [N] with −100 where a token is not trained: such rows cost nothing.
+    Returns a scalar in fp32 (fp64 for fp64 input). Exact to the naive computation in value and gradient; peak
+    memory is one chunk of logits and one [V, D] gradient. `softcap` is Gemma 2's final soft cap; `chunk`
+    tokens are taken at a time. Backward may be called once.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)

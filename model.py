@@ -1,13 +1,16 @@
-"""One decoder for every family: a table of switches, a block that reads them, Hugging Face checkpoints in and out.
+"""One decoder for every family: a table of switches, a block that reads them, Hugging Face checkpoints in and
+out.
 
     python model.py chat DIR              talk to a checkpoint on the terminal
 
-Shapes: B batch, T positions, D model width, H query heads, K key/value heads, E head width, F feed-forward width,
-V vocabulary, X experts, N = B·T tokens. Parameter names are Hugging Face's without the leading `model.`.
+Shapes: B batch, T positions, D model width, H query heads, K key/value heads, E head width, F feed-forward
+width, V vocabulary, X experts, N = B·T tokens. Parameter names are Hugging Face's without the leading
+`model.`.
 """
 
 import contextlib
 import fnmatch
+import itertools
 import json
 import math
 import re
@@ -35,15 +38,19 @@ SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
 @dataclass
 class ModelOptions:
     base_model: str = ""
-    """Checkpoint to start from: a directory or a Hugging Face hub id. With random_init only its config.json is used."""
+    """Checkpoint to start from: a directory or a Hugging Face hub id. With random_init only its config.json
+    is used."""
     base_model_revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
     random_init: bool = False
-    """Start from random weights (seeded by `seed`) in the shape of base_model's config.json: train from scratch."""
+    """Start from random weights (seeded by `seed`) in the shape of base_model's config.json: train from
+    scratch."""
     ignore_config_fields: list[str] = field(default_factory=list)
-    """Fields of config.json that you have looked at and know to change nothing; unknown fields are refused otherwise."""
+    """Fields of config.json that you have looked at and know to change nothing; unknown fields are refused
+    otherwise."""
     pad_vocab_to_multiple_of: int = 1
-    """Grow the embedding to a multiple of this (64 or 128 make the head faster on GPUs). New rows hold the mean row."""
+    """Grow the embedding to a multiple of this (64 or 128 make the head faster on GPUs). New rows hold the
+    mean row."""
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss of mixture-of-experts models; default: the checkpoint's own value."""
     adapter: Literal["lora"] | None = None
@@ -66,21 +73,27 @@ class ModelOptions:
     """Save the base model with the adapter merged in instead of the adapter alone."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Families as data
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes one architecture from another. A string value names the config.json field that decides."""
+    """What distinguishes one architecture from another. A string value names the config.json field that
+    decides."""
 
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
-    qk_norm: Literal["none", "head", "all"] = "none"  # RMSNorm of q and k: per head (Qwen 3) or over all heads (OLMo 2)
-    norms: Literal["pre", "post", "both"] = "pre"  # where the norms of a block stand: OLMo 2 after, Gemma around
+    qk_norm: Literal["none", "head", "all"] = (
+        "none"  # RMSNorm of q and k: per head (Qwen 3) or over all heads (OLMo 2)
+    )
+    norms: Literal["pre", "post", "both"] = (
+        "pre"  # where the norms of a block stand: OLMo 2 after, Gemma around
+    )
     norm_plus_one: bool = False  # Gemma's norm multiplies by 1 + weight
+    softcaps: bool = False  # Gemma's caps on scores and logits, and its own scale of scores
     scale_embeddings: bool = False  # Gemma's embedding output is multiplied by √D
     fused_projections: bool = False  # Phi-3's qkv_proj and gate_up_proj
     windows: Literal["none", "all", "typed"] = "none"  # which layers have the sliding window
@@ -89,14 +102,16 @@ class Family:
     reads: tuple[str, ...] = ()  # fields of config.json that this family has besides the common ones
 
 
-_LLAMA_BIASES = dict(qkv_bias="attention_bias", o_bias="attention_bias")
-_GEMMA = dict(
-    **_LLAMA_BIASES, norms="both", norm_plus_one=True, scale_embeddings=True, windows="typed",
+_LLAMA_BIASES: dict[str, Any] = dict(qkv_bias="attention_bias", o_bias="attention_bias")
+_GEMMA: dict[str, Any] = dict(
+    **_LLAMA_BIASES, norms="both", norm_plus_one=True, softcaps=True, scale_embeddings=True, windows="typed",
     reads=("hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
            "attention_bias", "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"),
 )  # fmt: skip
-_GEMMA_DEFAULTS = dict(head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
-                       sliding_window=4096, tie_word_embeddings=True)  # fmt: skip
+_GEMMA_DEFAULTS: dict[str, Any] = dict(
+    head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, sliding_window=4096,
+    tie_word_embeddings=True,
+)  # fmt: skip
 _QWEN_WINDOW = ("use_sliding_window", "max_window_layers")
 
 FAMILIES: dict[str, Family] = {
@@ -123,7 +138,8 @@ FAMILIES: dict[str, Family] = {
         reads=("original_max_position_embeddings",),
     ),
     "Olmo2ForCausalLM": Family(
-        **_LLAMA_BIASES, qk_norm="all", norms="post", defaults=dict(rms_norm_eps=1e-5), reads=("attention_bias",)
+        **_LLAMA_BIASES, qk_norm="all", norms="post", defaults=dict(rms_norm_eps=1e-5),
+        reads=("attention_bias",)
     ),
     "SmolLM3ForCausalLM": Family(
         **_LLAMA_BIASES, mlp_bias="mlp_bias", windows="typed",
@@ -131,7 +147,8 @@ FAMILIES: dict[str, Family] = {
         reads=("attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval", *_QWEN_WINDOW),
     ),
     "MixtralForCausalLM": Family(
-        windows="all", experts="mixtral", defaults=dict(rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8),
+        windows="all", experts="mixtral", defaults=dict(rms_norm_eps=1e-5, rope_theta=1e6,
+        num_local_experts=8),
         reads=("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits"),
     ),
     "Qwen3MoeForCausalLM": Family(
@@ -144,21 +161,27 @@ FAMILIES: dict[str, Family] = {
 
 COMMON_FIELDS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
+    "max_position_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window", "layer_types",
 }  # fmt: skip
-# Fields that do not touch the forward arithmetic: identity, generation defaults, and leftovers of other libraries.
+# Fields that do not touch the forward arithmetic: identity, generation defaults, and leftovers of other
+# libraries.
 INERT_FIELDS = {
-    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map",
+    "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
+    "auto_map",
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "use_cache",
     "initializer_range", "return_dict", "torchscript", "chunk_size_feed_forward", "id2label", "label2id",
     "problem_type", "tokenizer_class", "prefix", "task_specific_params", "finetuning_task", "pruned_heads",
-    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
     "forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
     "cache_implementation", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
-    "unsloth_version", "unsloth_fixed", "is_llama_config", "transformers.js_config", "pretraining_tp", "max_window_layers",
+    "unsloth_version", "unsloth_fixed", "is_llama_config", "transformers.js_config", "pretraining_tp",
+    "max_window_layers",
     "output_router_logits", "router_aux_loss_coef", "num_logits_to_keep", "hidden_activation",
 }  # fmt: skip
 
@@ -188,8 +211,8 @@ class Rope:
             wavelength = 2 * math.pi / inverse
             blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)
             return blend * inverse + (1 - blend) * inverse / p["factor"], 1.0
-        # yarn, arXiv 2309.00071 §3.2–3.3: interpolate dimensions that turn less than beta_slow times in the original
-        # context, keep those that turn more than beta_fast times, a linear ramp between.
+        # yarn, arXiv 2309.00071 §3.2–3.3: interpolate dimensions that turn less than beta_slow times in the
+        # original context, keep those that turn more than beta_fast times, a linear ramp between.
         factor = p.get("factor") or self.max_positions / original
 
         def turns_at(rotations: float) -> float:
@@ -199,7 +222,9 @@ class Rope:
         if p.get("truncate", True):
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, self.dim - 1)
-        ramp = (torch.arange(self.dim // 2, dtype=torch.float32, device=device) - first) / max(last - first, 0.001)
+        ramp = (torch.arange(self.dim // 2, dtype=torch.float32, device=device) - first) / max(
+            last - first, 0.001
+        )
         ramp = ramp.clamp(0, 1)
 
         def mscale(m: float) -> float:
@@ -211,11 +236,13 @@ class Rope:
             scale = mscale(p["mscale"]) / mscale(p["mscale_all_dim"]) if both else mscale(1.0)
         return inverse / factor * ramp + inverse * (1 - ramp), float(scale)
 
-    def tables(self, position_ids: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tables(
+        self, position_ids: Tensor, lengths: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, 1, dim/2] for `position_ids` [B, T].
 
-        `dynamic` (NTK-aware) stretches theta with the length of the sequence that a token is in, `lengths` [B, T]: by
-        document, so that packing or batching does not change what a document computes.
+        `dynamic` (NTK-aware) stretches theta with the length of the sequence that a token is in, `lengths`
+        [B, T]: by document, so that packing or batching does not change what a document computes.
         """
         inverse, scale = self.frequencies(position_ids.device)
         if self.kind == "dynamic":
@@ -223,15 +250,20 @@ class Rope:
             factor = self.params["factor"]
             length = lengths.clamp(min=self.max_positions).float()[..., None]
             stretch = (factor * length / self.max_positions - (factor - 1)) ** (self.dim / (self.dim - 2))
-            exponent = torch.arange(0, self.dim, 2, dtype=torch.float32, device=position_ids.device) / self.dim
+            exponent = (
+                torch.arange(0, self.dim, 2, dtype=torch.float32, device=position_ids.device) / self.dim
+            )
             inverse = 1.0 / (self.theta * stretch) ** exponent
         angles = position_ids[..., None].float() * inverse
         return (angles.cos() * scale).to(dtype)[:, :, None], (angles.sin() * scale).to(dtype)[:, :, None]
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) on x [B, T, heads, E], first and second half of the rotated part."""
-    cos, sin = (table.to(x.dtype) for table in tables)  # under autocast x can be narrower than the residual stream
+    """Rotary position embedding (arXiv 2104.09864) on x [B, T, heads, E], first and second half of the
+    rotated part."""
+    cos, sin = (
+        table.to(x.dtype) for table in tables
+    )  # under autocast x can be narrower than the residual stream
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
@@ -272,7 +304,8 @@ class Architecture:
 
     @staticmethod
     def from_config(raw: dict, source: str = "config.json", ignore: list[str] | tuple = ()) -> "Architecture":
-        """Raises CheckpointError by name for an architecture or a field whose arithmetic is not implemented here."""
+        """Raises CheckpointError by name for an architecture or a field whose arithmetic is not implemented
+        here."""
 
         def refuse(what: str, remedy: str = "") -> CheckpointError:
             return CheckpointError(f"{source}: {what}{'; ' + remedy if remedy else ''}")
@@ -288,10 +321,19 @@ class Architecture:
         family = FAMILIES[name]
         cfg: dict[str, Any] = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
         if "quantization_config" in cfg:
-            raise refuse("quantization_config: quantised checkpoints are not supported", "use the bf16 original")
+            raise refuse(
+                "quantization_config: quantised checkpoints are not supported", "use the bf16 original"
+            )
         known = COMMON_FIELDS | INERT_FIELDS | set(family.reads) | set(ignore)
         for key, value in cfg.items():
-            if key not in known and value not in (None, False, 0, 0.0, [], {}):  # a switch that is off changes nothing
+            if key not in known and value not in (
+                None,
+                False,
+                0,
+                0.0,
+                [],
+                {},
+            ):  # a switch that is off changes nothing
                 raise refuse(
                     f"field {key}={value!r} is not known for {name} and may change the arithmetic",
                     f"if it does not, set ignore_config_fields: [{key}]",
@@ -306,22 +348,30 @@ class Architecture:
         except KeyError as error:
             raise refuse(f"field {error.args[0]} is missing") from None
         E = cfg.get("head_dim") or D // H
-        activation = cfg.get("hidden_activation") if "hidden_activation" in family.reads else cfg.get("hidden_act")
+        activation = (
+            cfg.get("hidden_activation") if "hidden_activation" in family.reads else cfg.get("hidden_act")
+        )
         activation = activation or "silu"
         if activation not in ("silu", "gelu_pytorch_tanh", "gelu"):
-            raise refuse(f"activation {activation!r} is not supported", "supported: silu, gelu, gelu_pytorch_tanh")
+            raise refuse(
+                f"activation {activation!r} is not supported", "supported: silu, gelu, gelu_pytorch_tanh"
+            )
 
         # Which layers slide.
         window = cfg.get("sliding_window")
         if "use_sliding_window" in family.reads and not cfg.get("use_sliding_window", False):
             window = None if "layer_types" not in raw else window
         types = cfg.get("layer_types")
-        rope_layers = cfg.get("no_rope_layers")  # 1 where the layer has positions, despite its name
+        rope_layers: list = (
+            cfg.get("no_rope_layers") or []
+        )  # 1 where the layer has positions, despite its name
         if "no_rope_layers" in family.reads and not rope_layers:
             rope_layers = [int((i + 1) % cfg["no_rope_layer_interval"] != 0) for i in range(L)]
         if types is not None:
             if len(types) != L or any(t not in ("full_attention", "sliding_attention") for t in types):
-                raise refuse(f"layer_types must be {L} of full_attention, sliding_attention", f"it is {types}")
+                raise refuse(
+                    f"layer_types must be {L} of full_attention, sliding_attention", f"it is {types}"
+                )
         elif family.windows == "none" or window is None:
             types = ["full_attention"] * L
         elif family.windows == "all":
@@ -329,7 +379,10 @@ class Architecture:
         elif "no_rope_layers" in family.reads:
             types = ["full_attention" if rope else "sliding_attention" for rope in rope_layers]
         elif "max_window_layers" in family.reads:
-            types = ["sliding_attention" if i >= cfg.get("max_window_layers", 28) else "full_attention" for i in range(L)]
+            types = [
+                "sliding_attention" if i >= cfg.get("max_window_layers", 28) else "full_attention"
+                for i in range(L)
+            ]
         else:
             period = cfg.get("_sliding_window_pattern") or cfg["sliding_window_pattern"]
             types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(L)]
@@ -355,19 +408,21 @@ class Architecture:
         X = (cfg.get("num_local_experts") or cfg.get("num_experts") or 0) if family.experts != "none" else 0
         dense = cfg.get("mlp_only_layers", [])
         sparse_step = cfg.get("decoder_sparse_step", 1)
-        scalar = cfg.get("query_pre_attn_scalar") if "query_pre_attn_scalar" in family.reads else None
+        scalar = cfg.get("query_pre_attn_scalar") if family.softcaps else None
         return Architecture(
-            name=name, family=family, vocab_size=vocab_size, hidden_size=D, intermediate_size=F_, num_layers=L,
+            name=name, family=family, vocab_size=vocab_size, hidden_size=D, intermediate_size=F_,
+            num_layers=L,
             num_heads=H, num_kv_heads=cfg.get("num_key_value_heads") or H, head_dim=E,
             norm_eps=cfg.get("rms_norm_eps", 1e-6), activation=activation,
             tied=bool(cfg.get("tie_word_embeddings", False)),
             qkv_bias=decide(family.qkv_bias), o_bias=decide(family.o_bias), mlp_bias=decide(family.mlp_bias),
             attention_scale=(scalar or E) ** -0.5,
-            attention_softcap=cfg.get("attn_logit_softcapping") if "attn_logit_softcapping" in family.reads else None,
-            final_softcap=cfg.get("final_logit_softcapping") if "final_logit_softcapping" in family.reads else None,
+            attention_softcap=cfg.get("attn_logit_softcapping") if family.softcaps else None,
+            final_softcap=cfg.get("final_logit_softcapping") if family.softcaps else None,
             windows=[window if kind == "sliding_attention" else None for kind in types],
             ropes=ropes, layer_ropes=layer_ropes,
-            num_experts=X, experts_per_token=cfg.get("num_experts_per_tok", 2 if family.experts == "mixtral" else 8),
+            num_experts=X, experts_per_token=cfg.get("num_experts_per_tok",
+            2 if family.experts == "mixtral" else 8),
             expert_size=F_ if family.experts == "mixtral" else cfg.get("moe_intermediate_size", 768),
             normalize_experts=family.experts == "mixtral" or bool(cfg.get("norm_topk_prob", False)),
             expert_layers=[X > 0 and i not in dense and (i + 1) % sparse_step == 0 for i in range(L)],
@@ -379,7 +434,8 @@ class Architecture:
 ROPE_FIELDS = {
     "default": set(), "linear": {"factor"}, "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
+    "mscale",
              "mscale_all_dim", "truncate"},
 }  # fmt: skip
 
@@ -402,9 +458,9 @@ def _read_rope(params: dict, cfg: dict, head_dim: int, refuse: Callable) -> Rope
     return Rope(int(head_dim * partial), kind, float(theta), params, cfg.get("max_position_embeddings", 0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The decoder
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -414,10 +470,13 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        # In fp32 whatever the input: the mean of squares of a bf16 row loses the bits that keep training stable.
+        # In fp32 whatever the input: the mean of squares of a bf16 row loses the bits that keep training
+        # stable.
         precise = torch.promote_types(x.dtype, torch.float32)
         weight = self.weight.to(precise)
-        return F.rms_norm(x.to(precise), weight.shape, weight + 1 if self.plus_one else weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.to(precise), weight.shape, weight + 1 if self.plus_one else weight, self.eps).to(
+            x.dtype
+        )
 
 
 @dataclass
@@ -529,13 +588,14 @@ class Experts(nn.Module):
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows of x [N, in], sorted by expert with cumulative counts `ends` [X], times weight[expert] [X, out, in] → [N, out]."""
+    """Rows of x [N, in], sorted by expert with cumulative counts `ends` [X], times weight[expert] [X, out,
+    in] → [N, out]."""
     # grouped_mm exists for fp32 and bf16 with rows of 16 bytes; fp64 (tests) and odd widths take the loop.
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if x.dtype in (torch.float32, torch.bfloat16) and aligned:
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends.to(torch.int32))
     begins = [0, *ends.tolist()]
-    return torch.cat([x[a:b] @ weight[e].T for e, (a, b) in enumerate(zip(begins, begins[1:], strict=False))])
+    return torch.cat([x[a:b] @ weight[e].T for e, (a, b) in enumerate(itertools.pairwise(begins))])
 
 
 class Block(nn.Module):
@@ -555,13 +615,17 @@ class Block(nn.Module):
             self.post_attention_layernorm, self.post_feedforward_layernorm = norm(), norm()
             if family.norms == "both":
                 self.input_layernorm, self.pre_feedforward_layernorm = norm(), norm()
-        self.checkpointing: bool | None = None  # None keeps activations; True/False recomputes them, use_reentrant or not
+        self.checkpointing: bool | None = (
+            None  # None keeps activations; True/False recomputes them, use_reentrant or not
+        )
 
     def forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:
         if self.checkpointing is None or not torch.is_grad_enabled():
             return self._forward(x, now)
         if self.checkpointing and not x.requires_grad:
-            x = x.detach().requires_grad_()  # reentrant checkpointing drops the gradients of a block whose input has none
+            x = (
+                x.detach().requires_grad_()
+            )  # reentrant checkpointing drops the gradients of a block whose input has none
         return checkpoint(self._forward, x, now, use_reentrant=self.checkpointing)  # type: ignore[return-value]
 
     def _forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:
@@ -623,9 +687,9 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [B, T, D] after the last norm, and each expert layer's router logits [N, X].
 
-        `document_ids` [B, T]: a run of equal ids is one document, attention stays inside it, a negative id is padding.
-        `position_ids` [B, T] default to counting from 0 in each document (each row). With a `cache` the keys and values
-        are stored: a prefill of packed prompts first, then one token a row.
+        `document_ids` [B, T]: a run of equal ids is one document, attention stays inside it, a negative id is
+        padding. `position_ids` [B, T] default to counting from 0 in each document (each row). With a `cache`
+        the keys and values are stored: a prefill of packed prompts first, then one token a row.
         """
         B, T = input_ids.shape
         decoding = cache is not None and cache.length > 0
@@ -645,7 +709,9 @@ class Transformer(nn.Module):
                 lengths = documents.lengths if documents is not None else torch.full_like(position_ids, T)
         x = self.embed_tokens(input_ids)
         if self.arch.family.scale_embeddings:
-            x = x * torch.tensor(self.arch.hidden_size**0.5, dtype=x.dtype)  # rounded to x's dtype, as Gemma was trained
+            x = x * torch.tensor(
+                self.arch.hidden_size**0.5, dtype=x.dtype
+            )  # rounded to x's dtype, as Gemma was trained
         tables = {key: rope.tables(position_ids, lengths, x.dtype) for key, rope in self.arch.ropes.items()}
         now = Pass(tables, documents, cache, decoding)
         all_router_logits = []
@@ -658,8 +724,8 @@ class Transformer(nn.Module):
         return self.norm(x), all_router_logits
 
     def flops_per_token(self, length: float) -> float:
-        """Training FLOPs a token (forward and backward) in documents of mean length `length`: 6 a weight that multiplies,
-        12·E·H·length/2 a layer for causal attention (PaLM, arXiv 2204.02311, appendix B)."""
+        """Training FLOPs a token (forward and backward) in documents of mean length `length`: 6 a weight that
+        multiplies, 12·E·H·length/2 a layer for causal attention (PaLM, arXiv 2204.02311, appendix B)."""
         arch = self.arch
         used = 0.0
         for name, parameter in self.named_parameters():
@@ -681,9 +747,12 @@ def count_positions(document_ids: Tensor) -> Tensor:
     return index - torch.where(first, index, 0).cummax(dim=1).values
 
 
-def load_balancing_loss(router_logits: list[Tensor], arch: Architecture, real: Tensor | None = None) -> Tensor:
-    """Switch-Transformer auxiliary loss (arXiv 2101.03961, eq. 4–6) over all layers: X · Σ_e f_e·P_e, least when tokens
-    spread evenly; f_e is the share of choices that fell on expert e, times experts_per_token, P_e its mean probability.
+def load_balancing_loss(
+    router_logits: list[Tensor], arch: Architecture, real: Tensor | None = None
+) -> Tensor:
+    """Switch-Transformer auxiliary loss (arXiv 2101.03961, eq. 4–6) over all layers: X · Σ_e f_e·P_e, least
+    when tokens spread evenly; f_e is the share of choices that fell on expert e, times experts_per_token, P_e
+    its mean probability.
 
     `router_logits`: one [N, X] a layer; `real` [N] marks tokens that are no padding.
     """
@@ -698,9 +767,9 @@ def load_balancing_loss(router_logits: list[Tensor], arch: Architecture, real: T
     return arch.num_experts * (share * mean_probability).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints: Hugging Face in and out
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict:
@@ -716,7 +785,9 @@ def read_json(path: Path) -> dict:
 
 
 def read_architecture(directory: Path, ignore: list[str] | tuple = ()) -> Architecture:
-    return Architecture.from_config(read_json(directory / "config.json"), str(directory / "config.json"), ignore)
+    return Architecture.from_config(
+        read_json(directory / "config.json"), str(directory / "config.json"), ignore
+    )
 
 
 def resized(arch: Architecture, vocab_size: int) -> Architecture:
@@ -737,11 +808,15 @@ class Weights:
         if index.exists():
             self.where = read_json(index).get("weight_map", {})
         elif single.exists():
-            self.where = {name: single.name for name in self._open(single.name).keys()}
+            self.where = {name: single.name for name in self._open(single.name).keys()}  # noqa: SIM118
         else:
             found = sorted(p.name for p in directory.glob("*.bin"))
-            hint = f"only {found[0]} is there: convert it to safetensors" if found else "save the weights there"
-            raise CheckpointError(f"{directory}: no model.safetensors or model.safetensors.index.json; {hint}")
+            hint = (
+                f"only {found[0]} is there: convert it to safetensors" if found else "save the weights there"
+            )
+            raise CheckpointError(
+                f"{directory}: no model.safetensors or model.safetensors.index.json; {hint}"
+            )
 
     def _open(self, name: str):
         if name not in self.files:
@@ -784,13 +859,16 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """This process's part of a parameter, a plain tensor, and the row of the whole at which it begins."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
     return parameter.to_local(), offset[0] if offset else 0
 
 
 @torch.no_grad()
 def load_weights(model: Transformer, directory: Path) -> None:
-    """Fill `model` (whole or sharded by dist.shard) from a checkpoint, reading only the rows that this process keeps.
+    """Fill `model` (whole or sharded by dist.shard) from a checkpoint, reading only the rows that this
+    process keeps.
 
     Raises CheckpointError for tensors that are missing, of the wrong shape, or not expected.
     """
@@ -805,13 +883,17 @@ def load_weights(model: Transformer, directory: Path) -> None:
         shape = view.get_shape()
         grown = may_grow and shape[0] < whole[0] and shape[1:] == list(whole[1:])
         if shape != list(whole) and not grown:
-            raise CheckpointError(f"{directory}: tensor {source} has shape {shape}, config.json says {list(whole)}")
+            raise CheckpointError(
+                f"{directory}: tensor {source} has shape {shape}, config.json says {list(whole)}"
+            )
         if into.numel() == 0:
             return
         rows = max(0, min(shape[0] - begin, into.shape[0]))
         if rows:
             into[:rows].copy_(view[begin : begin + rows])
-        if rows < into.shape[0]:  # rows past the checkpoint's vocabulary: the mean row is the least surprising logit
+        if (
+            rows < into.shape[0]
+        ):  # rows past the checkpoint's vocabulary: the mean row is the least surprising logit
             chunks = [view[i : i + 8192].float().sum(0) for i in range(0, shape[0], 8192)]
             into[rows:] = (torch.stack(chunks).sum(0) / shape[0]).to(into.dtype)
 
@@ -832,13 +914,16 @@ def load_weights(model: Transformer, directory: Path) -> None:
     if arch.tied:  # some checkpoints store the tied matrix twice
         unexpected = [n for n in unexpected if n != "lm_head.weight"]
     if unexpected:
-        raise CheckpointError(f"{directory}: tensor {unexpected[0]} is not part of {arch.name} as config.json describes it")
+        raise CheckpointError(
+            f"{directory}: tensor {unexpected[0]} is not part of {arch.name} as config.json describes it"
+        )
 
 
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
-    """Random weights: normal with config.json's initializer_range, norms at the identity, biases 0. Every tensor has a
-    generator of its own, so the result does not depend on sharding or on the order of creation."""
+    """Random weights: normal with config.json's initializer_range, norms at the identity, biases 0. Every
+    tensor has a generator of its own, so the result does not depend on sharding or on the order of
+    creation."""
     std = model.arch.raw.get("initializer_range", 0.02)
     for number, (name, parameter) in enumerate(model.named_parameters()):
         local, begin = local_rows(parameter)
@@ -853,7 +938,11 @@ def initialize(model: Transformer, seed: int) -> None:
 
 
 def load_pretrained(
-    path_or_repo_id: str, *, dtype: torch.dtype, device: str | torch.device = "cpu", revision: str | None = None
+    path_or_repo_id: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
 ) -> Transformer:
     """A whole model from a directory or hub id, ready for inference or single-process training.
 
@@ -876,11 +965,12 @@ def save_pretrained(
     merge: bool = False,
     main: bool = True,
 ) -> None:
-    """Write config.json and safetensors that transformers and vLLM load unchanged, one shard in memory at a time.
+    """Write config.json and safetensors that transformers and vLLM load unchanged, one shard in memory at a
+    time.
 
-    With sharded parameters this is a collective: every rank calls it, the one with `main` writes. `merge` adds the
-    adapter's product to copies of the base weights; without it a model with adapters is saved as its base. `dtype`
-    converts on the way out.
+    With sharded parameters this is a collective: every rank calls it, the one with `main` writes. `merge`
+    adds the adapter's product to copies of the base weights; without it a model with adapters is saved as its
+    base. `dtype` converts on the way out.
     """
     directory, arch = Path(directory), model.arch
     if main:
@@ -937,21 +1027,27 @@ def save_pretrained(
     names = {old: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, old in enumerate(files)}
     for old, new in names.items():
         (directory / old).rename(directory / new)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[file] for name, file in where.items()}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: names[file] for name, file in where.items()},
+    }
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _gather(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # LoRA
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer plus scale·B·A (arXiv 2106.09685). With `enabled` off it is the base layer, bit for bit."""
+    """A frozen linear layer plus scale·B·A (arXiv 2106.09685). With `enabled` off it is the base layer, bit
+    for bit."""
 
     lora_A: nn.Parameter  # [r, in]
     lora_B: nn.Parameter  # [out, r]
@@ -1002,9 +1098,13 @@ def apply_lora(model: Transformer, options: ModelOptions, dtype: torch.dtype = t
         if not wanted or any(fnmatch.fnmatch(leaf, w) or fnmatch.fnmatch(name, w) for w in wanted):
             chosen[name] = module
     for pattern in wanted or []:
-        if not any(fnmatch.fnmatch(n.rsplit(".", 1)[1], pattern) or fnmatch.fnmatch(n, pattern) for n in linear):
+        if not any(
+            fnmatch.fnmatch(n.rsplit(".", 1)[1], pattern) or fnmatch.fnmatch(n, pattern) for n in linear
+        ):
             names = sorted({name.rsplit(".", 1)[1] for name in linear})
-            raise ConfigError("lora_target_modules", pattern, f"matches no linear layer; there are {', '.join(names)}")
+            raise ConfigError(
+                "lora_target_modules", pattern, f"matches no linear layer; there are {', '.join(names)}"
+            )
     model.requires_grad_(False)
     r = options.lora_r
     scale = options.lora_alpha / (math.sqrt(r) if options.lora_use_rslora else r)
@@ -1014,7 +1114,8 @@ def apply_lora(model: Transformer, options: ModelOptions, dtype: torch.dtype = t
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout, "use_rslora": options.lora_use_rslora, "bias": "none",
         "target_modules": sorted({name.rsplit(".", 1)[1] for name in chosen}) if not wanted
-        or all(w in {n.rsplit(".", 1)[1] for n in chosen} for w in wanted) else sorted(hf_name(n) for n in chosen),
+        or all(w in {n.rsplit(".",
+        1)[1] for n in chosen} for w in wanted) else sorted(hf_name(n) for n in chosen),
         "base_model_name_or_path": options.base_model, "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "modules_to_save": None,
     }  # fmt: skip
@@ -1023,7 +1124,8 @@ def apply_lora(model: Transformer, options: ModelOptions, dtype: torch.dtype = t
 
 @torch.no_grad()
 def initialize_lora(model: Transformer, seed: int) -> None:
-    """A uniform in ±1/√in (the reference's Kaiming bound), B zero: the adapted model starts as the base model."""
+    """A uniform in ±1/√in (the reference's Kaiming bound), B zero: the adapted model starts as the base
+    model."""
     for number, module in enumerate(lora_modules(model).values()):
         local, begin = local_rows(module.lora_A)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -1048,7 +1150,8 @@ def adapters_disabled(model: Transformer):
 
 
 def save_adapter(model: Transformer, directory: str | Path, *, main: bool = True) -> None:
-    """Write the adapters as PEFT does: adapter_model.safetensors and adapter_config.json. A collective if sharded."""
+    """Write the adapters as PEFT does: adapter_model.safetensors and adapter_config.json. A collective if
+    sharded."""
     assert model.adapter is not None
     tensors = {}
     for name, module in lora_modules(model).items():
@@ -1060,18 +1163,23 @@ def save_adapter(model: Transformer, directory: str | Path, *, main: bool = True
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        (directory / "adapter_config.json").write_text(json.dumps(model.adapter, indent=2) + "\n", encoding="utf-8")
+        (directory / "adapter_config.json").write_text(
+            json.dumps(model.adapter, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions:
-    """The LoRA options that a PEFT adapter was made with. Raises CheckpointError for variants not implemented here."""
+    """The LoRA options that a PEFT adapter was made with. Raises CheckpointError for variants not implemented
+    here."""
     path = Path(directory) / "adapter_config.json"
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')} is not supported; only LORA is")
     known = {
-        "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "auto_mapping",
-        "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "peft_version", "loftq_config",
+        "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+        "auto_mapping",
+        "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "peft_version",
+        "loftq_config",
         "megatron_core", "qalora_group_size",
     }  # fmt: skip
     for key, value in raw.items():
@@ -1079,8 +1187,14 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
             raise CheckpointError(f"{path}: {key}={value!r} is not supported")
     targets = raw.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
-        raise CheckpointError(f"{path}: target_modules as a regular expression is not supported; list the names")
-    names = None if targets == "all-linear" else [re.sub(r"^(base_model\.)?(model\.)+", "", t) for t in targets]
+        raise CheckpointError(
+            f"{path}: target_modules as a regular expression is not supported; list the names"
+        )
+    names = (
+        None
+        if targets == "all-linear" or not targets
+        else [re.sub(r"^(base_model\.)?(model\.)+", "", t) for t in targets]
+    )
     return ModelOptions(
         base_model=base_model, adapter="lora", lora_r=raw["r"], lora_alpha=raw["lora_alpha"],
         lora_dropout=raw.get("lora_dropout", 0.0), lora_target_modules=names,
@@ -1105,7 +1219,9 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
                 raise CheckpointError(f"{path}: tensor {key} is missing")
             view = file.get_slice(key)
             if view.get_shape() != list(parameter.shape):
-                raise CheckpointError(f"{path}: {key} has shape {view.get_shape()}, expected {list(parameter.shape)}")
+                raise CheckpointError(
+                    f"{path}: {key} has shape {view.get_shape()}, expected {list(parameter.shape)}"
+                )
             local, begin = local_rows(parameter)
             local.copy_(view[begin : begin + local.shape[0]])
             names.discard(key)
@@ -1113,18 +1229,21 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
         raise CheckpointError(f"{path}: tensor {sorted(names)[0]} belongs to no adapted layer")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Generation
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of B sequences, right-aligned: rows end in the same column, so a step writes one column.
+    """Keys and values of B sequences, right-aligned: rows end in the same column, so a step writes one
+    column.
 
     `starts` [B] is the column of each row's first token; `length` columns are filled.
     """
 
-    def __init__(self, arch: Architecture, prompt_lengths: list[int], device, dtype: torch.dtype, room: int = 64):
+    def __init__(
+        self, arch: Architecture, prompt_lengths: list[int], device, dtype: torch.dtype, room: int = 64
+    ):
         B, self.prompt = len(prompt_lengths), max(prompt_lengths)
         shape = (B, arch.num_kv_heads, self.prompt + room, arch.head_dim)
         self.length = 0
@@ -1134,7 +1253,9 @@ class KVCache:
         # Where each token of the packed prompts goes.
         lengths = torch.tensor(prompt_lengths, device=device)
         self.rows = torch.repeat_interleave(torch.arange(B, device=device), lengths)
-        self.columns = torch.cat([torch.arange(self.prompt - n, self.prompt, device=device) for n in prompt_lengths])
+        self.columns = torch.cat(
+            [torch.arange(self.prompt - n, self.prompt, device=device) for n in prompt_lengths]
+        )
 
     def next_positions(self) -> Tensor:
         return self.length - self.starts
@@ -1142,8 +1263,11 @@ class KVCache:
     def advance(self, T: int) -> None:
         self.length = self.prompt if self.length == 0 else self.length + T
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, now: Pass, window: int | None, **how) -> Tensor:
-        """Store this pass's keys and values, and attend. q [B, T, H, E], k and v [B, T, K, E] → [B, T, H, E]."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, now: Pass, window: int | None, **how
+    ) -> Tensor:
+        """Store this pass's keys and values, and attend. q [B, T, H, E], k and v [B, T, K, E] → [B, T, H,
+        E]."""
         if not now.decoding:
             self.k[layer][self.rows, :, self.columns] = k.flatten(0, 1)
             self.v[layer][self.rows, :, self.columns] = v.flatten(0, 1)
@@ -1158,7 +1282,9 @@ class KVCache:
         seen = slice(oldest, self.length + 1)
         columns = torch.arange(oldest, self.length + 1, device=q.device)
         visible = columns[None] >= self.starts[:, None]
-        out = kernels.decode_attention(q[:, 0], self.k[layer][:, :, seen], self.v[layer][:, :, seen], visible, **how)
+        out = kernels.decode_attention(
+            q[:, 0], self.k[layer][:, :, seen], self.v[layer][:, :, seen], visible, **how
+        )
         return out[:, None]
 
     def select(self, rows: Tensor) -> None:
@@ -1177,31 +1303,41 @@ class Generation:
     finish_reasons: list[Literal["stop", "length"]]
 
 
-def sampling_logprobs(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
-    """Log-probabilities [B, V] that are sampled from: tempered, cut to min_p, then top_k, then top_p, renormalised.
+def sampling_logprobs(
+    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+):
+    """Log-probabilities [B, V] that are sampled from: tempered, cut to min_p, then top_k, then top_p,
+    renormalised.
 
     The order is vLLM's. A token outside the cut has −inf; ties at the edge of a cut stay in.
     """
     logprobs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
     if min_p > 0:
-        logprobs = logprobs.masked_fill(logprobs < logprobs.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
+        logprobs = logprobs.masked_fill(
+            logprobs < logprobs.amax(-1, keepdim=True) + math.log(min_p), -torch.inf
+        )
     if 0 < top_k < logprobs.shape[-1]:
         kth = logprobs.topk(top_k, dim=-1).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < kth, -torch.inf)
     if top_p < 1:
         probabilities = logprobs.softmax(-1)
         ordered = probabilities.sort(dim=-1, descending=True).values
-        before = ordered.cumsum(-1) - ordered  # mass of the better tokens; a token stays while that is below top_p
+        before = (
+            ordered.cumsum(-1) - ordered
+        )  # mass of the better tokens; a token stays while that is below top_p
         smallest = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
         logprobs = logprobs.masked_fill(probabilities < smallest, -torch.inf)
     return logprobs.log_softmax(-1) if min_p > 0 or top_k > 0 or top_p < 1 else logprobs
 
 
 def sample(logprobs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token a row [B] from log-probabilities [B, V], by inverting the cumulative distribution: one uniform a row."""
+    """One token a row [B] from log-probabilities [B, V], by inverting the cumulative distribution: one
+    uniform a row."""
     cumulative = logprobs.exp().cumsum(-1)
     total = cumulative[:, -1:]
-    uniform = torch.rand(logprobs.shape[0], 1, generator=generator, device=logprobs.device, dtype=cumulative.dtype)
+    uniform = torch.rand(
+        logprobs.shape[0], 1, generator=generator, device=logprobs.device, dtype=cumulative.dtype
+    )
     # Strictly below the total: otherwise rounding could pick the last token even where its probability is 0.
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
@@ -1225,11 +1361,12 @@ def generate(
 ) -> Generation:
     """Sample `num_return_sequences` completions of each prompt (lists of token ids, of any lengths).
 
-    Prompts are prefilled once, packed, whatever the number of completions; finished sequences leave the batch. A stop
-    token ends its sequence and is part of it. temperature 0 is greedy: the distribution is a point, its log-prob 0.
-    `generator` seeds the draws. `on_token(sequence, token)` is called as tokens arrive. `anyone` answers, on all ranks
-    alike, whether any rank still generates: sharded models need it, for every rank must run the same number of passes.
-    Raises ValueError for an empty prompt or settings outside their range.
+    Prompts are prefilled once, packed, whatever the number of completions; finished sequences leave the
+    batch. A stop token ends its sequence and is part of it. temperature 0 is greedy: the distribution is a
+    point, its log-prob 0. `generator` seeds the draws. `on_token(sequence, token)` is called as tokens
+    arrive. `anyone` answers, on all ranks alike, whether any rank still generates: sharded models need it,
+    for every rank must run the same number of passes. Raises ValueError for an empty prompt or settings
+    outside their range.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
@@ -1240,12 +1377,13 @@ def generate(
     model.eval()
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed_tokens.weight.dtype
-    # Rope that stretches with the sequence changes every earlier hidden state with each token, past its limit: no cache
-    # can hold them, so there each step is a whole forward pass.
+    # Rope that stretches with the sequence changes every earlier hidden state with each token, past its
+    # limit: no cache can hold them, so there each step is a whole forward pass.
     limit = min((r.max_positions for r in model.arch.ropes.values() if r.kind == "dynamic"), default=math.inf)
 
     def prefill(sequences: list[list[int]]) -> tuple[Tensor, KVCache]:
-        """Logits [B, V] after the last token of each sequence; the sequences go through the model packed in one row."""
+        """Logits [B, V] after the last token of each sequence; the sequences go through the model packed in
+        one row."""
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
         packed = torch.tensor([[token for sequence in sequences for token in sequence]], device=device)
         document_ids = torch.repeat_interleave(torch.arange(len(sequences), device=device), lengths)[None]
@@ -1263,7 +1401,9 @@ def generate(
     completion_ids: list[list[int]] = [[] for _ in range(B)]
     finished = [False] * B
     active = list(range(B))  # the sequence that each row of the cache belongs to
-    drawn: list[tuple[list[int], list[int], Tensor]] = []  # a step: rows that count, their sequences, log-probs by row
+    drawn: list[
+        tuple[list[int], list[int], Tensor]
+    ] = []  # a step: rows that count, their sequences, log-probs by row
     for step in range(max_new_tokens):
         if temperature == 0:
             chosen = logits.argmax(-1)
@@ -1288,7 +1428,9 @@ def generate(
             cache.select(torch.tensor(running, device=device))
             chosen, active = chosen[running], [active[row] for row in running]
         if cache.length + 1 > limit:
-            logits, cache = prefill([prompts[sequence // G] + completion_ids[sequence] for sequence in active])
+            logits, cache = prefill(
+                [prompts[sequence // G] + completion_ids[sequence] for sequence in active]
+            )
         else:
             hidden, _ = model.hidden_states(chosen[:, None], cache=cache)
             logits = model.logits(hidden[:, 0])
@@ -1301,9 +1443,9 @@ def generate(
     return Generation(completion_ids, completion_logprobs, ["stop" if end else "length" for end in finished])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Chat on the terminal
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def load_for_inference(directory: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Transformer, str]:
@@ -1324,7 +1466,9 @@ def chat(argv: list[str]) -> None:
 
     from data import Tokenizer
 
-    parser = argparse.ArgumentParser(prog="model.py chat", description="Talk to a checkpoint; an empty line ends.")
+    parser = argparse.ArgumentParser(
+        prog="model.py chat", description="Talk to a checkpoint; an empty line ends."
+    )
     parser.add_argument("directory", help="a Hugging Face folder, a PEFT adapter or a hub id")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -1352,26 +1496,32 @@ def chat(argv: list[str]) -> None:
         if room < 1:
             print(f"The conversation has filled the model's {limit} positions; start again.")
             break
-        ids: list[int] = []
-        shown = 0
+        reply = _stream_reply(
+            model, tokenizer, prompt, max_new_tokens=room, temperature=arguments.temperature,
+            top_p=arguments.top_p, generator=generator,
+        )  # fmt: skip
+        messages.append({"role": "assistant", "content": reply.strip()})
 
-        def show(_: int, token: int) -> None:
-            nonlocal shown
-            ids.append(token)
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # wait for the rest of a multi-byte character
-                print(text[shown:], end="", flush=True)
-                shown = len(text)
 
-        try:
-            generate(
-                model, [prompt], max_new_tokens=room, temperature=arguments.temperature, top_p=arguments.top_p,
-                stop_token_ids=tokenizer.stop_ids, generator=generator, on_token=show,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            print(" …", end="")
-        print()
-        messages.append({"role": "assistant", "content": tokenizer.decode(ids).strip()})
+def _stream_reply(model: Transformer, tokenizer: Any, prompt: list[int], **how) -> str:
+    """Print an answer while it is written. Ctrl-C ends it."""
+    ids: list[int] = []
+    shown = ""
+
+    def show(_: int, token: int) -> None:
+        nonlocal shown
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # wait for the rest of a multi-byte character
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    try:
+        generate(model, [prompt], stop_token_ids=tokenizer.stop_ids, on_token=show, **how)
+    except KeyboardInterrupt:
+        print(" …", end="")
+    print()
+    return shown
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Supervised fine-tuning: teach a model to write the answers in a data set, by the likelihood of their tokens.
+"""Supervised fine-tuning: teach a model to write the answers in a data set, by the likelihood of their
+tokens.
 
     python sft.py --config configs/tiny/sft.yaml
     torchrun --nproc-per-node 8 sft.py --config configs/llama-3.1-8b-lora.yaml learning_rate=2e-4
 
-The loss of an optimiser step is the mean negative log-likelihood of the trained tokens of its whole global batch:
-Σ NLL / (number of trained tokens, over all micro-batches and ranks). Dividing per micro-batch instead would weigh a token
-by how full its micro-batch is, and make the result depend on micro_batch_size (reference page: Loss Spikes).
+The loss of an optimiser step is the mean negative log-likelihood of the trained tokens of its whole global
+batch: Σ NLL / (number of trained tokens, over all micro-batches and ranks). Dividing per micro-batch instead
+would weigh a token by how full its micro-batch is, and make the result depend on micro_batch_size (reference
+page: Loss Spikes).
 """
 
 import hashlib
@@ -13,20 +15,28 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import dist
 import health
 from config import ConfigError, parse_config, resolve_checkpoint
-from data import IGNORE, Batch, Batches, DataOptions, Dataset, Tokenizer, load_tokenizer, prepare, split_held_out
-from dist import CheckpointOptions, Checkpointer, DistOptions, OptimizerOptions, World
+from data import (
+    IGNORE,
+    Batch,
+    Batches,
+    DataOptions,
+    Dataset,
+    Tokenizer,
+    load_tokenizer,
+    prepare,
+    split_held_out,
+)
+from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
 from health import LogOptions, MetricLogger, log
 from kernels import linear_cross_entropy
-from model import (
-    ModelOptions, Transformer, apply_lora, generate, initialize, initialize_lora, load_adapter, load_balancing_loss,
-    load_weights, read_architecture, resized, save_adapter, save_pretrained,
-)  # fmt: skip
+from model import ModelOptions, Transformer, generate, load_balancing_loss, read_architecture, resized
 
 
 @dataclass
@@ -42,7 +52,8 @@ class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, Dis
     eval_steps: int | None = None
     """Evaluate on held-out data every so many steps; it is always evaluated at the start and the end."""
     eval_answers: int = 0
-    """At the end, sample greedy answers to so many held-out rows and report the share that equals the reference."""
+    """At the end, sample greedy answers to so many held-out rows and report the share that equals the
+    reference."""
     eval_max_new_tokens: int = 128
     """Longest sampled answer, in tokens."""
     seed: int = 42
@@ -53,8 +64,10 @@ class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, Dis
             raise ConfigError("base_model", None, "must be set: a checkpoint directory or a hub id")
         if not self.datasets:
             raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: chat}]")
-        for key in ("micro_batch_size", "gradient_accumulation_steps", "sequence_len", "logging_steps", "lora_r",
-                    "pad_vocab_to_multiple_of", "save_total_limit", "gpu_timeout_minutes", "eval_max_new_tokens"):  # fmt: skip
+        positive = ["micro_batch_size", "gradient_accumulation_steps", "sequence_len", "logging_steps"]
+        positive += ["lora_r", "pad_vocab_to_multiple_of", "save_total_limit", "gpu_timeout_minutes"]
+        positive += ["eval_max_new_tokens"]
+        for key in positive:
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be at least 1")
         for key in ("max_steps", "eval_steps", "save_steps", "tokenizer_vocab_size"):
@@ -63,12 +76,16 @@ class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, Dis
         if self.num_epochs <= 0:
             raise ConfigError("num_epochs", self.num_epochs, "must be above 0")
         if self.val_set_size < 0:
-            raise ConfigError("val_set_size", self.val_set_size, "must be a count, or a fraction between 0 and 1")
+            raise ConfigError(
+                "val_set_size", self.val_set_size, "must be a count, or a fraction between 0 and 1"
+            )
         if self.val_set_size and self.test_datasets:
             raise ConfigError("test_datasets", None, "contradicts val_set_size; keep one of the two")
         if (self.eval_steps or self.eval_answers) and not (self.val_set_size or self.test_datasets):
             key = "eval_steps" if self.eval_steps else "eval_answers"
-            raise ConfigError(key, getattr(self, key), "needs held-out data: set val_set_size or test_datasets")
+            raise ConfigError(
+                key, getattr(self, key), "needs held-out data: set val_set_size or test_datasets"
+            )
         if self.tokenizer_vocab_size is not None and not self.random_init:
             raise ConfigError("tokenizer_vocab_size", self.tokenizer_vocab_size, "needs random_init: true")
         if self.adapter is None:
@@ -76,7 +93,9 @@ class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, Dis
                 if getattr(self, key):
                     raise ConfigError(key, getattr(self, key), "needs adapter: lora")
         elif self.random_init:
-            raise ConfigError("adapter", self.adapter, "makes no sense on random weights; drop random_init or adapter")
+            raise ConfigError(
+                "adapter", self.adapter, "makes no sense on random weights; drop random_init or adapter"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError("lora_dropout", self.lora_dropout, "must lie between 0 and 1")
         for spec in (*self.datasets, *self.test_datasets):
@@ -85,14 +104,14 @@ class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, Dis
         dist.check_optimizer_options(self)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def sft_loss(model: Transformer, batch: Batch, aux_coef: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """(sum of NLL over the micro-batch's trained tokens, load-balancing loss or None). The caller divides the sum by the
-    trained tokens of the global batch."""
+    """(sum of NLL over the micro-batch's trained tokens, load-balancing loss or None). The caller divides the
+    sum by the trained tokens of the global batch."""
     hidden, router_logits = model.hidden_states(
         batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids
     )
@@ -109,8 +128,10 @@ def evaluate(model: Transformer, batches: Batches, config: Config, world: World)
     """Mean NLL of the held-out tokens, over all ranks."""
     model.eval()
     nll = tokens = 0.0
-    for step in range(batches.steps(1)):
-        for batch in batches.micro_batches(batches.units(step)[: _left(batches, step)], config.micro_batch_size, world.rank, world.size):
+    for step in range(batches.plan(epochs=1)):
+        for batch in batches.micro_batches(
+            batches.units(step), config.micro_batch_size, world.rank, world.size
+        ):
             batch = batch.to(world.device)
             with world.autocast(config.bf16):
                 nll += sft_loss(model, batch)[0].item()
@@ -120,41 +141,45 @@ def evaluate(model: Transformer, batches: Batches, config: Config, world: World)
     return {"eval/loss": nll / max(1, tokens)}
 
 
-def _left(batches: Batches, step: int) -> int:
-    """Units of the first epoch that steps from `step` on still have to see."""
-    return len(batches.epoch(0)) - step * batches.units_a_step
-
-
 def sampled_accuracy(
     model: Transformer, dataset: Dataset, rows: list[int], tokenizer: Tokenizer, config: Config, world: World
 ) -> tuple[float, list[tuple[str, str, str]]]:
-    """Share of held-out rows whose greedy answer equals the reference text, and a few (prompt, answer, reference)."""
+    """Share of held-out rows whose greedy answer equals the reference, and a few (prompt, answer, reference).
+
+    The prompt is what comes before a row's first trained token, the reference the trained tokens that follow
+    it.
+    """
+    mine = rows[world.rank :: world.size]
     prompts, references = [], []
-    for row in rows[world.rank :: world.size] or rows[:1]:
+    for row in mine or rows[:1]:
         tokens, labels = dataset.row(row)
         first = int((labels != IGNORE).argmax())
-        length = int((labels[first:] != IGNORE).argmin()) or len(labels) - first
+        length = int((labels[first:] == IGNORE).argmax()) or len(labels) - first
         prompts.append(tokens[:first].tolist())
         references.append(tokenizer.decode(tokens[first : first + length].tolist()).strip())
-    counted = len(rows[world.rank :: world.size])
+
+    def anyone(active: bool) -> bool:
+        return dist.all_reduce([float(active)], world)[0] > 0
+
     answers = []
-    for begin in range(0, -(-len(rows) // world.size), 64):  # as many calls on every rank: each is a collective
+    # As many calls on every rank: each is a collective
+    for begin in range(0, -(-len(rows) // world.size), 64):
+        part = prompts[begin : begin + 64] or prompts[:1]
         with world.autocast(config.bf16):
             made = generate(
-                model, prompts[begin : begin + 64] or prompts[:1], max_new_tokens=config.eval_max_new_tokens, temperature=0,
-                stop_token_ids=tokenizer.stop_ids,
-                anyone=lambda active: dist.all_reduce([float(active)], world, torch.distributed.ReduceOp.MAX)[0] > 0,
+                model, part, max_new_tokens=config.eval_max_new_tokens, temperature=0,
+                stop_token_ids=tokenizer.stop_ids, anyone=anyone,
             )  # fmt: skip
         answers += [tokenizer.decode(ids).strip() for ids in made.completion_ids]
-    right = [answer == reference for answer, reference in zip(answers, references, strict=False)][:counted]
-    total_right, total = dist.all_reduce([float(sum(right)), float(counted)], world)
-    shown = [(tokenizer.decode(p, special=True), a, r) for p, a, r in zip(prompts, answers, references, strict=False)]
-    return total_right / max(1.0, total), shown[:4]
+    right = sum(a == r for a, r in zip(answers[: len(mine)], references, strict=False))
+    total_right, total = dist.all_reduce([float(right), float(len(mine))], world)
+    texts = [tokenizer.decode(prompt, special=True) for prompt in prompts[:4]]
+    return total_right / total, list(zip(texts, answers, references, strict=False))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The run
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def main(config: Config) -> None:
@@ -164,103 +189,96 @@ def main(config: Config) -> None:
     health.start_log(output_dir, world.main)
     dist.seed_everything(config.seed, world.rank)
     interrupt = dist.Interrupt()
-    since = dist.Timer()
-    checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
-    if config.resume == "never" and checkpointer.steps():
-        raise ConfigError("output_dir", config.output_dir, "holds checkpoints of an earlier run; choose another, or resume: auto")
+    since_start = dist.Timer()
 
     # 2. Data: encoded once, by the first rank; the others read what it wrote.
     cache = Path(config.dataset_prepared_path or output_dir / "prepared")
+
+    def encoded(specs: list[dict]) -> Dataset:
+        return dist.main_first(lambda: prepare(specs, tokenizer, config, directory, cache), world)
+
+    def ordered(
+        rows: np.ndarray, of: Dataset, weights: list[float], units_a_step: int, shuffle: bool
+    ) -> Batches:
+        return Batches(
+            of, rows, config, weights=weights, units_a_step=units_a_step, seed=config.seed,
+            pad_id=tokenizer.pad_id, shuffle=shuffle,
+        )  # fmt: skip
+
     checkpoint = dist.main_first(
         lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
     )
     arch = read_architecture(checkpoint, config.ignore_config_fields)
     tokenizer = dist.main_first(lambda: load_tokenizer(checkpoint, config, directory, cache), world)
-    dataset = dist.main_first(lambda: prepare(config.datasets, tokenizer, config, directory, cache), world)
-    _report_data(dataset)
+    dataset = encoded(config.datasets)
+    report_rows(dataset)
     train_rows, held_out_rows = split_held_out(len(dataset), config.val_set_size, config.seed)
-    held_out = dataset
+    held_out, held_out_weights = dataset, [1.0] * len(config.datasets)
     if config.test_datasets:
-        held_out = dist.main_first(lambda: prepare(config.test_datasets, tokenizer, config, directory, cache), world)
-        held_out_rows = torch.arange(len(held_out)).numpy()
-    units_a_step = config.micro_batch_size * config.gradient_accumulation_steps * world.size
+        held_out, held_out_weights = encoded(config.test_datasets), [1.0] * len(config.test_datasets)
+        held_out_rows = np.arange(len(held_out))
+    global_batch = config.micro_batch_size * config.gradient_accumulation_steps * world.size
     weights = [float(spec.get("weight", 1.0)) for spec in config.datasets]
-    order = Batches(
-        dataset, train_rows, config, weights=weights, units_a_step=units_a_step, seed=config.seed, pad_id=tokenizer.pad_id
-    )
-    eval_order = Batches(
-        held_out, held_out_rows, config, weights=[1.0] * len(weights if held_out is dataset else config.test_datasets),
-        units_a_step=config.micro_batch_size * world.size, seed=config.seed, pad_id=tokenizer.pad_id, shuffle=False,
-    )  # fmt: skip
-    total_units = round(sum(len(order.epoch(e)) for e in range(int(config.num_epochs))) + (
-        (config.num_epochs % 1) * len(order.epoch(int(config.num_epochs))) if config.num_epochs % 1 else 0))  # fmt: skip
-    total_steps = max(1, -(-total_units // units_a_step))
-    if config.max_steps is not None:
-        total_steps, total_units = config.max_steps, config.max_steps * units_a_step
+    order = ordered(train_rows, dataset, weights, global_batch, shuffle=True)
+    eval_batch = config.micro_batch_size * world.size
+    eval_order = ordered(held_out_rows, held_out, held_out_weights, eval_batch, shuffle=False)
+    total_steps = order.plan(config.num_epochs, config.max_steps)
     if dist.warmup(config, total_steps) > total_steps:
-        raise ConfigError("warmup_steps", config.warmup_steps, f"is longer than the run of {total_steps} steps")
+        raise ConfigError(
+            "warmup_steps", config.warmup_steps, f"is longer than the run of {total_steps} steps"
+        )
+    checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
+    identity = run_identity(config, global_batch, dataset)
+    resume_from = checkpointer.to_resume(identity)
 
-    # 3. Model, on no device until it is sharded; then each rank reads its own rows of the checkpoint.
+    # 3. Model and optimiser.
     rows = tokenizer.vocab_size if config.random_init else max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, -(-rows // config.pad_vocab_to_multiple_of) * config.pad_vocab_to_multiple_of)
-    _check_ids(dataset, arch.vocab_size)
-    with torch.device("meta"):
-        model = Transformer(arch)
-        if config.adapter:
-            apply_lora(model.to(torch.bfloat16 if config.bf16 else torch.float32), config)
-    dist.shard(model, config, world)
-    dist.materialize(model, config, world)
-    if config.random_init:
-        initialize(model, config.seed)
-    else:
-        load_weights(model, checkpoint)
-    if config.adapter:
-        initialize_lora(model, config.seed)
-        if config.lora_model_dir:
-            load_adapter(model, config.lora_model_dir)
-    model.train()
-    optimizers = dist.make_optimizers(model, config)
+    check_ids(dataset, arch.vocab_size)
+    model = dist.build_model(arch, checkpoint, config, world)
     trained = [p for p in model.parameters() if p.requires_grad]
-    aux_coef = config.router_aux_loss_coef if config.router_aux_loss_coef is not None else arch.router_aux_loss_coef
+    optimizers = dist.make_optimizers(model, config)
+    aux_coef = (
+        arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
+    )
     log.info(
         "%s: %s parameters, %s trained; %s rows to train on, %s held out; %d steps of %d %s on %d × %s",
         arch.name, f"{sum(p.numel() for p in model.parameters()):,}", f"{sum(p.numel() for p in trained):,}",
-        f"{len(train_rows):,}", f"{len(held_out_rows):,}", total_steps, units_a_step,
+        f"{len(train_rows):,}", f"{len(held_out_rows):,}", total_steps, global_batch,
         "packs" if config.sample_packing else "rows", world.size, world.device.type,
     )  # fmt: skip
 
     # 4. Resume.
-    identity = _identity(config, units_a_step, dataset)
     state = {"num_tokens": 0, "eval_before": None, "identity": identity}
     step = 0
-    resume_from = _checkpoint_to_resume(config, checkpointer)
     if resume_from is not None:
         saved = checkpointer.state(resume_from)
-        _check_identity(saved["identity"], identity, config, resume_from)
-        if not checkpointer.load(resume_from, model, optimizers, config.seed):
-            log.info("the checkpoint is of %d processes: numbers go on to rounding, not to the bit", saved["world"])
         step, state = saved["step"], {**saved, "identity": identity}
-        log.info("resumed from %s", resume_from)
+        log.info("resuming from %s", resume_from)
+        if not checkpointer.load(resume_from, model, optimizers, config.seed):
+            log.info("made by %d processes: numbers go on to rounding, not to the bit", saved["world"])
     logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
     if len(held_out_rows) and state["eval_before"] is None:
         state["eval_before"] = evaluate(model, eval_order, config, world)["eval/loss"]
         log.info("held-out loss before training: %.4f", state["eval_before"])
     peak = health.peak_flops(world.device)
-    log.debug("ready after %.1f s", since())
+    log.debug("ready after %.1f s", since_start())
 
     # 5. The loop.
     window: dict[str, float] = {}  # sums since metrics were last written
     seconds = dist.Timer()
     while step < total_steps:
         with health.profiled(step + 1, config, output_dir, world.rank, world.device):
-            # a. The units of this step, the same on every rank; this rank's micro-batches; the tokens that they all train.
-            units = order.units(step)[: total_units - step * units_a_step]
+            # a. The rows of this step, the same on every rank; this rank's micro-batches; and the tokens that
+            # all of    them train together.
+            units = order.units(step)
             batches = order.micro_batches(units, config.micro_batch_size, world.rank, world.size)
             trained_tokens = order.trained_tokens(units)
 
-            # b. Forward and backward. FSDP averages gradients over ranks; the loss is a sum over ranks: hence world.size.
-            losses: list[float] = []
-            aux_sum = 0.0
+            # b. Forward and backward. FSDP averages gradients over ranks, the loss is a sum over them: ×
+            # world.size.
+            losses: list[Tensor] = []
+            aux_mean = 0.0
             for batch in batches:
                 on_device = batch.to(world.device)
                 with world.autocast(config.bf16):
@@ -268,14 +286,13 @@ def main(config: Config) -> None:
                 loss = nll * (world.size / trained_tokens)
                 if aux is not None:
                     loss = loss + aux_coef * aux / len(batches)
-                    aux_sum += aux.item() / len(batches)
+                    aux_mean += aux.item() / len(batches)
                 loss.backward()
                 losses.append(nll.detach())
 
-            # c. The norm before clipping; nothing non-finite may reach the weights.
+            # c. The norm before clipping; nothing that is not finite may reach the weights.
             norm, with_gradient = dist.gradient_norm(trained)
-            losses = [float(x) for x in losses]
-            health.check_finite(step + 1, losses, batches, dataset.name, norm.item(), model)
+            health.check_finite(step + 1, losses, batches, dataset.name, norm, model)
             dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
 
             # d. The update.
@@ -288,17 +305,18 @@ def main(config: Config) -> None:
         step += 1
 
         # e. Sums over ranks, and whether any of them was asked to stop: one small collective a step.
-        tokens = sum(int((b.document_ids >= 0).sum()) for b in batches)
-        slots = sum(b.input_ids.numel() for b in batches)
-        stopping = float(interrupt.signal is not None)
-        nll_sum, tokens, slots, aux_sum, stopping = dist.all_reduce(
-            [sum(losses), tokens, slots, aux_sum / world.size, stopping], world
-        )
-        state["num_tokens"] += int(tokens)
-        documents = sum(len(unit) for unit in units)
-        for name, value in (("nll", nll_sum), ("trained", trained_tokens), ("tokens", tokens), ("slots", slots),
-                            ("aux", aux_sum), ("documents", documents), ("steps", 1)):  # fmt: skip
-            window[name] = window.get(name, 0.0) + value
+        sums = {
+            "nll": sum(float(nll) for nll in losses),
+            "tokens": float(sum(int((batch.document_ids >= 0).sum()) for batch in batches)),
+            "slots": float(sum(batch.input_ids.numel() for batch in batches)),
+            "aux": aux_mean / world.size,
+            "stopping": float(interrupt.signal is not None),
+        }
+        sums = dict(zip(sums, dist.all_reduce(list(sums.values()), world), strict=True))
+        stopping = sums.pop("stopping") > 0
+        sums |= {"trained": trained_tokens, "documents": sum(len(unit) for unit in units), "steps": 1}
+        window = {name: window.get(name, 0.0) + value for name, value in sums.items()}
+        state["num_tokens"] += int(sums["tokens"])
         logger.advance()
 
         # f. Metrics, evaluation, checkpoint.
@@ -323,15 +341,17 @@ def main(config: Config) -> None:
                 flops = model.flops_per_token(window["tokens"] / window["documents"])
                 metrics["mfu"] = flops * metrics["tokens_per_second"] / (peak * world.size)
             window = {}
-        if len(held_out_rows) and (step == total_steps or (config.eval_steps and step % config.eval_steps == 0)):
+        due = config.eval_steps is not None and step % config.eval_steps == 0
+        if len(held_out_rows) and (due or step == total_steps):
             metrics |= evaluate(model, eval_order, config, world)
             state["eval_after"] = metrics["eval/loss"]
-            seconds()  # evaluation is not training time
         if metrics:
             logger.log(step, metrics)
         if stopping or (config.save_steps and step % config.save_steps == 0 and step < total_steps):
             checkpointer.save(step, model, optimizers, state)
-        if stopping:
+        if metrics:
+            seconds()  # evaluating and saving are not training time
+        if stopping and step < total_steps:
             checkpointer.finish()
             logger.close()
             log.info("stopped by a signal after step %d; the same command goes on from here", step)
@@ -340,85 +360,60 @@ def main(config: Config) -> None:
     checkpointer.finish()
 
     # 6. Final save and report.
-    _save_final(model, tokenizer, output_dir / "final", config, world)
-    answers: list[tuple[str, str, str]] = []
+    final = dist.save_final(model, tokenizer, config, world)
     if config.eval_answers:
         chosen = [int(row) for row in held_out_rows[: config.eval_answers]]
         accuracy, answers = sampled_accuracy(model, held_out, chosen, tokenizer, config, world)
         logger.log(total_steps, {"eval/accuracy": accuracy})
+        for prompt, answer, reference in answers:
+            verdict = "right" if answer == reference else f"wrong: {shortened(reference)}"
+            log.info("  %s → %s   [%s]", shortened(prompt), shortened(answer), verdict)
     logger.close()
-    for prompt, answer, reference in answers:
-        log.info("· %s → %s   [%s]", _short(prompt), _short(answer), "right" if answer == reference else f"wrong: {_short(reference)}")
     if state["eval_before"] is not None:
-        log.info("held-out loss       %.4f → %.4f", state["eval_before"], state.get("eval_after", state["eval_before"]))
+        log.info(
+            "held-out loss       %.4f → %.4f",
+            state["eval_before"],
+            state.get("eval_after", state["eval_before"]),
+        )
     if config.eval_answers:
         log.info("held-out answers    %.1f %% right (greedy, %d rows)", 100 * accuracy, len(chosen))
-    log.info("saved               %s", output_dir / "final")
-    log.info("talk to it          python model.py chat %s", output_dir / "final")
+    log.info("saved               %s", final)
+    log.info("talk to it          python model.py chat %s", final)
     dist.finish()
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 100 else text[:48] + " … " + text[-48:]
 
 
-def _report_data(dataset: Dataset) -> None:
+def report_rows(dataset: Dataset) -> None:
+    """What training will not see, by name."""
     counts = dataset.counts
     left_out = {name: counts[name] for name in ("truncated", "dropped", "bad", "skipped") if counts[name]}
     if left_out:
-        log.info("data: %s of %d rows", ", ".join(f"{n} {name}" for name, n in left_out.items()), counts["rows"])
+        log.info("data: %s of %d rows", ", ".join(f"{n} {k}" for k, n in left_out.items()), counts["rows"])
     for line in counts["named"]:
         log.info("data: %s", line)
 
 
-def _check_ids(dataset: Dataset, vocab_size: int) -> None:
+def check_ids(dataset: Dataset, vocab_size: int) -> None:
     if len(dataset.tokens) and int(dataset.tokens.max()) >= vocab_size:
-        row = int((dataset.offsets[1:] > int((dataset.tokens >= vocab_size).argmax())).argmax())
-        raise ConfigError(dataset.name(row), None, f"has a token id beyond the vocabulary of {vocab_size}: another tokenizer's data?")
+        token = int((dataset.tokens >= vocab_size).argmax())
+        row = int((dataset.offsets[1:] > token).argmax())
+        problem = f"token id {dataset.tokens[token]} is beyond the vocabulary of {vocab_size}"
+        raise ConfigError(dataset.name(row), None, f"{problem}: was it made with another tokenizer?")
 
 
-def _identity(config: Config, units_a_step: int, dataset: Dataset) -> dict:
-    """What a checkpoint can only go on with: changing any of it would silently continue another run."""
-    keys = ("base_model", "random_init", "adapter", "lora_r", "lora_target_modules", "optimizer", "seed", "sequence_len",
-            "sample_packing", "val_set_size")  # fmt: skip
+def run_identity(config: Config, global_batch: int, dataset: Dataset) -> dict:
+    """What a checkpoint of this run can go on with."""
+    keys = ("base_model", "random_init", "adapter", "lora_r", "lora_target_modules", "optimizer", "seed",
+            "sequence_len", "sample_packing", "val_set_size")  # fmt: skip
+    values = asdict(config)
     weights = [spec.get("weight", 1.0) for spec in config.datasets]
     data = hashlib.sha256((dataset.fingerprint + repr(weights)).encode()).hexdigest()
-    values = asdict(config)
-    return {**{key: values[key] for key in keys}, "global_batch": units_a_step, "data": data}
-
-
-def _check_identity(saved: dict, now: dict, config: Config, path: Path) -> None:
-    for key, value in now.items():
-        if saved.get(key) == value or (key == "data" and config.resume_with_new_data):
-            continue
-        if key == "data":
-            raise ConfigError("datasets", None, f"{path} was made with other data: its position would mean other rows; "
-                              "set resume_with_new_data: true to go on, or choose another output_dir")  # fmt: skip
-        name = "micro_batch_size" if key == "global_batch" else key
-        remedy = f"({key}); {path} was made with {saved.get(key)!r}: set it back, or choose another output_dir"
-        raise ConfigError(name, value, remedy)
-
-
-def _checkpoint_to_resume(config: Config, checkpointer: Checkpointer) -> Path | None:
-    if config.resume in ("auto", "never"):
-        return checkpointer.newest() if config.resume == "auto" else None
-    path = Path(config.resume)
-    if not (path / "trainer.json").exists():
-        raise ConfigError("resume", config.resume, "is not a checkpoint; give auto, never or …/checkpoints/step-N")
-    return path
-
-
-def _save_final(model: Transformer, tokenizer: Tokenizer, final: Path, config: Config, world: World) -> None:
-    """The model as a Hugging Face folder, or the adapter as a PEFT folder; it appears when it is whole."""
-    with dist.appearing(final, world) as aside:
-        if config.adapter and not config.merge_adapter:
-            save_adapter(model, aside, main=world.main)
-        else:
-            dtype = torch.bfloat16 if config.bf16 else torch.float32
-            save_pretrained(model, aside, dtype=dtype, merge=config.adapter is not None, main=world.main)
-        if world.main:
-            tokenizer.save(aside)
+    size = "micro_batch_size · gradient_accumulation_steps · processes"
+    return {**{key: values[key] for key in keys}, size: global_batch, "data": data}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Supervised fine-tuning side by side with TRL's SFTTrainer: the same random model and data, one after the other.
+"""Supervised fine-tuning side by side with TRL's SFTTrainer: the same random model and data, one after the
+other.
 
     python bench/sft.py              width 256, 6 layers, vocabulary 32,768, packed 8 × 512, fp32
     python bench/sft.py vocabulary   width 128, 2 layers, vocabulary 151,936, unpacked
 
-Prints tokens per second (real tokens, first step left out), peak memory of the process and the time from its start to
-the end of the first step, for both, and the ratios. Machines drift: the sides take turns, `--rounds` times.
+Prints tokens per second (real tokens, first step left out), peak memory of the process and the time from its
+start to the end of the first step, for both, and the ratios. Machines drift: the sides take turns, `--rounds`
+times.
 """
 
 import argparse
@@ -20,15 +22,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
-    "packed": dict(hidden_size=256, num_hidden_layers=6, intermediate_size=768, num_attention_heads=8, num_key_value_heads=4,
+    "packed": dict(hidden_size=256, num_hidden_layers=6, intermediate_size=768, num_attention_heads=8,
+    num_key_value_heads=4,
                    head_dim=32, vocab_size=32768, rows=8, length=512, packing=True),
     "vocabulary": dict(hidden_size=128, num_hidden_layers=2, intermediate_size=384, num_attention_heads=4,
-                       num_key_value_heads=2, head_dim=32, vocab_size=151936, rows=8, length=128, packing=False),
+                       num_key_value_heads=2, head_dim=32, vocab_size=151936, rows=8, length=512,
+                       packing=False),
 }  # fmt: skip
 
 
 def make(shape: dict, directory: Path, steps: int) -> int:
-    """A random Qwen3 checkpoint and random documents, enough for `steps` steps; returns the number of documents."""
+    """A random Qwen3 checkpoint and random documents, enough for `steps` steps; returns the number of
+    documents."""
     import random
 
     import tokenizers
@@ -45,7 +50,12 @@ def make(shape: dict, directory: Path, steps: int) -> int:
     count = 0
     with (directory / "rows.jsonl").open("w") as file:
         total = 0
-        needed = steps * shape["rows"] * (shape["length"] if shape["packing"] else 1) * (1.3 if shape["packing"] else 1)
+        needed = (
+            steps
+            * shape["rows"]
+            * (shape["length"] if shape["packing"] else 1)
+            * (1.3 if shape["packing"] else 1)
+        )
         while total < needed:
             length = rng.randint(shape["length"] // 8, shape["length"])
             ids = [rng.randrange(2, shape["vocab_size"]) for _ in range(length)]
@@ -58,9 +68,11 @@ def make(shape: dict, directory: Path, steps: int) -> int:
 def ours(directory: Path, shape: dict, steps: int, started: float) -> dict:
     output = directory / f"ours-{time.time_ns()}"
     command = [
-        sys.executable, str(ROOT / "sft.py"), f"base_model={directory}", f"output_dir={output}", f"max_steps={steps}",
+        sys.executable, str(ROOT / "sft.py"), f"base_model={directory}", f"output_dir={output}",
+        f"max_steps={steps}",
         f"datasets=[{{path: {directory}/rows.jsonl, type: tokens}}]", f"micro_batch_size={shape['rows']}",
-        f"sequence_len={shape['length']}", f"sample_packing={str(shape['packing']).lower()}", "learning_rate=1e-4",
+        f"sequence_len={shape['length']}", f"sample_packing={str(shape['packing']).lower()}",
+        "learning_rate=1e-4",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     first = None
@@ -90,9 +102,12 @@ def trl(directory: Path, shape: dict, steps: int, started: float) -> dict:
 
     rows = [json.loads(line) for line in (directory / "rows.jsonl").read_text().splitlines()]
     config = trl.SFTConfig(
-        output_dir=str(directory / "trl"), per_device_train_batch_size=shape["rows"], max_length=shape["length"],
-        packing=shape["packing"], max_steps=steps, learning_rate=1e-4, bf16=False, fp16=False, use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], seed=0, disable_tqdm=True,
+        output_dir=str(directory / "trl"), per_device_train_batch_size=shape["rows"],
+        max_length=shape["length"],
+        packing=shape["packing"], max_steps=steps, learning_rate=1e-4, bf16=False, fp16=False,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], seed=0,
+        disable_tqdm=True,
         include_num_input_tokens_seen="non_padding", dataloader_num_workers=0,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -103,7 +118,11 @@ def trl(directory: Path, shape: dict, steps: int, started: float) -> dict:
     trainer.train()
     (first, seen), (last, seen_last) = times[0], times[-1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"tokens_per_second": float(seen_last - seen) / (last - first), "peak_GiB": peak, "first_step_seconds": first - started}
+    return {
+        "tokens_per_second": float(seen_last - seen) / (last - first),
+        "peak_GiB": peak,
+        "first_step_seconds": first - started,
+    }
 
 
 def main() -> None:
@@ -126,15 +145,21 @@ def main() -> None:
         results: dict[str, list[dict]] = {"trl": [], "ours": []}
         for round_number in range(arguments.rounds):
             for side in results:
-                command = [sys.executable, __file__, arguments.shape, f"--steps={arguments.steps}", f"--side={side}",
+                command = [sys.executable, __file__, arguments.shape, f"--steps={arguments.steps}",
+                f"--side={side}",
                            f"--directory={directory}", f"--started={time.time()}"]  # fmt: skip
-                done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+                done = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                )
                 lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
                 if not lines:
                     sys.exit(done.stdout + done.stderr)
                 results[side].append(json.loads(lines[0].removeprefix("RESULT ")))
                 print(f"round {round_number + 1} {side:<5} {results[side][-1]}", flush=True)
-        print(f"\n{arguments.shape}: {({k: v for k, v in shape.items()})}, {arguments.steps} steps, medians of {arguments.rounds} rounds")
+        print(f"\n{arguments.shape}: {shape}, {arguments.steps} steps, medians of {arguments.rounds} rounds")
         print(f"{'':<22} {'ballast':>10} {'TRL':>10} {'ratio':>8}")
         for key in ("tokens_per_second", "peak_GiB", "first_step_seconds"):
             a, b = (statistics.median(r[key] for r in results[side]) for side in ("ours", "trl"))

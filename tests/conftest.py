@@ -1,4 +1,5 @@
-"""Shared fixtures: tiny checkpoints of every family and tokenizers with the field's chat templates, made here."""
+"""Shared fixtures: tiny checkpoints of every family and tokenizers with the field's chat templates, made
+here."""
 
 import json
 import os
@@ -24,22 +25,26 @@ LLAMA3_ROPE = dict(
 )  # fmt: skip
 YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_embeddings=16)
 
-# name → (transformers config class, its arguments); every family, every rope, windows shorter than the test sequences.
+# name → (transformers config class, its arguments); every family, every rope, windows shorter than the test
+# sequences.
 FAMILIES = {
     "llama2": ("LlamaConfig", {}),
     "llama3": ("LlamaConfig", dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
     "llama-biases": ("LlamaConfig", dict(attention_bias=True, mlp_bias=True, head_dim=12)),
-    "llama-linear": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4))),
+    "llama-linear": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", factor=2.0,
+    rope_theta=1e4))),
     "llama-dynamic": (
         "LlamaConfig",
-        dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
+        dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", factor=2.0,
+        rope_theta=1e4)),
     ),
     "mistral": ("MistralConfig", dict(sliding_window=7)),
     "qwen2": ("Qwen2Config", dict(use_sliding_window=True, sliding_window=5, max_window_layers=2)),
     "qwen3": ("Qwen3Config", dict(head_dim=16)),
     "qwen3-yarn": ("Qwen3Config", dict(head_dim=16, rope_parameters=YARN)),
     "gemma2": ("Gemma2Config", dict(head_dim=16, query_pre_attn_scalar=12, sliding_window=6)),
-    "gemma3": ("Gemma3TextConfig", dict(head_dim=16, query_pre_attn_scalar=12, sliding_window=6, num_hidden_layers=7)),
+    "gemma3": ("Gemma3TextConfig", dict(head_dim=16, query_pre_attn_scalar=12, sliding_window=6,
+    num_hidden_layers=7)),
     "phi3": ("Phi3Config", dict(sliding_window=9)),
     "olmo2": ("Olmo2Config", {}),
     "smollm3": ("SmolLM3Config", {}),
@@ -88,11 +93,12 @@ def references(tmp_path_factory):
     return get
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizers
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Written for these tests in the manner of the templates that checkpoints ship: same turns, tools and reasoning rules.
+# Written for these tests in the manner of the templates that checkpoints ship: same turns, tools and
+# reasoning rules.
 CHATML_TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 Tools:
@@ -124,7 +130,8 @@ LLAMA3_TEMPLATE = """\
 {%- elif message.role == 'tool' %}
 {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
 {%- else %}
-{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
+{{- message.content | trim + '<|eot_id|>' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
@@ -154,7 +161,8 @@ QWEN3_TEMPLATE = """\
 {%- else %}{{- content }}
 {%- endif %}
 {%- for call in message.tool_calls or [] %}
-{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}{{- call.function.arguments | tojson }}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}
 {{- '}\\n</tool_call>' }}
 {%- endfor %}
 {{- '<|im_end|>\\n' }}
@@ -174,7 +182,9 @@ CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
-def write_tokenizer(directory: Path, template: str | None, tokens: list[str], eos: str, bos: str | None = None) -> Path:
+def write_tokenizer(
+    directory: Path, template: str | None, tokens: list[str], eos: str, bos: str | None = None
+) -> Path:
     """A byte-level BPE tokenizer in Hugging Face's files, trained on this project's own sources."""
     import tokenizers
     import transformers
@@ -187,7 +197,9 @@ def write_tokenizer(directory: Path, template: str | None, tokens: list[str], eo
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     core.train([str(ROOT / "data.py")], trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, bos_token=bos, pad_token=tokens[0])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=eos, bos_token=bos, pad_token=tokens[0]
+    )
     if template:
         fast.chat_template = template
     fast.save_pretrained(directory)
@@ -213,9 +225,9 @@ def tokenizer_directory(tmp_path_factory):
     return get
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A checkpoint with a tokenizer, data for it, and runs of the recipe as a user starts them
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -243,12 +255,19 @@ def chat_file(tmp_path_factory):
     return path
 
 
-def run_program(script: str | Path, *arguments: str, ranks: int = 1, timeout: int = 240, env: dict | None = None):
+def run_program(
+    script: str | Path, *arguments: str, ranks: int = 1, timeout: int = 240, env: dict | None = None
+):
     """Run a script as a user would; with `ranks` > 1 under torchrun. Returns the finished process."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
     return subprocess.run(
-        [*launch, str(script), *arguments], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT
+        [*launch, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        cwd=ROOT,
     )

@@ -6,14 +6,27 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEMPLATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import ConfigError
+from conftest import ROOT, TEMPLATES
 from data import (
-    IGNORE, BadRow, Batches, DataError, DataOptions, Dataset, Encoded, Encoder, Tokenizer, encode_dataset, load_tokenizer,
-    pack, prepare, read_rows, split_held_out,
+    IGNORE,
+    BadRow,
+    Batches,
+    DataError,
+    DataOptions,
+    Dataset,
+    Encoded,
+    Encoder,
+    Tokenizer,
+    encode_dataset,
+    load_tokenizer,
+    pack,
+    prepare,
+    read_rows,
+    split_held_out,
 )  # fmt: skip
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int", "note": "<&> é"}}}]
@@ -58,9 +71,9 @@ def tokenizer(tokenizer_directory):
     return lambda name: Tokenizer.load(tokenizer_directory(name))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Chat templates
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -78,7 +91,12 @@ def test_rendering_and_token_ids_equal_transformers(template, name, tools, token
     ids = theirs.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False)
     assert ours.encode_chat(messages, tools)[0] == ids
     ids = theirs.apply_chat_template(
-        messages, tools=tools, tokenize=True, return_dict=False, add_generation_prompt=True, enable_thinking=False
+        messages,
+        tools=tools,
+        tokenize=True,
+        return_dict=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
     )
     assert ours.encode_prompt(messages, tools, enable_thinking=False) == ids
 
@@ -96,9 +114,13 @@ def trained_text(tokenizer, ids, labels):
     return pieces
 
 
-@pytest.mark.parametrize("template, end", [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("qwen3", "<|im_end|>")])
+@pytest.mark.parametrize(
+    "template, end", [("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("qwen3", "<|im_end|>")]
+)
 @pytest.mark.parametrize("name", ["one turn", "system", "consecutive", "the answer repeats the question"])
-def test_what_the_assistant_wrote_and_its_end_of_turn_are_trained_and_nothing_else(template, end, name, tokenizer):
+def test_what_the_assistant_wrote_and_its_end_of_turn_are_trained_and_nothing_else(
+    template, end, name, tokenizer
+):
     tok = tokenizer(template)
     messages = CONVERSATIONS[name]
     ids, labels = tok.encode_chat(messages)
@@ -132,9 +154,8 @@ def test_generation_blocks_decide_where_the_template_has_them(tokenizer, tokeniz
     assert trained_text(marked, ids, labels) == ["Two.<|im_end|>", "  Four, naïve 日本 \n<|im_end|>"]
     assert marked.render(messages) == tok.render(messages)  # the marks leave no trace
     assert marked.stop_ids == [tok.core.token_to_id("<|im_end|>")]
-    bare = Tokenizer(
-        tok.core, tok.config, CHATML.replace("{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
-                                            "{{ message['content'] }}{% endgeneration %}<|im_end|>"), tok.source)  # fmt: skip
+    before, after = "+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}<|im_end|>"
+    bare = Tokenizer(tok.core, tok.config, CHATML.replace(before, after), tok.source)
     assert bare.encode_chat(messages) == (ids, labels)  # EOS is trained also where the block leaves it out
 
 
@@ -152,10 +173,19 @@ def test_train_and_weight_choose_turns(tokenizer):
     "template, reason",
     [
         ("{% for m in messages %}{{ m.content }} {% endfor %}", "not closed by a special token"),
-        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}", "0 times"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}",
+            "0 times",
+        ),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}", "2 times"),
-        ("{% for m in messages %}{{ m.content | length }}{{ m.content }}<|im_end|>{% endfor %}", "where this assistant turn"),
-        ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ raise_exception('no') }}", "refuses it: no"),
+        (
+            "{% for m in messages %}{{ m.content | length }}{{ m.content }}<|im_end|>{% endfor %}",
+            "where this assistant turn",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{{ raise_exception('no') }}",
+            "refuses it: no",
+        ),
         ("{{ messages.missing.thing }}", "refuses it"),
     ],
 )
@@ -168,7 +198,8 @@ def test_a_conversation_whose_bounds_cannot_be_trusted_is_refused(template, reas
 def test_a_token_across_the_start_of_an_answer_is_refused(tokenizer):
     """The prompt ends in the middle of a token: at inference the model would see other ids."""
     tok = tokenizer("chatml")
-    template = "{% for m in messages %}{% if m.role == 'assistant' %}de{{ m.content }}<|im_end|>{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    start = "{% if m.role == 'assistant' %}de{% endif %}"
+    template = "{% for m in messages %}" + start + "{{ m.content }}<|im_end|>{% endfor %}"
     glued = Tokenizer(tok.core, tok.config, template, tok.source)
     assert len(tok.encode("def")) == 1
     with pytest.raises(BadRow, match="reaches across the start"):
@@ -177,7 +208,11 @@ def test_a_token_across_the_start_of_an_answer_is_refused(tokenizer):
 
 def test_templates_run_in_a_sandbox(tokenizer):
     tok = tokenizer("chatml")
-    for attack in ("{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% for i in range(10**9) %}x{% endfor %}"):
+    for attack in (
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+    ):
         with pytest.raises(BadRow):
             Tokenizer(tok.core, tok.config, attack, tok.source).render(CONVERSATIONS["one turn"])
 
@@ -198,13 +233,15 @@ def test_a_saved_tokenizer_reads_back_here_and_in_transformers(tokenizer, tmp_pa
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == tok.stop_ids
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rows
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def write(path, rows):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
     return str(path)
 
 
@@ -225,21 +262,41 @@ def test_every_type_of_row_is_read(tokenizer, tmp_path):
     tok = tokenizer("chatml")
     instruct = write(tmp_path / "i.jsonl", [{"instruction": "Add", "input": "1 2", "output": "3"}])
     (row,) = encode_all({"path": instruct, "type": "instruct"}, tok)
-    assert tok.decode(row.input_ids, special=True) == "<|im_start|>user\nAdd\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+    assert (
+        tok.decode(row.input_ids, special=True)
+        == "<|im_start|>user\nAdd\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+    )
     plain = tokenizer("none")
     (row,) = encode_all({"path": instruct, "type": "instruct"}, plain)
     assert "### Response:\n3<|im_end|>" in plain.decode(row.input_ids, special=True)
     assert trained_text(plain, row.input_ids, row.labels) == ["3<|im_end|>"]
 
-    tokens = write(tmp_path / "t.jsonl", [{"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]}, {"input_ids": [5, 6]}])
+    tokens = write(
+        tmp_path / "t.jsonl", [{"input_ids": [5, 6, 7], "labels": [IGNORE, 6, 7]}, {"input_ids": [5, 6]}]
+    )
     rows = encode_all({"path": tokens, "type": "tokens"}, tok)
     assert rows[0].labels == [IGNORE, 6, 7] and rows[1].labels == [5, 6]
 
-    chats = write(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}], "completion": [{"role": "assistant", "content": "d"}]}])
+    chats = write(
+        tmp_path / "p.jsonl",
+        [
+            {
+                "prompt": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "user", "content": "c"},
+                ],
+                "completion": [{"role": "assistant", "content": "d"}],
+            }
+        ],
+    )
     (row,) = encode_all({"path": chats, "type": "prompt_completion"}, tok)
     assert trained_text(tok, row.input_ids, row.labels) == ["d<|im_end|>"]
 
-    share = write(tmp_path / "s.jsonl", [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}])
+    share = write(
+        tmp_path / "s.jsonl",
+        [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
+    )
     (row,) = encode_all({"path": share, "type": "chat"}, tok)
     assert trained_text(tok, row.input_ids, row.labels) == ["b<|im_end|>"]
 
@@ -250,8 +307,10 @@ def test_every_type_of_row_is_read(tokenizer, tmp_path):
 
     (tmp_path / "book.txt").write_text("word " * 400)
     rows = encode_all({"path": str(tmp_path / "book.txt"), "type": "text"}, tok, sequence_len=64)
-    whole = tok.encode("word " * 400) + [tok.eos_id]
-    assert [i for row in rows for i in row.input_ids] == whole and all(len(row.input_ids) <= 64 for row in rows)
+    whole = [*tok.encode("word " * 400), tok.eos_id]
+    assert [i for row in rows for i in row.input_ids] == whole and all(
+        len(row.input_ids) <= 64 for row in rows
+    )
 
 
 def test_json_parquet_directories_and_slices_are_read(tokenizer, tmp_path):
@@ -260,7 +319,9 @@ def test_json_parquet_directories_and_slices_are_read(tokenizer, tmp_path):
 
     rows = [{"text": f"row {i}", "messages": None} for i in range(10)]
     (tmp_path / "data").mkdir()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"text": r["text"]} for r in rows]), tmp_path / "data/train-0.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"text": r["text"]} for r in rows]), tmp_path / "data/train-0.parquet"
+    )
     (tmp_path / "data/test.json").write_text(json.dumps([{"text": "held out"}]))
 
     def texts(**spec):
@@ -285,9 +346,12 @@ BAD_ROWS = [
     ("chat", {"messages": []}, "non-empty"),
     ("chat", {"messages": [{"role": "robot", "content": "x"}]}, "robot"),
     ("chat", {"messages": [{"role": "user", "content": "x"}]}, "no assistant"),
-    ("chat", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": 7}]}, "content must be text"),
-    ("chat", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0.5}]}, "weight"),
-    ("chat", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": False}]}, "no token is trained"),
+    ("chat", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": 7}]},
+    "content must be text"),
+    ("chat", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y",
+    "weight": 0.5}]}, "weight"),
+    ("chat", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y",
+    "train": False}]}, "no token is trained"),
     ("instruct", {"instruction": "x"}, "'output' is missing"),
     ("prompt_completion", {"prompt": "x", "completion": ""}, "empty"),
     ("text", {"text": "  "}, "empty"),
@@ -299,7 +363,8 @@ BAD_ROWS = [
 
 @pytest.mark.parametrize("kind, row, reason", BAD_ROWS)
 def test_a_bad_row_stops_with_file_and_line_or_is_counted(kind, row, reason, tokenizer, tmp_path):
-    good = {"messages": CONVERSATIONS["one turn"], "instruction": "a", "output": "b", "prompt": "a", "completion": "b",
+    good = {"messages": CONVERSATIONS["one turn"], "instruction": "a", "output": "b", "prompt": "a",
+    "completion": "b",
             "text": "a b c d", "input_ids": [1, 2]}  # fmt: skip
     path = write(tmp_path / "rows.jsonl", [good, row, good])
     tok = tokenizer("chatml")
@@ -315,7 +380,9 @@ def test_a_bad_row_stops_with_file_and_line_or_is_counted(kind, row, reason, tok
 
 @pytest.mark.parametrize("strategy", ["drop", "truncate", "error"])
 def test_rows_that_are_too_long_are_dropped_cut_or_refused(strategy, tokenizer, tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"input_ids": list(range(3, 9))}, {"input_ids": [3, 4], "labels": [IGNORE, 4]}])
+    path = write(
+        tmp_path / "a.jsonl", [{"input_ids": list(range(3, 9))}, {"input_ids": [3, 4], "labels": [IGNORE, 4]}]
+    )
     spec = {"path": path, "type": "tokens"}
     how = dict(sequence_len=4, excess_length_strategy=strategy)
     if strategy == "error":
@@ -329,7 +396,12 @@ def test_rows_that_are_too_long_are_dropped_cut_or_refused(strategy, tokenizer, 
 
 def test_a_row_whose_trained_tokens_are_all_cut_off_is_dropped_not_trained_on_nothing(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"input_ids": [3] * 6, "labels": [IGNORE] * 5 + [3]}])
-    rows = encode_all({"path": path, "type": "tokens"}, tokenizer("chatml"), sequence_len=4, excess_length_strategy="truncate")
+    rows = encode_all(
+        {"path": path, "type": "tokens"},
+        tokenizer("chatml"),
+        sequence_len=4,
+        excess_length_strategy="truncate",
+    )
     assert rows[0].status == "dropped"
 
 
@@ -351,9 +423,9 @@ def test_a_users_function_makes_rows_and_its_faults_are_named(tokenizer, tmp_pat
         Encoder("chta", tok, DataOptions(), tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Packing and order
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None)
@@ -390,7 +462,8 @@ def make_dataset(lengths, sources=None):
 
 def make_batches(dataset, units=4, weights=(1.0,), seed=0, **options):
     return Batches(
-        dataset, np.arange(len(dataset)), DataOptions(sequence_len=32, **options), weights=list(weights), units_a_step=units,
+        dataset, np.arange(len(dataset)), DataOptions(sequence_len=32, **options), weights=list(weights),
+        units_a_step=units,
         seed=seed, pad_id=0,
     )  # fmt: skip
 
@@ -401,9 +474,8 @@ def test_every_row_is_seen_once_an_epoch_and_targets_are_the_next_labels(packing
     dataset = make_dataset([random.Random(i).randrange(2, 30) for i in range(53)])
     batches = make_batches(dataset, sample_packing=packing)
     seen = []
-    total = len(batches.epoch(0))
-    for step in range(batches.steps(1)):
-        units = batches.units(step)[: total - step * 4]
+    for step in range(batches.plan(1)):
+        units = batches.units(step)
         trained = 0
         counts = set()
         for rank in range(world):
@@ -416,7 +488,9 @@ def test_every_row_is_seen_once_an_epoch_and_targets_are_the_next_labels(packing
                 for b in range(batch.input_ids.shape[0]):
                     for document in range(int(batch.document_ids[b].max()) + 1):
                         here = batch.document_ids[b] == document
-                        flat.append((batch.input_ids[b][here], batch.targets[b][here], batch.position_ids[b][here]))
+                        flat.append(
+                            (batch.input_ids[b][here], batch.targets[b][here], batch.position_ids[b][here])
+                        )
                 for row, (ids, targets, positions) in zip(batch.rows, flat, strict=False):
                     tokens, labels = dataset.row(row)
                     assert ids.tolist() == tokens.tolist()
@@ -436,7 +510,7 @@ def test_the_order_is_a_function_of_seed_and_step():
     assert steps != [other.units(s) for s in range(40)]
     flat = [i for step in steps for unit in step for i in unit]
     assert sorted(flat[:50]) == sorted(flat[50:100]) == list(range(50)) and flat[:50] != flat[50:100]
-    assert one.steps(1) == 13 and one.steps(2) == 25 and one.steps(0.5) == 7
+    assert [one.plan(e) for e in (1, 2, 0.5)] == [13, 25, 7] and one.plan(9, max_steps=4) == 4
     assert one.epoch_of(25) == pytest.approx(2.0)
 
 
@@ -476,7 +550,9 @@ def test_prepared_data_is_reused_until_anything_that_matters_changes(tokenizer, 
 
 
 def test_a_tokenizer_is_trained_once_and_splits_digits(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"instruction": f"add {i} and {i}", "output": str(2 * i)} for i in range(200)])
+    path = write(
+        tmp_path / "a.jsonl", [{"instruction": f"add {i} and {i}", "output": str(2 * i)} for i in range(200)]
+    )
     options = DataOptions(datasets=[{"path": path, "type": "instruct"}], tokenizer_vocab_size=300)
     tok = load_tokenizer(tmp_path, options, tmp_path, tmp_path / "cache")
     assert tok.vocab_size <= 300 and len(tok.encode("1234")) == 4
@@ -487,20 +563,32 @@ def test_a_tokenizer_is_trained_once_and_splits_digits(tmp_path):
     assert next((tmp_path / "cache").iterdir()).stat().st_mtime_ns == stamp
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # inspect
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def inspect(*arguments, cwd=ROOT):
-    done = subprocess.run([sys.executable, str(ROOT / "data.py"), "inspect", *arguments], capture_output=True, text=True, cwd=cwd)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "data.py"), "inspect", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
-def test_inspect_prints_the_rows_that_training_sees_and_names_their_faults(tokenizer_directory, small_checkpoint, tmp_path):
+def test_inspect_prints_the_rows_that_training_sees_and_names_their_faults(
+    tokenizer_directory, small_checkpoint, tmp_path
+):
     directory, _ = small_checkpoint
     chat = {"messages": CONVERSATIONS["one turn"]}
-    rows = [chat, chat, {"messages": []}, {"messages": [*CONVERSATIONS["one turn"][:1], {"role": "assistant", "content": "word " * 300}]}]
+    rows = [
+        chat,
+        chat,
+        {"messages": []},
+        {"messages": [*CONVERSATIONS["one turn"][:1], {"role": "assistant", "content": "word " * 300}]},
+    ]
     write(tmp_path / "rows.jsonl", rows)
     (tmp_path / "c.yaml").write_text(
         f"base_model: {directory}\nlearning_rate: 1e-5\nsequence_len: 128\non_bad_row: skip\n"
@@ -516,12 +604,22 @@ def test_inspect_prints_the_rows_that_training_sees_and_names_their_faults(token
 
     code, out, _ = inspect("--config", str(tmp_path / "c.yaml"))
     assert code == 0 and "⟦Hi, you!<|im_end|>⟧" in out
-    for line in ("rows.jsonl:3", "repeat another", "longer than sequence_len", "duplicates", "trained tokens"):
+    for line in (
+        "rows.jsonl:3",
+        "repeat another",
+        "longer than sequence_len",
+        "duplicates",
+        "trained tokens",
+    ):
         assert line in out, line
 
 
 def test_inspect_answers_mistakes_in_one_line(tmp_path):
-    for text, named in (("base_model: nowhere/at/all\ndatasets: []\n", "nowhere"), ("datasets: []\n", "base_model"), ("a: [\n", "c.yaml:2")):
+    for text, named in (
+        ("base_model: nowhere/at/all\ndatasets: []\n", "nowhere"),
+        ("datasets: []\n", "base_model"),
+        ("a: [\n", "c.yaml:2"),
+    ):
         (tmp_path / "c.yaml").write_text(text)
         code, _, err = inspect("--config", str(tmp_path / "c.yaml"))
         assert code == 2 and named in err and len(err.strip().splitlines()) == 1

@@ -9,7 +9,7 @@ import kernels
 
 def naive_attention(q, k, v, document_ids, scale, window=None, softcap=None):
     """Dense scores and a mask written out from the definition."""
-    B, T, H, _ = q.shape
+    T, H = q.shape[1:3]
     k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bqhe,bkhe->bhqk", q, k) * scale
     if softcap is not None:
@@ -27,7 +27,9 @@ def naive_attention(q, k, v, document_ids, scale, window=None, softcap=None):
 def test_attention_over_documents_equals_a_dense_mask_in_value_and_gradient(window, softcap, lengths):
     torch.manual_seed(0)
     B, T = len(lengths), 24
-    document_ids = torch.stack([torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths])
+    document_ids = torch.stack(
+        [torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths]
+    )
     q, k, v = (torch.randn(B, T, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     how = dict(scale=0.3, window=window, softcap=softcap)
     expected = naive_attention(q, k, v, document_ids, **how)
@@ -35,7 +37,9 @@ def test_attention_over_documents_equals_a_dense_mask_in_value_and_gradient(wind
     torch.testing.assert_close(got, expected)
     upstream = torch.randn_like(expected)
     for a, b in zip(
-        torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream), strict=True
+        torch.autograd.grad(got, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
@@ -76,7 +80,9 @@ def test_every_real_token_has_exactly_one_slot(rows):
     assert torch.equal(documents.token_of_slot[documents.slots], documents.tokens)
     assert torch.equal(documents.tokens, (ids.flatten() >= 0).nonzero().flatten())
     assert sum(n * length for n, length in documents.buckets) == len(documents.token_of_slot)
-    assert sorted(documents.lengths[ids >= 0].tolist()) == sorted(n for row in rows for n in row for _ in range(n))
+    assert sorted(documents.lengths[ids >= 0].tolist()) == sorted(
+        n for row in rows for n in row for _ in range(n)
+    )
 
 
 def naive_loss(hidden, weight, labels, softcap=None):
@@ -98,7 +104,9 @@ def test_linear_cross_entropy_equals_naive_fp64_in_value_and_gradient(softcap, c
     expected = naive_loss(hidden, weight, labels, softcap)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
     for a, b in zip(
-        torch.autograd.grad(got * 0.37, (hidden, weight)), torch.autograd.grad(expected * 0.37, (hidden, weight)), strict=True
+        torch.autograd.grad(got * 0.37, (hidden, weight)),
+        torch.autograd.grad(expected * 0.37, (hidden, weight)),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -112,7 +120,8 @@ def test_linear_cross_entropy_gradient_equals_finite_differences():
     def loss():
         return kernels.linear_cross_entropy(hidden, weight, labels, softcap=3.0, chunk=4)
 
-    loss().backward()  # once: the weight gradient is scaled in place, so torch's gradcheck, which repeats it, cannot
+    # Once: the weight gradient is scaled in place, so torch's gradcheck, which repeats it, cannot
+    loss().backward()
     for tensor in (hidden, weight):
         flat = tensor.detach().view(-1)
         for i in range(flat.numel()):
@@ -159,5 +168,7 @@ def test_decoding_equals_the_last_row_of_attention(softcap):
     document_ids = torch.zeros(2, 9, dtype=torch.long)
     document_ids[1, :4] = 1
     expected = naive_attention(q, k, v, document_ids, 0.3, softcap=softcap)[:, -1]
-    got = kernels.decode_attention(q[:, -1], k.transpose(1, 2), v.transpose(1, 2), visible, scale=0.3, softcap=softcap)
+    got = kernels.decode_attention(
+        q[:, -1], k.transpose(1, 2), v.transpose(1, 2), visible, scale=0.3, softcap=softcap
+    )
     torch.testing.assert_close(got, expected)

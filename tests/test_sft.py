@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_program
 from safetensors.torch import load_file
 
 from config import ConfigError, parse_config
+from conftest import ROOT, run_program
 from data import IGNORE, Tokenizer
 from dist import OptimizerOptions, learning_rate
 from model import load_pretrained
@@ -25,7 +25,8 @@ WORKER = ROOT / "tests" / "worker.py"
 
 def arguments(small_checkpoint, chat_file, output_dir, **options):
     values = {
-        "base_model": str(small_checkpoint[0]), "datasets": f"[{{path: {chat_file}, type: chat}}]", "output_dir": str(output_dir),
+        "base_model": str(small_checkpoint[0]), "datasets": f"[{{path: {chat_file}, type: chat}}]",
+        "output_dir": str(output_dir),
         "sequence_len": 256, "learning_rate": 1e-3, "seed": 5, **options,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()]
@@ -41,14 +42,15 @@ def run_ok(*args, **kwargs):
     return done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The arithmetic
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def naive(small_checkpoint, chat_file):
-    """Loss and gradients of the mean NLL over the assistant tokens of all rows, document by document, in fp64."""
+    """Loss and gradients of the mean NLL over the assistant tokens of all rows, document by document, in
+    fp64."""
     import copy
 
     directory, reference = small_checkpoint
@@ -63,7 +65,9 @@ def naive(small_checkpoint, chat_file):
                 nll = nll - logits[position].log_softmax(-1)[labels[position + 1]]
                 total += 1
     (nll / total).backward()
-    gradients = {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {
+        name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
     return (nll / total).item(), gradients
 
 
@@ -80,7 +84,8 @@ def test_loss_and_gradient_equal_naive_fp64_however_the_batch_is_cut(
     run_ok(
         WORKER, "gradients", str(tmp_path / "g.pt"),
         *arguments(small_checkpoint, chat_file, tmp_path / "out", micro_batch_size=micro,
-                   gradient_accumulation_steps=accumulation, sample_packing=packing, gradient_checkpointing=accumulation > 5),
+                   gradient_accumulation_steps=accumulation, sample_packing=packing,
+                   gradient_checkpointing=accumulation > 5),
         ranks=ranks,
     )  # fmt: skip
     loss, gradients = naive
@@ -107,12 +112,13 @@ def test_the_schedules_have_their_textbook_values():
     assert at(100, lr_scheduler="linear", min_lr_ratio=0.1) == pytest.approx(0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Going on after an interruption
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # Dropout draws random numbers in every step; evaluation and saving must not disturb them.
-BUSY = dict(num_epochs=4, micro_batch_size=3, gradient_accumulation_steps=2, save_steps=3, val_set_size=4, eval_steps=4,
+BUSY = dict(num_epochs=8, sequence_len=128, micro_batch_size=3, gradient_accumulation_steps=2, save_steps=3,
+val_set_size=4, eval_steps=4,
             sample_packing=True, adapter="lora", lora_r=4, lora_dropout=0.2, merge_adapter=True)  # fmt: skip
 
 
@@ -128,7 +134,13 @@ def undisturbed(small_checkpoint, chat_file, tmp_path_factory):
     def get(ranks):
         if ranks not in made:
             made[ranks] = tmp_path_factory.mktemp(f"undisturbed-{ranks}") / "out"
-            run_ok(WORKER, "plain", "-", *arguments(small_checkpoint, chat_file, made[ranks], **BUSY), ranks=ranks)
+            run_ok(
+                WORKER,
+                "plain",
+                "-",
+                *arguments(small_checkpoint, chat_file, made[ranks], **BUSY),
+                ranks=ranks,
+            )
         return made[ranks]
 
     return get
@@ -140,7 +152,8 @@ def start(probe, value, *args, ranks=1):
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*launch, str(WORKER), probe, value, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+        [*launch, str(WORKER), probe, value, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=env,
         start_new_session=True,
     )  # fmt: skip
 
@@ -158,7 +171,9 @@ def wait_for_step(process, output_dir, step):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_kill_at_random_steps_and_resume_gives_the_same_bytes(ranks, undisturbed, small_checkpoint, chat_file, tmp_path):
+def test_kill_at_random_steps_and_resume_gives_the_same_bytes(
+    ranks, undisturbed, small_checkpoint, chat_file, tmp_path
+):
     expected = undisturbed(ranks)
     total = metrics(expected)[-1]["step"]
     out = tmp_path / "out"
@@ -195,7 +210,9 @@ def test_kill_during_a_save_leaves_the_older_checkpoint_and_resumes_to_the_same_
     assert final_bytes(out) == final_bytes(undisturbed(ranks))
 
 
-def test_sigterm_saves_exits_cleanly_and_the_same_command_goes_on(undisturbed, small_checkpoint, chat_file, tmp_path):
+def test_sigterm_saves_exits_cleanly_and_the_same_command_goes_on(
+    undisturbed, small_checkpoint, chat_file, tmp_path
+):
     out = tmp_path / "out"
     args = arguments(small_checkpoint, chat_file, out, **{**BUSY, "save_steps": 1000})
     process = start("slow", "0.1", *args)
@@ -210,13 +227,27 @@ def test_sigterm_saves_exits_cleanly_and_the_same_command_goes_on(undisturbed, s
 
 def test_a_checkpoint_goes_on_at_another_world_size(undisturbed, small_checkpoint, chat_file, tmp_path):
     """Without dropout one and two ranks compute the same; the optimiser is resharded."""
-    options = {**BUSY, "lora_dropout": 0.0, "save_steps": 4, "max_steps": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    options = {
+        **BUSY,
+        "lora_dropout": 0.0,
+        "save_steps": 4,
+        "max_steps": 8,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
     one = arguments(small_checkpoint, chat_file, tmp_path / "one", **options)
     run_ok(WORKER, "plain", "-", *one)
     two = {**options, "gradient_accumulation_steps": 1, "max_steps": 8}
     mixed = tmp_path / "mixed"
-    run_ok(WORKER, "plain", "-", *arguments(small_checkpoint, chat_file, mixed, **{**two, "max_steps": 5}), ranks=2)
-    # The run of 5 steps had another schedule: go on from a checkpoint of step 4 of the 8-step schedule instead.
+    run_ok(
+        WORKER,
+        "plain",
+        "-",
+        *arguments(small_checkpoint, chat_file, mixed, **{**two, "max_steps": 5}),
+        ranks=2,
+    )
+    # The run of 5 steps had another schedule: go on from a checkpoint of step 4 of the 8-step schedule
+    # instead.
     import shutil
 
     shutil.rmtree(mixed)
@@ -228,9 +259,13 @@ def test_a_checkpoint_goes_on_at_another_world_size(undisturbed, small_checkpoin
         assert (a[name] - b[name]).abs().max() < 1e-5, name
 
 
-def test_save_total_limit_keeps_the_newest_and_a_damaged_checkpoint_is_noticed(small_checkpoint, chat_file, tmp_path):
+def test_save_total_limit_keeps_the_newest_and_a_damaged_checkpoint_is_noticed(
+    small_checkpoint, chat_file, tmp_path
+):
     out = tmp_path / "out"
-    args = arguments(small_checkpoint, chat_file, out, max_steps=6, save_steps=1, save_total_limit=2, save_async=False)
+    args = arguments(
+        small_checkpoint, chat_file, out, max_steps=6, save_steps=1, save_total_limit=2, save_async=False
+    )
     run_ok(ROOT / "sft.py", *args)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["latest", "step-4", "step-5"]
     victim = next((out / "checkpoints/step-5").glob("*.distcp"))
@@ -249,33 +284,48 @@ def test_resuming_another_run_is_refused_by_key(small_checkpoint, chat_file, tmp
     other = tmp_path / "other.jsonl"
     other.write_text("".join(chat_file.read_text().splitlines(keepends=True)[:30]))
     for change, named in (
-        ("seed=6", "seed"), ("micro_batch_size=2", "micro_batch_size"), (f"datasets=[{{path: {other}, type: chat}}]", "resume_with_new_data"),
+        ("seed=6", "seed"), ("micro_batch_size=2", "micro_batch_size"),
+        (f"datasets=[{{path: {other}, type: chat}}]", "resume_with_new_data"),
         ("resume=never", "output_dir"), ("resume=nowhere", "resume"), ("optimizer=muon", "optimizer"),
     ):  # fmt: skip
         done = run_program(ROOT / "sft.py", *args, change)
-        assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    run_ok(ROOT / "sft.py", *args, f"datasets=[{{path: {other}, type: chat}}]", "resume_with_new_data=true", "max_steps=5")
+        assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1, (
+            done.stderr
+        )
+    run_ok(
+        ROOT / "sft.py",
+        *args,
+        f"datasets=[{{path: {other}, type: chat}}]",
+        "resume_with_new_data=true",
+        "max_steps=5",
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loads(small_checkpoint, chat_file, tmp_path):
+def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loads(
+    small_checkpoint, chat_file, tmp_path
+):
     import transformers
 
     out = tmp_path / "out"
     args = arguments(
-        small_checkpoint, chat_file, out, max_steps=12, micro_batch_size=8, val_set_size=5, eval_steps=6, eval_answers=5,
-        eval_max_new_tokens=4, profiler_steps="[2]", wandb_project="ballast-test", optimizer="muon", sample_packing=True,
+        small_checkpoint, chat_file, out, max_steps=12, micro_batch_size=8, val_set_size=5, eval_steps=6,
+        eval_answers=5,
+        eval_max_new_tokens=4, profiler_steps="[2]", wandb_project="ballast-test", optimizer="muon",
+        sample_packing=True,
     )  # fmt: skip
     done = run_ok(ROOT / "sft.py", *args, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     rows = metrics(out)
     assert [m["step"] for m in rows] == [*range(1, 13), 12]
     assert rows[11]["train/loss"] < rows[0]["train/loss"]
-    for key in ("train/loss", "train/grad_norm", "train/learning_rate", "memory/max_alloc", "memory/max_reserved", "num_tokens",
-                "tokens_per_second", "step_seconds", "trained_token_share", "packing_efficiency", "epoch"):  # fmt: skip
+    for key in ("train/loss", "train/grad_norm", "train/learning_rate", "memory/max_alloc",
+    "memory/max_reserved", "num_tokens",
+                "tokens_per_second", "step_seconds", "trained_token_share", "packing_efficiency",
+                "epoch"):  # fmt: skip
         assert all(key in row for row in rows[:12]), key
     assert "eval/loss" in rows[5] and "eval/loss" in rows[11] and "eval/accuracy" in rows[12]
     assert 0.5 < rows[0]["packing_efficiency"] <= 1 and 0 < rows[0]["trained_token_share"] < 1
@@ -304,12 +354,16 @@ def test_an_adapter_is_saved_as_peft_reads_it_and_can_be_gone_on_from(small_chec
     import transformers
 
     out = tmp_path / "out"
-    options = dict(adapter="lora", lora_r=4, lora_target_modules="[q_proj, down_proj]", max_steps=4, micro_batch_size=4)
+    options = dict(
+        adapter="lora", lora_r=4, lora_target_modules="[q_proj, down_proj]", max_steps=4, micro_batch_size=4
+    )
     run_ok(ROOT / "sft.py", *arguments(small_checkpoint, chat_file, out, **options))
     base = transformers.AutoModelForCausalLM.from_pretrained(small_checkpoint[0])
     model = peft.PeftModel.from_pretrained(base, out / "final").eval()
     assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
-    more = arguments(small_checkpoint, chat_file, tmp_path / "more", **options, lora_model_dir=str(out / "final"))
+    more = arguments(
+        small_checkpoint, chat_file, tmp_path / "more", **options, lora_model_dir=str(out / "final")
+    )
     run_ok(ROOT / "sft.py", *more)
     first, second = metrics(out), metrics(tmp_path / "more")
     assert second[0]["train/loss"] < first[0]["train/loss"]
@@ -320,7 +374,9 @@ def test_an_adapter_is_saved_as_peft_reads_it_and_can_be_gone_on_from(small_chec
     assert chat.returncode == 0, chat.stderr
 
 
-@pytest.mark.parametrize("options", [dict(bf16=True), dict(bf16=True, adapter="lora"), dict(optimizer="muon")])
+@pytest.mark.parametrize(
+    "options", [dict(bf16=True), dict(bf16=True, adapter="lora"), dict(optimizer="muon")]
+)
 def test_one_and_two_ranks_train_alike(options, small_checkpoint, chat_file, tmp_path):
     losses = []
     for ranks in (1, 2):
@@ -344,15 +400,24 @@ def test_hybrid_sharding_on_four_ranks_computes_the_same(small_checkpoint, chat_
         assert four == pytest.approx(one, rel=1e-4)
 
 
-def test_a_mixture_of_experts_trains_with_its_balancing_loss(references, tokenizer_directory, chat_file, tmp_path):
-    from conftest import make_reference, write_tokenizer, CHATML_TEMPLATE, CHATML_TOKENS
+def test_a_mixture_of_experts_trains_with_its_balancing_loss(
+    references, tokenizer_directory, chat_file, tmp_path
+):
+    from conftest import CHATML_TEMPLATE, CHATML_TOKENS, make_reference, write_tokenizer
 
     directory = tmp_path / "moe"
     make_reference("qwen3-moe", vocab_size=512, num_hidden_layers=2).save_pretrained(directory)
     write_tokenizer(directory, CHATML_TEMPLATE, CHATML_TOKENS, "<|im_end|>")
     for ranks in (1, 2):
         out = tmp_path / f"out{ranks}"
-        args = arguments((directory, None), chat_file, out, max_steps=4, micro_batch_size=8 // ranks, router_aux_loss_coef=0.01)
+        args = arguments(
+            (directory, None),
+            chat_file,
+            out,
+            max_steps=4,
+            micro_batch_size=8 // ranks,
+            router_aux_loss_coef=0.01,
+        )
         run_ok(ROOT / "sft.py", *args, ranks=ranks)
     one, two = metrics(tmp_path / "out1"), metrics(tmp_path / "out2")
     assert one[0]["train/loss"] == pytest.approx(two[0]["train/loss"], rel=1e-5)
@@ -363,45 +428,65 @@ def test_a_mixture_of_experts_trains_with_its_balancing_loss(references, tokeniz
 def test_added_tokens_grow_the_embedding_and_are_saved(small_checkpoint, chat_file, tmp_path):
     out = tmp_path / "out"
     extra = [f"<extra{i}>" for i in range(20)]
-    args = arguments(small_checkpoint, chat_file, out, max_steps=1, tokens=json.dumps(extra), pad_vocab_to_multiple_of=64)
+    args = arguments(
+        small_checkpoint, chat_file, out, max_steps=1, tokens=json.dumps(extra), pad_vocab_to_multiple_of=64
+    )
     run_ok(ROOT / "sft.py", *args)
     model, tokenizer = load_pretrained(str(out / "final"), dtype=torch.float32), Tokenizer.load(out / "final")
     assert model.arch.vocab_size % 64 == 0 and model.arch.vocab_size >= tokenizer.vocab_size
     assert len(tokenizer.encode("<extra7>")) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What it refuses
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "change, named",
     [
-        ("lerning_rate=1", "did you mean `learning_rate`"), ("learning_rate=fast", "learning_rate"), ("micro_batch_size=0", "micro_batch_size"),
-        ("lr_scheduler=cos", "cosine, linear"), ("warmup_steps=99", "warmup_steps"), ("merge_adapter=true", "adapter: lora"),
-        ("eval_steps=5", "val_set_size"), ("datasets=[]", "datasets"), ("datasets=[{path: absent.jsonl, type: chat}]", "absent.jsonl"),
-        ("base_model=no/such/model/dir", "no/such/model/dir"), ("val_set_size=0.9999", "val_set_size"), ("warmup_ratio=2", "warmup_ratio"),
-        ("gradient_checkpointing_kwargs={reentrant: true}", "use_reentrant"), ("fsdp_cpu_offload=true", "CUDA"),
+        ("lerning_rate=1", "did you mean `learning_rate`"), ("learning_rate=fast", "learning_rate"),
+        ("micro_batch_size=0", "micro_batch_size"),
+        ("lr_scheduler=cos", "cosine, linear"), ("warmup_steps=99", "warmup_steps"), ("merge_adapter=true",
+        "adapter: lora"),
+        ("eval_steps=5", "val_set_size"), ("datasets=[]", "datasets"),
+        ("datasets=[{path: absent.jsonl, type: chat}]", "absent.jsonl"),
+        ("base_model=no/such/model/dir", "no/such/model/dir"), ("val_set_size=0.9999", "val_set_size"),
+        ("warmup_ratio=2", "warmup_ratio"),
+        ("gradient_checkpointing_kwargs={reentrant: true}", "use_reentrant"), ("fsdp_cpu_offload=true",
+        "CUDA"),
     ],
 )  # fmt: skip
-def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(change, named, small_checkpoint, chat_file, tmp_path):
-    done = run_program(ROOT / "sft.py", *arguments(small_checkpoint, chat_file, tmp_path / "out", max_steps=2), change)
+def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(
+    change, named, small_checkpoint, chat_file, tmp_path
+):
+    done = run_program(
+        ROOT / "sft.py", *arguments(small_checkpoint, chat_file, tmp_path / "out", max_steps=2), change
+    )
     assert done.returncode == 2
-    assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stdout + done.stderr
+    assert (
+        named in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+        and "Traceback" not in done.stdout + done.stderr
+    )
 
 
 def test_on_two_ranks_a_mistake_is_printed_once(small_checkpoint, chat_file, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"messages": []}\n')
     done = run_program(
-        ROOT / "sft.py", *arguments(small_checkpoint, bad, tmp_path / "out", max_steps=2), ranks=2, timeout=120
+        ROOT / "sft.py",
+        *arguments(small_checkpoint, bad, tmp_path / "out", max_steps=2),
+        ranks=2,
+        timeout=120,
     )
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("error: ") == 1 and "bad.jsonl:1" in done.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_rows(small_checkpoint, chat_file, tmp_path):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_rows(
+    small_checkpoint, chat_file, tmp_path
+):
     from safetensors.torch import save_file
 
     broken = tmp_path / "broken"
@@ -412,7 +497,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change_and_names_row
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     done = run_program(ROOT / "sft.py", *arguments((broken, None), chat_file, tmp_path / "out", max_steps=2))
-    assert done.returncode == 2 and "step 1: the loss (nan) is not finite" in done.stderr and "chats.jsonl:" in done.stderr
+    assert (
+        done.returncode == 2
+        and "step 1: the loss (nan) is not finite" in done.stderr
+        and "chats.jsonl:" in done.stderr
+    )
     assert not (tmp_path / "out" / "final").exists()
 
 
@@ -424,13 +513,20 @@ def test_help_prints_every_option_with_its_meaning():
         if option.init:
             assert f"--{option.name}" in done.stdout, option.name
     text = " ".join(done.stdout.split())
-    assert "Peak learning rate. Full fine-tuning 1e-5–5e-5, LoRA 1e-4–3e-4. (type: float, default: 2e-05)" in text
+    assert (
+        "Peak learning rate. Full fine-tuning 1e-5–5e-5, LoRA 1e-4–3e-4. (type: float, default: 2e-05)"
+        in text
+    )
 
 
 def test_a_config_is_checked_before_anything_is_loaded(tmp_path):
     (tmp_path / "c.yaml").write_text("base_model: x\ndatasets: [{path: y, type: chat}]\nmax_grad_nrom: 1\n")
-    with pytest.raises(ConfigError, match=r"c.yaml: max_grad_nrom: is not an option; did you mean `max_grad_norm`"):
+    with pytest.raises(
+        ConfigError, match=r"c.yaml: max_grad_nrom: is not an option; did you mean `max_grad_norm`"
+    ):
         parse_config(Config, ["--config", str(tmp_path / "c.yaml")])
-    (tmp_path / "c.yaml").write_text("base_model: x\ndatasets: [{path: y, type: chat}]\nlearning_rate: 1e-4\n")
+    (tmp_path / "c.yaml").write_text(
+        "base_model: x\ndatasets: [{path: y, type: chat}]\nlearning_rate: 1e-4\n"
+    )
     config = parse_config(Config, ["--config", str(tmp_path / "c.yaml"), "seed=7"])
     assert (config.learning_rate, config.seed, config.config_directory) == (1e-4, 7, str(tmp_path))

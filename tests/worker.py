@@ -65,5 +65,7 @@ def slow(seconds: str) -> None:
 
 
 if __name__ == "__main__":
-    {"gradients": gradients, "kill-in-save": kill_in_save, "slow": slow, "plain": lambda _: None}[sys.argv[1]](sys.argv[2])
+    {"gradients": gradients, "kill-in-save": kill_in_save, "slow": slow, "plain": lambda _: None}[
+        sys.argv[1]
+    ](sys.argv[2])
     health.run(sft.main, lambda: parse_config(sft.Config, sys.argv[3:]))
