@@ -359,6 +359,7 @@ class Tokenizer:
         self._environment = _template_environment()
         self._compiled: jinja2.Template | None = None
         self._turn_end: int | None = None
+        self._headers: dict[str, str] = {}
 
     @staticmethod
     def _text(token: Any) -> str:
@@ -603,9 +604,7 @@ class Tokenizer:
         conversations goes wrong. The answer begins where the generation prompt ends, if the template put one
         there (so reasoning before the content is trained too).
         """
-        with_prompt = self.render([{"role": "user", "content": "a"}], tools, True, **kwargs)
-        without = self.render([{"role": "user", "content": "a"}], tools, False, **kwargs)
-        header = with_prompt.removeprefix(without) if with_prompt.startswith(without) else ""
+        header = self._generation_prompt(tools, kwargs)
         word = "answer" + secrets.token_hex(8)
         spans, previous = [], 0
         for i, message in enumerate(messages):
@@ -636,6 +635,16 @@ class Tokenizer:
             spans.append((start, end))
             previous = end
         return spans
+
+    def _generation_prompt(self, tools: list | None, kwargs: dict) -> str:
+        """What the template writes before an answer, found by rendering a question with and without it."""
+        key = json.dumps([tools, kwargs], sort_keys=True, default=str)
+        if key not in self._headers:
+            question = [{"role": "user", "content": "a"}]
+            with_prompt = self.render(question, tools, True, **kwargs)
+            without = self.render(question, tools, False, **kwargs)
+            self._headers[key] = with_prompt.removeprefix(without) if with_prompt.startswith(without) else ""
+        return self._headers[key]
 
     def _with_end_of_turn(self, text: str, start: int, end: int) -> int:
         """`end` moved past the special token that closes the turn: a model that never sees it trained never

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 import zlib
@@ -77,6 +78,8 @@ class DistOptions:
     hsdp_shard_size: int | None = None
     """Shard over groups of so many processes and replicate across groups (HSDP), e.g. the GPUs of one
     node."""
+    deterministic: bool = False
+    """On CUDA: only kernels that give the same bits every time, slower. CPU runs always do."""
     gpu_timeout_minutes: int = 30
     """A collective that waits longer stops the run: some rank died or took another path."""
 
@@ -148,7 +151,7 @@ class World:
         """bf16 compute for one process; with several, FSDP's mixed precision does it."""
         return (
             torch.autocast(self.device.type, torch.bfloat16)
-            if bf16 and self.size == 1
+            if bf16 and self.mesh is None
             else contextlib.nullcontext()
         )
 
@@ -158,6 +161,9 @@ def init(options: DistOptions) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     if cuda:
         torch.cuda.set_device(local_rank)
     elif options.fsdp_cpu_offload:
@@ -176,7 +182,7 @@ def init(options: DistOptions) -> World:
     shard = options.hsdp_shard_size
     if shard and (size % shard or shard < 2):
         raise ConfigError("hsdp_shard_size", shard, f"must divide the {size} processes and be at least 2")
-    if size > 1:
+    if size > 1 or options.fsdp_cpu_offload:  # offloading is FSDP's, also for a world of one
         shape, names = ((size // shard, shard), ("replicate", "shard")) if shard else ((size,), ("shard",))
         world.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return world
@@ -236,6 +242,7 @@ class Interrupt:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -102,6 +102,20 @@ def run(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
         os._exit(
             2
         )  # at once: another rank may wait in a collective, and torchrun stops it when this one is gone
+    except torch.OutOfMemoryError as error:
+        log.debug("%s", traceback.format_exc())
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(
+            "mend it in this order: micro_batch_size: 1 with more gradient_accumulation_steps; "
+            "gradient_checkpointing: true; smaller sequence_len; adapter: lora; more GPUs; fsdp_cpu_offload: true",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(2)
+    except Exception:
+        log.debug(
+            "%s", traceback.format_exc()
+        )  # a fault of ours: the whole traceback, on the console and in run.log
+        raise
     except KeyboardInterrupt:
         print("stopped at once; the newest checkpoint is where a resumed run begins", file=sys.stderr)
         os._exit(130)

@@ -206,6 +206,32 @@ def test_a_token_across_the_start_of_an_answer_is_refused(tokenizer):
         glued.encode_chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "f y"}])
 
 
+@pytest.mark.parametrize("prepend", ["first", "always", "never"])
+def test_an_answer_whose_first_word_carries_a_space_is_trained_from_that_space(prepend, tmp_path):
+    """Sentencepiece-like tokenizers and Llama 2's template: no generation prompt, `▁word` after `[/INST]`."""
+    import tokenizers
+
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=prepend)
+    core.decoder = tokenizers.decoders.Metaspace(prepend_scheme=prepend)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    core.train([str(ROOT / "data.py")], trainer)
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    tok = Tokenizer(core, {"bos_token": "<s>", "eos_token": "</s>"}, template, "here")
+    ids, labels = tok.encode_chat(CONVERSATIONS["the answer repeats the question"])
+    assert ids == tok.encode(tok.render(CONVERSATIONS["the answer repeats the question"]))
+    pieces = trained_text(tok, ids, labels)
+    assert [piece.replace(" ", "") for piece in pieces] == ["assistant</s>"] * 2
+    first = labels.index(next(label for label in labels if label != IGNORE))
+    prompt = tok.render(CONVERSATIONS["the answer repeats the question"][:1])
+    assert ids[:first] == tok.encode(prompt)  # what the model is given at inference
+
+
 def test_templates_run_in_a_sandbox(tokenizer):
     tok = tokenizer("chatml")
     for attack in (
@@ -337,6 +363,38 @@ def test_json_parquet_directories_and_slices_are_read(tokenizer, tmp_path):
             texts(**bad)
     with pytest.raises(ConfigError, match="pth"):
         list(read_rows({"pth": "x"}, tmp_path))
+
+
+def test_a_dataset_on_the_hub_is_read_through_a_local_stand_in(tmp_path):
+    """In a process of its own: huggingface-hub reads its address when it is imported."""
+    import os
+    import threading
+    from http.server import ThreadingHTTPServer
+
+    from test_model import _Hub
+
+    files = tmp_path / "files"
+    files.mkdir()
+    write(files / "train.jsonl", [{"text": "from the hub"}])
+    write(files / "test.jsonl", [{"text": "held out"}])
+    handler = type("Hub", (_Hub,), {"folder": files, "requests": [], "kind": "datasets"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "import pathlib, data, config\n"
+        "for split in ('train', 'test'):\n"
+        "    spec = {'path': 'hf://datasets/org/tiny', 'type': 'text', 'split': split}\n"
+        "    print([row.value['text'] for row in data.read_rows(spec, pathlib.Path('.'))])\n"
+        "try: list(data.read_rows({'path': 'hf://datasets/org/absent', 'type': 'text'}, pathlib.Path('.')))\n"
+        "except config.BallastError as error: print('refused', error)\n"
+    )
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "PYTHONPATH": str(ROOT)}
+    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    server.shutdown()
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["['from the hub']", "['held out']"], done.stderr
+    assert lines[2].startswith("refused hf://datasets/org/absent")
 
 
 BAD_ROWS = [

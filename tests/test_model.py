@@ -262,23 +262,23 @@ def test_a_grown_vocabulary_keeps_its_rows_and_adds_mean_rows(references, tmp_pa
 class _Hub(BaseHTTPRequestHandler):
     """As much of the hub's HTTP interface as a download of one repository uses."""
 
-    folder, requests = None, []
+    folder, requests, kind = None, [], "models"
 
     def _answer(self, body: bool) -> None:
         path = unquote(urlparse(self.path).path)
         self.requests.append(path)
         files = {p.name: p for p in self.folder.iterdir()}
-        if path.startswith("/api/models/org/tiny/tree/"):
+        if path.startswith(f"/api/{self.kind}/org/tiny/tree/"):
             tree = [
                 {"type": "file", "path": n, "size": p.stat().st_size, "oid": "b" * 40}
                 for n, p in files.items()
             ]
             data, headers = json.dumps(tree).encode(), {"Content-Type": "application/json"}
-        elif path.startswith("/api/models/org/tiny"):
+        elif path.startswith(f"/api/{self.kind}/org/tiny"):
             facts = {"id": "org/tiny", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
             facts["private"], facts["tags"], facts["downloads"], facts["likes"] = False, [], 0, 0
             data, headers = json.dumps(facts).encode(), {"Content-Type": "application/json"}
-        elif path.startswith("/org/tiny/resolve/") and path.rsplit("/", 1)[1] in files:
+        elif "/org/tiny/resolve/" in path and path.rsplit("/", 1)[1] in files:
             data = files[path.rsplit("/", 1)[1]].read_bytes()
             headers = {"ETag": f'"{abs(hash(path))}"', "X-Repo-Commit": "a" * 40}
         else:
