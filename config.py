@@ -133,9 +133,15 @@ def parse_config(
             )
         key = key.replace("-", "_")
         try:
-            values[key] = (yaml.safe_load(text), key)
+            value = yaml.safe_load(text)
         except yaml.YAMLError:
-            values[key] = (text, key)
+            value = text
+        root, dot, inner = key.partition(".")
+        if dot and root in names:  # gradient_checkpointing_kwargs.use_reentrant=true sets one entry of a dict
+            before = values[root][0] if root in values else {}
+            values[root] = ({**(before if isinstance(before, dict) else {}), inner: value}, key)
+        else:
+            values[key] = (value, key)
 
     checked = {}
     for key, (value, where) in values.items():

@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import logging
 import random
 import re
 import secrets
@@ -34,9 +35,11 @@ import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from config import BallastError, ConfigError, parse_config, resolve_checkpoint
 
+log = logging.getLogger("ballast")
 IGNORE = -100  # label of a token that is not trained
 PACK_WINDOW = 8192  # rows that are packed together; bounds the time of packing and keeps the order random
 CHATML = (
@@ -1039,7 +1042,9 @@ def prepare(
             for encoded in encode_dataset(spec, tokenizer, options, directory):
                 yield number, encoded
 
-    Dataset.build(rows()).save(place)
+    log.info("encoding the rows of %s", ", ".join(spec["path"] for spec in specs))
+    progress = tqdm(rows(), unit=" rows", leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
+    Dataset.build(iter(progress)).save(place)
     return Dataset.load(place)
 
 
@@ -1281,6 +1286,7 @@ def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path, cach
                     if isinstance(row, Row):
                         yield from strings({k: row.value[k] for k in columns if k in row.value})
 
+        log.info("training a tokenizer of %d tokens on the rows", options.tokenizer_vocab_size)
         aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         Tokenizer.train(texts(), options.tokenizer_vocab_size).save(aside)
         aside.rename(place)

@@ -107,7 +107,7 @@ def run(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
         print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
         print(
             "mend it in this order: micro_batch_size: 1 with more gradient_accumulation_steps; "
-            "gradient_checkpointing: true; smaller sequence_len; adapter: lora; more GPUs; fsdp_cpu_offload: true",
+            "gradient_checkpointing: true; smaller sequence_len; adapter: lora; more GPUs; fsdp_cpu_offload",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         os._exit(2)

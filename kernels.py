@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-QUERY_BLOCK = (
-    512  # queries a block where attention has to be masked by hand; bounds its memory to QUERY_BLOCK × T
-)
+# Queries a block where attention has to be masked by hand; bounds its memory to QUERY_BLOCK × T
+QUERY_BLOCK = 512
 LOGITS_A_CHUNK = 2**23  # elements of logits that exist at one time in linear_cross_entropy: 32 MiB in fp32
 
 

@@ -1,5 +1,4 @@
-"""One decoder for every family: a table of switches, a block that reads them, Hugging Face checkpoints in and
-out.
+"""One decoder for every family: a table of switches, a block that reads them, Hugging Face checkpoints.
 
     python model.py chat DIR              talk to a checkpoint on the terminal
 
@@ -86,12 +85,10 @@ class Family:
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
-    qk_norm: Literal["none", "head", "all"] = (
-        "none"  # RMSNorm of q and k: per head (Qwen 3) or over all heads (OLMo 2)
-    )
-    norms: Literal["pre", "post", "both"] = (
-        "pre"  # where the norms of a block stand: OLMo 2 after, Gemma around
-    )
+    # RMSNorm of q and k: per head (Qwen 3) or over all heads (OLMo 2)
+    qk_norm: Literal["none", "head", "all"] = "none"
+    # Where the norms of a block stand: OLMo 2 after, Gemma around
+    norms: Literal["pre", "post", "both"] = "pre"
     norm_plus_one: bool = False  # Gemma's norm multiplies by 1 + weight
     softcaps: bool = False  # Gemma's caps on scores and logits, and its own scale of scores
     scale_embeddings: bool = False  # Gemma's embedding output is multiplied by √D
@@ -615,17 +612,15 @@ class Block(nn.Module):
             self.post_attention_layernorm, self.post_feedforward_layernorm = norm(), norm()
             if family.norms == "both":
                 self.input_layernorm, self.pre_feedforward_layernorm = norm(), norm()
-        self.checkpointing: bool | None = (
-            None  # None keeps activations; True/False recomputes them, use_reentrant or not
-        )
+        # None keeps activations; True/False recomputes them, use_reentrant or not
+        self.checkpointing: bool | None = None
 
     def forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:
         if self.checkpointing is None or not torch.is_grad_enabled():
             return self._forward(x, now)
         if self.checkpointing and not x.requires_grad:
-            x = (
-                x.detach().requires_grad_()
-            )  # reentrant checkpointing drops the gradients of a block whose input has none
+            # Reentrant checkpointing drops the gradients of a block whose input has none.
+            x = x.detach().requires_grad_()
         return checkpoint(self._forward, x, now, use_reentrant=self.checkpointing)  # type: ignore[return-value]
 
     def _forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:

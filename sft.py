@@ -347,7 +347,8 @@ def main(config: Config) -> None:
             state["eval_after"] = metrics["eval/loss"]
         if metrics:
             logger.log(step, metrics)
-        if stopping or (config.save_steps and step % config.save_steps == 0 and step < total_steps):
+        due = config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
+        if due or stopping:
             checkpointer.save(step, model, optimizers, state)
         if metrics:
             seconds()  # evaluating and saving are not training time

@@ -49,7 +49,8 @@ def test_the_recipe_trains_on_the_device(options, small_checkpoint, chat_file, t
     out = tmp_path / "out"
     done = run_program(
         ROOT / "sft.py", f"base_model={small_checkpoint[0]}",
-        f"datasets=[{{path: {chat_file}, type: chat}}]", f"output_dir={out}", "sequence_len=256", "learning_rate=1e-3", "micro_batch_size=8", "max_steps=8",
+        f"datasets=[{{path: {chat_file}, type: chat}}]", f"output_dir={out}",
+        "sequence_len=256", "learning_rate=1e-3", "micro_batch_size=8", "max_steps=8",
         "sample_packing=true", "profiler_steps=[2]", "num_epochs=8", *options,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -62,8 +63,9 @@ def test_deterministic_runs_on_the_device_give_the_same_bytes(small_checkpoint, 
     finals = []
     for name in ("a", "b"):
         done = run_program(
-            ROOT / "sft.py", f"base_model={small_checkpoint[0]}", f"datasets=[{{path: {chat_file}, type: chat}}]",
-            f"output_dir={tmp_path / name}", "micro_batch_size=8", "max_steps=4", "deterministic=true", "bf16=true",
+            ROOT / "sft.py", f"base_model={small_checkpoint[0]}",
+            f"datasets=[{{path: {chat_file}, type: chat}}]", f"output_dir={tmp_path / name}",
+            "micro_batch_size=8", "max_steps=4", "deterministic=true", "bf16=true",
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         finals.append((tmp_path / name / "final" / "model.safetensors").read_bytes())

@@ -267,14 +267,14 @@ def test_save_total_limit_keeps_the_newest_and_a_damaged_checkpoint_is_noticed(
         small_checkpoint, chat_file, out, max_steps=6, save_steps=1, save_total_limit=2, save_async=False
     )
     run_ok(ROOT / "sft.py", *args)
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["latest", "step-4", "step-5"]
-    victim = next((out / "checkpoints/step-5").glob("*.distcp"))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["latest", "step-5", "step-6"]
+    victim = next((out / "checkpoints/step-6").glob("*.distcp"))
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     done = run_program(ROOT / "sft.py", *args)
     assert done.returncode == 2 and "damaged" in done.stderr and victim.name in done.stderr
-    run_ok(ROOT / "sft.py", *args, f"resume={out}/checkpoints/step-4")
+    run_ok(ROOT / "sft.py", *args, f"resume={out}/checkpoints/step-5")
 
 
 def test_resuming_another_run_is_refused_by_key(small_checkpoint, chat_file, tmp_path):
@@ -530,3 +530,13 @@ def test_a_config_is_checked_before_anything_is_loaded(tmp_path):
     )
     config = parse_config(Config, ["--config", str(tmp_path / "c.yaml"), "seed=7"])
     assert (config.learning_rate, config.seed, config.config_directory) == (1e-4, 7, str(tmp_path))
+    config = parse_config(
+        Config,
+        [
+            "--config",
+            str(tmp_path / "c.yaml"),
+            "gradient_checkpointing_kwargs.use_reentrant=true",
+            "learning_rate=2e-5",
+        ],
+    )
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": True} and config.learning_rate == 2e-5
