@@ -45,6 +45,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+import kernels
 from config import BallastError, ConfigError
 from model import (
     Architecture,
@@ -57,6 +58,7 @@ from model import (
     load_weights,
     save_adapter,
     save_pretrained,
+    set_precision,
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -86,8 +88,9 @@ class DistOptions:
 
 @dataclass
 class OptimizerOptions:
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum for the matrices of the blocks, AdamW for the rest."""
+    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """adamw_8bit: moments in 8 bits, 2 bytes a parameter instead of 8. muon: orthogonalised momentum for the
+    matrices of the blocks, AdamW for the rest."""
     learning_rate: float = 2e-5
     """Peak learning rate. Full fine-tuning 1e-5–5e-5, LoRA 1e-4–3e-4."""
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -288,6 +291,7 @@ def build_model(arch: Architecture, checkpoint: Path, config: Any, world: World)
         model = Transformer(arch)
         if config.adapter:
             apply_lora(model.to(torch.bfloat16 if config.bf16 else torch.float32), config)
+        set_precision(model, config)
     shard(model, config, world)
     model.to_empty(device="cpu" if config.fsdp_cpu_offload else world.device)
     if config.random_init:
@@ -327,13 +331,11 @@ def make_optimizers(model: nn.Module, options: OptimizerOptions) -> list[torch.o
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (options.adam_beta1, options.adam_beta2)
-    adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=options.learning_rate,
-        betas=betas,
-        eps=options.adam_epsilon,
-        fused=True,
-    )
+    how: dict[str, Any] = dict(lr=options.learning_rate, betas=betas, eps=options.adam_epsilon)
+    groups = [group for group in groups if group["params"]]
+    if options.optimizer == "adamw_8bit":
+        return [kernels.AdamW8bit(groups, **how)]
+    adamw = torch.optim.AdamW(groups, **how, fused=True)
     if not matrices:
         return [adamw]
     # match_rms_adamw (arXiv 2502.16982) scales Muon's updates to AdamW's size, so one learning_rate serves

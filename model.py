@@ -52,8 +52,19 @@ class ModelOptions:
     mean row."""
     router_aux_loss_coef: float | None = None
     """Weight of the load-balancing loss of mixture-of-experts models; default: the checkpoint's own value."""
-    adapter: Literal["lora"] | None = None
-    """`lora` trains low-rank adapters and freezes the base weights; unset trains every weight."""
+    fp8: bool = False
+    """Multiply in FP8 (e4m3, a scale per 128 values) in the linear layers of the blocks, forward and
+    backward. Not in embedding, head, norms and router. Needs FP8 tensor cores to be fast; elsewhere it
+    computes the same numbers."""
+    fp8_frozen: bool = False
+    """With an adapter: keep the frozen weights of the blocks in FP8, 1 byte each."""
+    load_in_4bit: bool = False
+    """With `adapter: qlora`: keep the frozen weights of the blocks in NF4, 0.52 bytes each."""
+    load_in_8bit: bool = False
+    """With an adapter: keep the frozen weights of the blocks in int8, 1 byte each."""
+    adapter: Literal["lora", "qlora"] | None = None
+    """`lora` trains low-rank adapters and freezes the base weights; `qlora` also quantises them (load_in_4bit
+    or load_in_8bit); unset trains every weight."""
     lora_model_dir: str | None = None
     """A PEFT adapter to go on from."""
     lora_r: int = 16
@@ -70,6 +81,31 @@ class ModelOptions:
     """Scale by lora_alpha / √lora_r instead (rank-stabilised LoRA, arXiv 2312.03732)."""
     merge_adapter: bool = False
     """Save the base model with the adapter merged in instead of the adapter alone."""
+
+
+def check_model_options(options: ModelOptions) -> None:
+    """Raises ConfigError for options that contradict each other."""
+    if not options.base_model:
+        raise ConfigError("base_model", None, "must be set: a checkpoint directory or a hub id")
+    if options.adapter is None:
+        for key in ("lora_model_dir", "lora_target_modules", "lora_target_linear", "merge_adapter"):
+            if getattr(options, key):
+                raise ConfigError(key, getattr(options, key), "needs adapter: lora")
+    elif options.random_init:
+        raise ConfigError("adapter", options.adapter, "makes no sense on random weights; drop one of the two")
+    stored = [key for key in ("load_in_4bit", "load_in_8bit", "fp8_frozen") if getattr(options, key)]
+    if len(stored) > 1:
+        raise ConfigError(stored[1], True, f"contradicts {stored[0]}; keep one of the two")
+    if stored and options.adapter is None:
+        raise ConfigError(stored[0], True, "keeps frozen weights only: add adapter: qlora")
+    if options.adapter == "qlora" and not stored:
+        raise ConfigError("adapter", "qlora", "needs load_in_4bit: true (or load_in_8bit, fp8_frozen)")
+    if options.fp8 and stored in (["load_in_4bit"], ["load_in_8bit"]):
+        raise ConfigError(
+            "fp8", True, f"contradicts {stored[0]}: those weights are multiplied in high precision"
+        )
+    if not 0 <= options.lora_dropout < 1:
+        raise ConfigError("lora_dropout", options.lora_dropout, "must lie between 0 and 1")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -317,10 +353,12 @@ class Architecture:
             raise refuse(f"architecture {name} is not supported", "supported: " + ", ".join(FAMILIES))
         family = FAMILIES[name]
         cfg: dict[str, Any] = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
-        if "quantization_config" in cfg:
-            raise refuse(
-                "quantization_config: quantised checkpoints are not supported", "use the bf16 original"
-            )
+        quantization = cfg.pop("quantization_config", None)
+        if quantization is not None:
+            method, kind = quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type", "nf4")
+            if method != "bitsandbytes" or kind != "nf4":
+                what = kind if method == "bitsandbytes" else method
+                raise refuse(f"quantization_config: {what} is not supported", "use the bf16 original")
         known = COMMON_FIELDS | INERT_FIELDS | set(family.reads) | set(ignore)
         for key, value in cfg.items():
             if key not in known and value not in (
@@ -424,7 +462,7 @@ class Architecture:
             normalize_experts=family.experts == "mixtral" or bool(cfg.get("norm_topk_prob", False)),
             expert_layers=[X > 0 and i not in dense and (i + 1) % sparse_step == 0 for i in range(L)],
             router_aux_loss_coef=cfg.get("router_aux_loss_coef", 0.001) if X else 0.0,
-            raw=dict(raw),
+            raw={key: value for key, value in raw.items() if key != "quantization_config"},  # saved dense
         )  # fmt: skip
 
 
@@ -476,6 +514,97 @@ class RMSNorm(nn.Module):
         )
 
 
+class Linear(nn.Linear):
+    """A linear layer of a block: in full precision or FP8, or with a frozen weight stored in few bits; and on
+    top, where there is one, an adapter scale·B·A (LoRA, arXiv 2106.09685). With `enabled` off it is the base
+    layer, bit for bit."""
+
+    fp8: bool = False
+    kind: str | None = None  # how the frozen weight is stored: nf4, int8, fp8; then `weight` is None
+    r: int = 0
+    scale: float = 0.0
+    dropout: float = 0.0
+    enabled: bool = True
+    lora_A: nn.Parameter  # [r, in]
+    lora_B: nn.Parameter  # [out, r]
+
+    def add_adapter(self, r: int, scale: float, dropout: float, dtype: torch.dtype) -> None:
+        device = self.weight.device
+        self.r, self.scale, self.dropout = r, scale, dropout
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=dtype, device=device))
+
+    def store_as(self, kind: str) -> None:
+        """Give up the dense weight for buffers of the quantised form, still to be filled (`put`). Buffers are
+        no part of FSDP's shards: half a byte a weight costs less to keep on every rank than to gather in
+        every pass."""
+        name = "load_in_4bit" if kind == "nf4" else "load_in_8bit"
+        if kind == "nf4" and self.in_features % kernels.NF4_BLOCK:
+            raise ConfigError(
+                name, True, f"needs layers with inputs of a multiple of 64, not {self.in_features}"
+            )
+        N, K, device = self.out_features, self.in_features, self.weight.device
+        shapes = {
+            "nf4": [((N, K // 2), torch.uint8), ((N, K // 64), torch.uint8),
+                    ((-(-N * K // 64 // 256),), torch.float32),
+                    ((), torch.float32)],
+            "int8": [((N, K), torch.int8), ((N,), torch.float32)],
+            "fp8": [((N, K), torch.float8_e4m3fn), ((-(-N // 128), -(-K // 128)), torch.float32)],
+        }[kind]  # fmt: skip
+        self.register_parameter("weight", None)
+        self.kind = kind
+        for i, (shape, dtype) in enumerate(shapes):
+            self.register_buffer(
+                f"stored_{i}", torch.empty(shape, dtype=dtype, device=device), persistent=False
+            )
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, f"stored_{i}") for i in range(4 if self.kind == "nf4" else 2))
+
+    def put(self, stored: tuple[Tensor, ...]) -> None:
+        for buffer, value in zip(self.stored, stored, strict=True):
+            buffer.copy_(value.view(buffer.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind is not None:
+            out = kernels.frozen_linear(x, self.kind, self.stored, self.bias)
+        elif self.fp8:
+            out = kernels.fp8_linear(x, self.weight, self.bias)
+        else:
+            out = super().forward(x)
+        if not self.r or not self.enabled:
+            return out
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        return out + self.scale * update.to(out.dtype)
+
+    def delta(self) -> Tensor:
+        """scale·B·A [out, in] in the adapter's dtype: what merging adds to the weight."""
+        return self.scale * (_gather(self.lora_B) @ _gather(self.lora_A))
+
+
+def block_linears(model: "Transformer") -> dict[str, Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def set_precision(model: "Transformer", options: ModelOptions) -> None:
+    """FP8 products and quantised frozen weights in the linear layers of the blocks, as the options say."""
+    kind = (
+        "nf4"
+        if options.load_in_4bit
+        else "int8"
+        if options.load_in_8bit
+        else "fp8"
+        if options.fp8_frozen
+        else None
+    )
+    for module in block_linears(model).values():
+        module.fp8 = options.fp8
+        if kind is not None:
+            module.store_as(kind)
+
+
 @dataclass
 class Pass:
     """What every block of one forward pass needs to know."""
@@ -492,12 +621,12 @@ class Attention(nn.Module):
         self.arch, self.layer = arch, layer
         D, H, K, E = arch.hidden_size, arch.num_heads, arch.num_kv_heads, arch.head_dim
         if arch.family.fused_projections:
-            self.qkv_proj = nn.Linear(D, (H + 2 * K) * E, bias=arch.qkv_bias)
+            self.qkv_proj = Linear(D, (H + 2 * K) * E, bias=arch.qkv_bias)
         else:
-            self.q_proj = nn.Linear(D, H * E, bias=arch.qkv_bias)
-            self.k_proj = nn.Linear(D, K * E, bias=arch.qkv_bias)
-            self.v_proj = nn.Linear(D, K * E, bias=arch.qkv_bias)
-        self.o_proj = nn.Linear(H * E, D, bias=arch.o_bias)
+            self.q_proj = Linear(D, H * E, bias=arch.qkv_bias)
+            self.k_proj = Linear(D, K * E, bias=arch.qkv_bias)
+            self.v_proj = Linear(D, K * E, bias=arch.qkv_bias)
+        self.o_proj = Linear(H * E, D, bias=arch.o_bias)
         if arch.family.qk_norm != "none":
             heads = (H, K) if arch.family.qk_norm == "all" else (1, 1)
             self.q_norm = RMSNorm(heads[0] * E, arch.norm_eps, arch.family.norm_plus_one)
@@ -541,11 +670,11 @@ class FeedForward(nn.Module):
         D, hidden = arch.hidden_size, arch.intermediate_size
         self.activation, self.fused = arch.activation, arch.family.fused_projections
         if self.fused:
-            self.gate_up_proj = nn.Linear(D, 2 * hidden, bias=arch.mlp_bias)
+            self.gate_up_proj = Linear(D, 2 * hidden, bias=arch.mlp_bias)
         else:
-            self.gate_proj = nn.Linear(D, hidden, bias=arch.mlp_bias)
-            self.up_proj = nn.Linear(D, hidden, bias=arch.mlp_bias)
-        self.down_proj = nn.Linear(hidden, D, bias=arch.mlp_bias)
+            self.gate_proj = Linear(D, hidden, bias=arch.mlp_bias)
+            self.up_proj = Linear(D, hidden, bias=arch.mlp_bias)
+        self.down_proj = Linear(hidden, D, bias=arch.mlp_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         gate, up = self.gate_up_proj(x).chunk(2, -1) if self.fused else (self.gate_proj(x), self.up_proj(x))
@@ -825,8 +954,83 @@ class Weights:
         return name in self.where
 
     def slice(self, name: str):
-        """A lazy view with get_shape() and row slicing; only the rows asked for leave the disk."""
+        """A view with get_shape() and row slicing; only the rows asked for leave the disk. A weight that
+        bitsandbytes quantised comes dequantised, whole."""
+        if self._kind(name) is not None:
+            return _Whole(kernels.dequantize(*self._read_quantized(name)))
         return self._open(self.where[name]).get_slice(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._open(self.where[name]).get_tensor(name)
+
+    def parts(self, name: str) -> list[str]:
+        """The weight's tensor, and those that bitsandbytes put beside it."""
+        beside = [name.removesuffix("weight") + "SCB", name.removesuffix("weight") + "weight_format"]
+        return [k for k in self.where if k == name or k.startswith(name + ".") or k in beside]
+
+    def _kind(self, name: str) -> str | None:
+        """How bitsandbytes quantised a weight, if it did."""
+        if f"{name}.quant_state.bitsandbytes__nf4" in self.where:
+            return "nf4"
+        return (
+            "int8"
+            if name.removesuffix("weight") + "SCB" in self.where or f"{name}.SCB" in self.where
+            else None
+        )
+
+    def _read_quantized(self, name: str) -> tuple[str, tuple[Tensor, ...]]:
+        """A weight that bitsandbytes quantised, in our form of the same numbers."""
+        if self._kind(name) == "int8":
+            scb = name.removesuffix("weight") + "SCB"
+            return "int8", (
+                self._tensor(name),
+                self._tensor(scb if scb in self.where else f"{name}.SCB").float() / 127,
+            )
+        facts = json.loads(bytes(self._tensor(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
+        N, K = facts["shape"]
+        nested = facts.get("nested_blocksize")
+        if facts["blocksize"] != kernels.NF4_BLOCK or K % kernels.NF4_BLOCK or nested not in (None, 256):
+            raise CheckpointError(
+                f"{self.directory}: {name}: NF4 blocks of {facts['blocksize']} are not supported"
+            )
+        packed, absmax = self._tensor(name).view(N, K // 2), self._tensor(f"{name}.absmax").view(N, K // 64)
+        if nested is None:  # single quantisation: quantise the absmaxes here
+            offset = absmax.float().mean()
+            codes, nested_absmax = kernels.quantize_blockwise(
+                absmax.float() - offset, kernels.dynamic_code(True)
+            )
+            return "nf4", (packed, codes, nested_absmax, offset)
+        offset = torch.tensor(facts["nested_offset"], dtype=torch.float32)
+        return "nf4", (packed, absmax, self._tensor(f"{name}.nested_absmax"), offset)
+
+    def quantized(
+        self, name: str, kind: str, shape: tuple[int, int], device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """A weight in the form `kind`: as bitsandbytes stored it, or quantised now, on `device`. One dense
+        weight exists at a time."""
+        if name not in self:
+            raise CheckpointError(f"{self.directory}: tensor {name} is missing")
+        if self._kind(name) == kind:
+            return self._read_quantized(name)[1]
+        view = self.slice(name)
+        if view.get_shape() != list(shape):
+            raise CheckpointError(
+                f"{self.directory}: tensor {name} has shape {view.get_shape()}, config.json says {shape}"
+            )
+        return kernels.quantize(kind, view[:].to(device))
+
+
+class _Whole:
+    """A tensor in memory behind the interface of a lazy slice."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, rows) -> Tensor:
+        return self.tensor[rows]
 
 
 def hf_name(name: str) -> str:
@@ -867,13 +1071,13 @@ def load_weights(model: Transformer, directory: Path) -> None:
 
     Raises CheckpointError for tensors that are missing, of the wrong shape, or not expected.
     """
-    weights, arch = Weights(directory), model.arch
+    weights, arch, device = Weights(directory), model.arch, model.embed_tokens.weight.device
     used = set()
 
     def copy(into: Tensor, source: str, begin: int, whole: torch.Size, may_grow: bool = False) -> None:
         if source not in weights:
             raise CheckpointError(f"{directory}: tensor {source} is missing")
-        used.add(source)
+        used.update(weights.parts(source))
         view = weights.slice(source)
         shape = view.get_shape()
         grown = may_grow and shape[0] < whole[0] and shape[1:] == list(whole[1:])
@@ -892,6 +1096,13 @@ def load_weights(model: Transformer, directory: Path) -> None:
             chunks = [view[i : i + 8192].float().sum(0) for i in range(0, shape[0], 8192)]
             into[rows:] = (torch.stack(chunks).sum(0) / shape[0]).to(into.dtype)
 
+    for name, module in block_linears(model).items():
+        if module.kind is not None:
+            source = hf_name(name) + ".weight"
+            used.update(weights.parts(source))
+            module.put(
+                weights.quantized(source, module.kind, (module.out_features, module.in_features), device)
+            )
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             continue
@@ -973,12 +1184,17 @@ def save_pretrained(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         modules = dict(model.named_modules())
+        for name, module in block_linears(model).items():
+            if module.kind is not None:
+                whole = kernels.dequantize(module.kind, module.stored)
+                whole = whole + module.delta().to(whole.dtype) if merge and module.r else whole
+                yield hf_name(name) + ".weight", whole
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 continue
             whole = _gather(parameter)
             module = modules[name.rpartition(".")[0]]
-            if merge and isinstance(module, LoRALinear) and name.endswith(".weight"):
+            if merge and isinstance(module, Linear) and module.r and name.endswith(".weight"):
                 whole = whole + module.delta().to(whole.dtype)
             if not main:
                 continue
@@ -1040,50 +1256,13 @@ def _gather(parameter: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class LoRALinear(nn.Linear):
-    """A frozen linear layer plus scale·B·A (arXiv 2106.09685). With `enabled` off it is the base layer, bit
-    for bit."""
-
-    lora_A: nn.Parameter  # [r, in]
-    lora_B: nn.Parameter  # [out, r]
-    scale: float
-    dropout: float
-    enabled: bool
-
-    @staticmethod
-    def wrap(linear: nn.Linear, r: int, scale: float, dropout: float, dtype: torch.dtype) -> "LoRALinear":
-        linear.__class__ = LoRALinear  # in place: the base weight stays the same object, nothing is copied
-        assert isinstance(linear, LoRALinear)
-        device = linear.weight.device
-        linear.lora_A = nn.Parameter(torch.empty(r, linear.in_features, dtype=dtype, device=device))
-        linear.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, dtype=dtype, device=device))
-        linear.scale, linear.dropout, linear.enabled = scale, dropout, True
-        return linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        if not self.enabled:
-            return out
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return out + self.scale * update.to(out.dtype)
-
-    def delta(self) -> Tensor:
-        """scale·B·A [out, in] in the adapter's dtype: what merging adds to the weight."""
-        return self.scale * (_gather(self.lora_B) @ _gather(self.lora_A))
-
-
-def lora_modules(model: Transformer) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def lora_modules(model: Transformer) -> dict[str, Linear]:
+    return {name: module for name, module in block_linears(model).items() if module.r}
 
 
 def apply_lora(model: Transformer, options: ModelOptions, dtype: torch.dtype = torch.float32) -> Transformer:
     """Freeze every weight and put adapters (in `dtype`) on the chosen linear layers, in place."""
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("layers.") and not name.endswith("mlp.gate")
-    }
+    linear = block_linears(model)
     wanted = options.lora_target_modules
     if wanted and options.lora_target_linear:
         raise ConfigError("lora_target_linear", True, "contradicts lora_target_modules; keep one of the two")
@@ -1104,7 +1283,7 @@ def apply_lora(model: Transformer, options: ModelOptions, dtype: torch.dtype = t
     r = options.lora_r
     scale = options.lora_alpha / (math.sqrt(r) if options.lora_use_rslora else r)
     for module in chosen.values():
-        LoRALinear.wrap(module, r, scale, options.lora_dropout, dtype)
+        module.add_adapter(r, scale, options.lora_dropout, dtype)
     model.adapter = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout, "use_rslora": options.lora_use_rslora, "bias": "none",

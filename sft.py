@@ -36,7 +36,15 @@ from data import (
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
 from health import LogOptions, MetricLogger, log
 from kernels import linear_cross_entropy
-from model import ModelOptions, Transformer, generate, load_balancing_loss, read_architecture, resized
+from model import (
+    ModelOptions,
+    Transformer,
+    check_model_options,
+    generate,
+    load_balancing_loss,
+    read_architecture,
+    resized,
+)
 
 
 @dataclass
@@ -60,8 +68,7 @@ class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, Dis
     """Seed of the data order, dropout and random initialisation."""
 
     def __post_init__(self):
-        if not self.base_model:
-            raise ConfigError("base_model", None, "must be set: a checkpoint directory or a hub id")
+        check_model_options(self)
         if not self.datasets:
             raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: chat}]")
         positive = ["micro_batch_size", "gradient_accumulation_steps", "sequence_len", "logging_steps"]
@@ -88,16 +95,6 @@ class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, Dis
             )
         if self.tokenizer_vocab_size is not None and not self.random_init:
             raise ConfigError("tokenizer_vocab_size", self.tokenizer_vocab_size, "needs random_init: true")
-        if self.adapter is None:
-            for key in ("lora_model_dir", "lora_target_modules", "lora_target_linear", "merge_adapter"):
-                if getattr(self, key):
-                    raise ConfigError(key, getattr(self, key), "needs adapter: lora")
-        elif self.random_init:
-            raise ConfigError(
-                "adapter", self.adapter, "makes no sense on random weights; drop random_init or adapter"
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError("lora_dropout", self.lora_dropout, "must lie between 0 and 1")
         for spec in (*self.datasets, *self.test_datasets):
             if not isinstance(spec.get("weight", 1.0), (int, float)) or spec.get("weight", 1.0) < 0:
                 raise ConfigError("datasets", spec.get("weight"), "weight must be a number of at least 0")
@@ -408,7 +405,8 @@ def check_ids(dataset: Dataset, vocab_size: int) -> None:
 
 def run_identity(config: Config, global_batch: int, dataset: Dataset) -> dict:
     """What a checkpoint of this run can go on with."""
-    keys = ("base_model", "random_init", "adapter", "lora_r", "lora_target_modules", "optimizer", "seed",
+    keys = ("base_model", "random_init", "adapter", "load_in_4bit", "load_in_8bit", "fp8", "fp8_frozen",
+             "lora_r", "lora_target_modules", "optimizer", "seed",
             "sequence_len", "sample_packing", "val_set_size")  # fmt: skip
     values = asdict(config)
     weights = [spec.get("weight", 1.0) for spec in config.datasets]

@@ -1,0 +1,94 @@
+"""Every Triton kernel in Triton's interpreter, on the CPU. Run by test_low_precision.py, or by hand:
+
+    TRITON_INTERPRET=1 KERNELS=triton pytest tests/interpreted.py
+
+bf16 inputs of tl.dot are wrong in the interpreter, hence fp32 here; its cast to e4m3 rounds some numbers to
+the other neighbour, hence a tolerance of one step.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+assert os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("KERNELS") == "triton"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from test_low_precision import fp8_step  # noqa: E402
+
+import kernels  # noqa: E402
+
+SHAPES = [(1, 1), (3, 128), (17, 300), (130, 257)]
+
+
+def hard(shape, seed=0):
+    """Ordinary numbers, an all-zero tile, a huge outlier, denormals, NaN and infinities."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x[0, : min(128, shape[1])] = 0
+    if shape[0] > 2 and shape[1] > 20:
+        x[1, 3], x[1, 4], x[1, 5] = float("nan"), float("inf"), -float("inf")
+        x[2, 7] = 1e30
+        x[-1, :10] = 1e-41
+    return x
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_fp8_quantisation(shape, power_of_two, blocks):
+    x = hard(shape)
+    reference = kernels.quantize_fp8_blocks_reference if blocks else kernels.quantize_fp8_reference
+    q, scale = (kernels.quantize_fp8_blocks if blocks else kernels.quantize_fp8)(x, power_of_two)
+    expected_q, expected_scale = reference(x, power_of_two)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    nan = expected_q.float().isnan()
+    assert torch.equal(q.float().isnan(), nan)
+    # Left out: the interpreter's cast does not carry into the exponent, and mangles what is 0 in e4m3.
+    magnitude = expected_q.float().abs()
+    sound = ~nan & (torch.frexp(magnitude).mantissa != 0.5) & (magnitude > 2.0**-6)
+    assert sound.any() or x.numel() == 1
+    difference = (q.float() - expected_q.float()).abs()[sound]
+    assert (difference <= fp8_step(expected_q.float()[sound]) * 1.001).all()
+    transposed = kernels.quantize_fp8(x.T)[1]
+    torch.testing.assert_close(transposed, kernels.quantize_fp8_reference(x.T)[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (20, 130, 300), (130, 40, 128)])
+@pytest.mark.parametrize("b_rows", [1, 128])
+def test_fp8_product(M, N, K, b_rows):
+    torch.manual_seed(0)
+    a, a_scale = kernels.quantize_fp8_reference(torch.randn(M, K))
+    make = kernels.quantize_fp8_reference if b_rows == 1 else kernels.quantize_fp8_blocks_reference
+    b, b_scale = make(torch.randn(N, K))
+    exact = (
+        kernels.dequantize_fp8(a, a_scale).double() @ kernels.dequantize_fp8(b, b_scale, b_rows).double().T
+    )
+    got = kernels.fp8_matmul(a, a_scale, b, b_scale, b_rows)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_fp8_linear_forward_and_backward():
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 20, 140, requires_grad=True), torch.randn(70, 140, requires_grad=True)
+    y = kernels.fp8_linear(x, w)
+    exact = x @ w.T
+    g = torch.randn_like(exact)
+    for a, b in zip(
+        (y, *torch.autograd.grad(y, (x, w), g)), (exact, *torch.autograd.grad(exact, (x, w), g)), strict=True
+    ):
+        assert (a - b).norm() / b.norm() < 0.15  # some casts are a factor 2 off in the interpreter
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("M, N, K", [(1, 3, 64), (70, 130, 192)])
+def test_frozen_products(kind, M, N, K):
+    torch.manual_seed(0)
+    stored = kernels.quantize(kind, torch.randn(N, K))
+    dense = kernels.dequantize(kind, stored).double()
+    x = torch.randn(M, K, requires_grad=True)
+    y = kernels.frozen_linear(x, kind, stored)
+    torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-4, atol=1e-4)
+    g = torch.randn(M, N)
+    (dx,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(dx.double(), g.double() @ dense, rtol=1e-4, atol=1e-4)
