@@ -320,6 +320,11 @@ FP8_BLOCK = 128  # elements that share a scale along the contraction (DeepSeek-V
 SMALLEST_NORMAL = 2.0**-126  # a denormal scale would be flushed to 0, and 0/0 is NaN
 
 
+def _use_fp8_triton(x: Tensor) -> bool:
+    """e4m3 exists in Triton from sm_89 on; an A100 takes the torch form, which is slow there but right."""
+    return use_triton(x) and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9))
+
+
 def _fp8_scale(amax: Tensor, power_of_two: bool) -> Tensor:
     """amax/448, or the next power of two; 1 where amax is 0 (padding: reference page, FP8-Specific NaN
     Issues)."""
@@ -417,7 +422,7 @@ def quantize_fp8(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]
 
 def quantize_fp8_blocks(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """As `quantize_fp8_blocks_reference`; on a GPU in one pass over w."""
-    if use_triton(w):
+    if _use_fp8_triton(w):
         return _quantize_fp8_triton(w, power_of_two, True)
     return quantize_fp8_blocks_reference(w, power_of_two)
 
@@ -447,7 +452,7 @@ def fp8_matmul_reference(
 @triton.jit
 def _fp8_matmul_kernel(
     a, a_scale, b, b_scale, c, M, N, K, k_blocks,
-    B_ROWS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    B_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """c = (a·a_scale) @ (b·b_scale)ᵀ. Each 128 of K is one tensor-core product whose fp32 result is scaled
@@ -472,8 +477,6 @@ def _fp8_matmul_kernel(
         left = K - block * BLOCK_K
         a_tile = tl.load(a_at, mask=(m[:, None] < M) & (k[None, :] < left), other=0.0)
         b_tile = tl.load(b_at, mask=(n[None, :] < N) & (k[:, None] < left), other=0.0)
-        if UPCAST:  # sm_80 has no FP8 tensor cores; fp16 holds every e4m3 number exactly
-            a_tile, b_tile = a_tile.to(tl.float16), b_tile.to(tl.float16)
         product = tl.dot(a_tile, b_tile)
         scale_m = tl.load(a_scale_at + block, mask=m < M, other=0.0)
         scale_n = tl.load(b_scale_at + block, mask=n < N, other=0.0)
@@ -493,7 +496,7 @@ def fp8_matmul(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """As `fp8_matmul_reference`, any M, N, K; on a GPU with FP8 tensor cores where it has them."""
-    if not use_triton(a):
+    if not _use_fp8_triton(a):
         return fp8_matmul_reference(a, a_scale, b, b_scale, b_rows, dtype)
     M, K = a.shape
     N = b.shape[0]
@@ -501,12 +504,14 @@ def fp8_matmul(
     if c.numel() == 0:
         return c
     block_m = 128 if M > 64 else 64
-    upcast = a.is_cuda and torch.cuda.get_device_capability(a.device) < (8, 9)
-    grid = (-(-M // block_m) * -(-N // 128),)
+    block_n = (
+        128 if b_rows == FP8_BLOCK else 64
+    )  # a scale a column takes registers: a smaller tile, no spills
+    grid = (-(-M // block_m) * -(-N // block_n),)
     _fp8_matmul_kernel[grid](
         a.contiguous(), a_scale.contiguous(), b.contiguous(), b_scale.contiguous(), c,
         M, N, K, a_scale.shape[1],
-        B_ROWS=b_rows, UPCAST=upcast, BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=FP8_BLOCK, GROUP=8,
+        B_ROWS=b_rows, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=FP8_BLOCK, GROUP=8,
         num_warps=8, num_stages=3,
     )  # fmt: skip
     return c

@@ -1,0 +1,153 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and show what the compiler made of it.
+
+    python bench/kernels_aot.py                  sm_80, sm_89, sm_90, sm_100 and gfx942
+    python bench/kernels_aot.py 90 --check       what CI runs: fails on a spill or a lost tensor-core instruction
+
+Columns: registers a thread, spilled bytes (stack and local), shared memory, the tensor-core instruction that was used, and
+for an H100 the arithmetic intensity of a typical shape (FLOPs and bytes counted from it) with the time that the roofline
+allows: 989 TFLOP/s in bf16, 1,979 in FP8, 3.35 TB/s.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import kernels
+
+TARGETS = {
+    "80": GPUTarget("cuda", 80, 32), "89": GPUTarget("cuda", 89, 32), "90": GPUTarget("cuda", 90, 32),
+    "100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
+}  # fmt: skip
+TENSOR_CORES = {
+    "80": "mma.sync",
+    "89": "mma.sync",
+    "90": "wgmma.mma_async",
+    "100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+GiB = 2**30
+
+
+def case(
+    kernel, types: str, constants: dict, flops=0.0, bytes_=0.0, fp8=False, dots=True, warps=4, stages=3
+) -> dict:
+    """A kernel with the types of its arguments (in order), its constants, and the work of a typical call."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    given = types.split()
+    assert len(names) == len(given), (kernel.__name__, names, given)
+    signature = dict(zip(names, given, strict=True)) | dict.fromkeys(constants, "constexpr")
+    return dict(kernel=kernel, signature=signature, constants=constants, flops=flops, bytes=bytes_, fp8=fp8, dots=dots,
+                warps=warps, stages=stages)  # fmt: skip
+
+
+def cases() -> dict[str, dict]:
+    M, N, K = 8192, 4096, 4096
+    found = {}
+    for block, label in ((False, "tiles"), (True, "blocks")):
+        constants = dict(WHOLE_BLOCK=block, POWER_OF_TWO=False, ROWS=128 if block else 16, BLOCK=128)
+        found[f"quantize_fp8 {label}"] = case(
+            kernels._quantize_fp8_kernel, "*bf16 *u8 *fp32 i32 i32 i32 i32 i32", constants,
+            flops=2 * M * K, bytes_=3 * M * K, dots=False,
+        )  # fmt: skip
+    for rows in (128, 1):
+        constants = dict(B_ROWS=rows, BLOCK_M=128, BLOCK_N=128 if rows == 128 else 64, BLOCK_K=128, GROUP=8)
+        found[f"fp8_matmul scales {rows}"] = case(
+            kernels._fp8_matmul_kernel, "*fp8e4nv *fp32 *fp8e4nv *fp32 *bf16 i32 i32 i32 i32", constants,
+            flops=2 * M * N * K, bytes_=M * K + N * K + 2 * M * N, fp8=True, warps=8,
+        )  # fmt: skip
+    for gradient in (False, True):
+        label = "input gradient" if gradient else "forward"
+        constants = dict(INPUT_GRADIENT=gradient, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
+        found[f"nf4_matmul {label}"] = case(
+            kernels._nf4_matmul_kernel, "*bf16 *u8 *u8 *fp32 *fp32 *fp32 *fp32 *bf16 i32 i32 i32", constants,
+            flops=2 * M * N * K, bytes_=2 * M * K + 0.52 * N * K + 2 * M * N,
+        )  # fmt: skip
+        found[f"int8_matmul {label}"] = case(
+            kernels._int8_matmul_kernel, "*bf16 *i8 *fp32 *bf16 i32 i32 i32", constants,
+            flops=2 * M * N * K, bytes_=2 * M * K + N * K + 2 * M * N,
+        )  # fmt: skip
+    return found
+
+
+def compile_one(one: dict, target_name: str) -> dict:
+    target = TARGETS[target_name]
+    constants = dict(one["constants"])
+    # As Triton's launcher specialises: pointers and sizes that are multiples of 16, which allows wide copies.
+    aligned = [i for i, name in enumerate(one["kernel"].arg_names) if one["signature"][name] != "constexpr"]
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i in aligned
+        if one["signature"][one["kernel"].arg_names[i]] != "fp32"
+    }
+    source = ASTSource(one["kernel"], signature=one["signature"], constexprs=constants, attrs=attributes)
+    options = {"num_warps": one["warps"], "num_stages": one["stages"] if target_name != "gfx942" else 2}
+    compiled = triton.compile(source, target=target, options=options)
+    text = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
+    result = {"shared": compiled.metadata.shared, "registers": None, "spilled": None}
+    used = sorted(set(re.findall(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma|v_smfmac)", text)))
+    result["instruction"] = ", ".join(used) or "—"
+    result["lost"] = one["dots"] and TENSOR_CORES[target_name] not in used
+    if "cubin" in compiled.asm:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        if "REG" in found:
+            result["registers"], result["spilled"] = found["REG"], found["STACK"] + found["LOCAL"]
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), help="80 89 90 100 gfx942")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1 on a spill or a lost tensor-core instruction"
+    )
+    arguments = parser.parse_args()
+    failures = []
+    for target in arguments.targets:
+        print(f"\n{'sm_' if target.isdigit() else ''}{target}")
+        print(
+            f"  {'kernel':<34}{'registers':>10}{'spilled':>9}{'shared KiB':>12}  {'tensor cores':<18}roofline on an H100"
+        )
+        for name, one in cases().items():
+            if "fp8" in name and target == "80":
+                print(f"  {name:<34}no e4m3 before sm_89: the torch form is taken there")
+                continue
+            try:
+                result = compile_one(one, target)
+            except Exception as error:  # a target may lack a type: say so and go on
+                print(f"  {name:<34}does not compile: {str(error).strip().splitlines()[0][:70]}")
+                failures.append(f"{target}: {name}: does not compile")
+                continue
+            intensity = one["flops"] / max(1, one["bytes"])
+            peak = 1979e12 if one["fp8"] else 989e12
+            seconds = max(one["flops"] / peak if one["dots"] else 0, one["bytes"] / 3.35e12)
+            roofline = f"{intensity:7.1f} FLOP/byte, {seconds * 1e6:8.1f} µs"
+            shown = {k: "—" if result[k] is None else str(result[k]) for k in ("registers", "spilled")}
+            print(f"  {name:<34}{shown['registers']:>10}{shown['spilled']:>9}{result['shared'] / 1024:>12.1f}"
+                  f"  {result['instruction']:<18}{roofline}")  # fmt: skip
+            if result["spilled"]:
+                failures.append(f"{target}: {name}: {result['spilled']} bytes spilled")
+            if result["lost"]:
+                failures.append(f"{target}: {name}: no {TENSOR_CORES[target]}")
+    for failure in failures:
+        print(f"problem: {failure}")
+    return 1 if arguments.check and failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
