@@ -16,9 +16,12 @@ import os
 import shutil
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as td
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -74,6 +77,7 @@ class Documents:
         self.buckets: list[tuple[int, int]] = []  # (documents n, length L): n·L consecutive slots
         token_of_slot, lengths = [], torch.zeros(B * T, dtype=torch.long)
         slot_of_token = torch.full((B * T,), -1)
+        first_slots = []
         slots, i = 0, 0
         while i < len(spans):
             longest = spans[i][0]
@@ -88,13 +92,29 @@ class Documents:
             slot_of_token[token[inside]] = (slots + torch.arange(n * longest)).view(n, longest)[inside]
             lengths[token[inside]] = length[:, None].expand(n, longest)[inside]
             token_of_slot.append(token.flatten())
+            first_slots.append((slots + torch.arange(n) * longest).repeat_interleave(longest))
             self.buckets.append((n, longest))
             slots += n * longest
             i += n
+        # Of its document
+        self.first_slot = torch.cat(first_slots or [torch.zeros(0, dtype=torch.long)]).to(device)
         self.token_of_slot = torch.cat(token_of_slot or [torch.zeros(0, dtype=torch.long)]).to(device)
         self.tokens = (slot_of_token >= 0).nonzero().flatten().to(device)  # tokens that are no padding
         self.slots = slot_of_token[slot_of_token >= 0].to(device)  # their slots, in the same order
         self.lengths = lengths.view(B, T).to(device)  # of the document that a token is in; 0 on padding
+
+    @functools.cached_property
+    def spans(self) -> Tensor:
+        """The first and the last token of each token's document, as flat indices, int32 [2, N]. A padding
+        token has a first beyond and a last before itself: it sees nothing and nothing sees it."""
+        N = self.lengths.numel()
+        index = torch.arange(N, device=self.lengths.device)
+        length = self.lengths.flatten()
+        # Slots of a document are consecutive, so a token's place in its document is known from its slot.
+        first = torch.full((N,), 0x7FFFFFFF, device=index.device)
+        first[self.tokens] = self.token_of_slot[self.first_slot[self.slots]]
+        last = torch.where(length > 0, first + length - 1, -1)
+        return torch.stack([first, last]).to(torch.int32)
 
 
 class _ToSlots(torch.autograd.Function):
@@ -133,6 +153,199 @@ class _FromSlots(torch.autograd.Function):
         return gradient.new_zeros(ctx.shape).index_copy_(0, ctx.documents.slots, real), None, None
 
 
+@triton.jit
+def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores of a tile, soft-capped: q [M, E], k [E, N] → [M, N]."""
+    s = tl.dot(q, k, input_precision="ieee") * scale
+    if SOFTCAP:
+        e = tl.exp(2 * tl.minimum(tl.maximum(s / softcap, -15.0), 15.0))  # tanh, safe for any input
+        s = softcap * (e - 1) / (e + 1)
+    return s
+
+
+@triton.jit
+def _attention_forward_kernel(
+    q, k, v, out, lse, first, last, N, scale, softcap,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """FlashAttention-2 (arXiv 2307.08691, algorithm 1) over tokens laid end to end: a block of queries meets
+    only the keys from its oldest visible one on, and a mask within."""
+    start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    m = start + tl.arange(0, BLOCK_M)
+    e = tl.arange(0, BLOCK_E)
+    oldest = tl.load(first + m, mask=m < N, other=0x7FFFFFFF)
+    if WINDOW > 0:
+        oldest = tl.maximum(oldest, m - WINDOW + 1)
+    at_q = (m[:, None].to(tl.int64) * H + head) * E + e[None, :]
+    q_tile = tl.load(q + at_q, mask=(m[:, None] < N) & (e[None, :] < E), other=0.0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    begin = (tl.min(oldest, 0) // BLOCK_N) * BLOCK_N
+    for at in range(begin, tl.minimum(start + BLOCK_M, N), BLOCK_N):
+        n = at + tl.arange(0, BLOCK_N)
+        at_k = (n[None, :].to(tl.int64) * K + head // (H // K)) * E + e[:, None]
+        k_tile = tl.load(k + at_k, mask=(n[None, :] < N) & (e[:, None] < E), other=0.0)
+        s = _scores(q_tile, k_tile, scale, softcap, SOFTCAP)
+        s = tl.where((n[None, :] <= m[:, None]) & (n[None, :] >= oldest[:, None]), s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        # No visible key yet: exp(−inf − 0) is 0, not NaN
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp(s - safe[:, None])
+        shrink = tl.exp(top - safe)
+        total = total * shrink + tl.sum(p, 1)
+        at_v = (n[:, None].to(tl.int64) * K + head // (H // K)) * E + e[None, :]
+        v_tile = tl.load(v + at_v, mask=(n[:, None] < N) & (e[None, :] < E), other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
+        top = new_top
+    # Padding is a document that ends before it begins: no key, zeros out.
+    empty = total == 0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    tl.store(out + at_q, acc.to(out.dtype.element_ty), mask=(m[:, None] < N) & (e[None, :] < E))
+    tl.store(
+        lse + m.to(tl.int64) * H + head,
+        tl.where(empty, 0.0, top + tl.log(tl.where(empty, 1.0, total))),
+        mask=m < N,
+    )
+
+
+@triton.jit
+def _attention_dq_kernel(
+    q, k, v, d_out, lse, delta, dq, first, last, N, scale, softcap,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dq of a block of queries; probabilities are recomputed from the saved log-sum-exp."""
+    start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    m = start + tl.arange(0, BLOCK_M)
+    e = tl.arange(0, BLOCK_E)
+    oldest = tl.load(first + m, mask=m < N, other=0x7FFFFFFF)
+    if WINDOW > 0:
+        oldest = tl.maximum(oldest, m - WINDOW + 1)
+    at_q = (m[:, None].to(tl.int64) * H + head) * E + e[None, :]
+    inside = (m[:, None] < N) & (e[None, :] < E)
+    q_tile = tl.load(q + at_q, mask=inside, other=0.0)
+    do_tile = tl.load(d_out + at_q, mask=inside, other=0.0)
+    lse_m = tl.load(lse + m.to(tl.int64) * H + head, mask=m < N, other=0.0)
+    delta_m = tl.load(delta + m.to(tl.int64) * H + head, mask=m < N, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    begin = (tl.min(oldest, 0) // BLOCK_N) * BLOCK_N
+    for at in range(begin, tl.minimum(start + BLOCK_M, N), BLOCK_N):
+        n = at + tl.arange(0, BLOCK_N)
+        at_k = (n[:, None].to(tl.int64) * K + head // (H // K)) * E + e[None, :]
+        mask_k = (n[:, None] < N) & (e[None, :] < E)
+        k_tile = tl.load(k + at_k, mask=mask_k, other=0.0)
+        s = _scores(q_tile, tl.trans(k_tile), scale, softcap, SOFTCAP)
+        visible = (n[None, :] <= m[:, None]) & (n[None, :] >= oldest[:, None])
+        p = tl.where(visible, tl.exp(s - lse_m[:, None]), 0.0)
+        v_tile = tl.load(v + at_k, mask=mask_k, other=0.0)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+        ds = p * (dp - delta_m[:, None])
+        if SOFTCAP:
+            ds = ds * (1 - (s / softcap) * (s / softcap))
+        acc += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision="ieee")
+    tl.store(dq + at_q, (acc * scale).to(dq.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attention_dkv_kernel(
+    q, k, v, d_out, lse, delta, dk, dv, first, last, N, scale, softcap,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a block of keys, summed over the query heads that share them."""
+    start, head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    n = start + tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_E)
+    at_k = (n[:, None].to(tl.int64) * K + head) * E + e[None, :]
+    inside = (n[:, None] < N) & (e[None, :] < E)
+    k_tile = tl.load(k + at_k, mask=inside, other=0.0)
+    v_tile = tl.load(v + at_k, mask=inside, other=0.0)
+    newest = tl.load(last + n, mask=n < N, other=-1)
+    if WINDOW > 0:
+        newest = tl.minimum(newest, n + WINDOW - 1)
+    end = tl.max(newest, 0) + 1
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    for group in range(0, H // K):
+        h = head * (H // K) + group
+        for at in range((start // BLOCK_M) * BLOCK_M, end, BLOCK_M):
+            m = at + tl.arange(0, BLOCK_M)
+            at_q = (m[:, None].to(tl.int64) * H + h) * E + e[None, :]
+            mask_q = (m[:, None] < N) & (e[None, :] < E)
+            q_tile = tl.load(q + at_q, mask=mask_q, other=0.0)
+            do_tile = tl.load(d_out + at_q, mask=mask_q, other=0.0)
+            lse_m = tl.load(lse + m.to(tl.int64) * H + h, mask=m < N, other=0.0)
+            delta_m = tl.load(delta + m.to(tl.int64) * H + h, mask=m < N, other=0.0)
+            s = _scores(q_tile, tl.trans(k_tile), scale, softcap, SOFTCAP)
+            visible = (n[None, :] <= m[:, None]) & (m[:, None] <= newest[None, :])
+            p = tl.where(visible, tl.exp(s - lse_m[:, None]), 0.0)
+            dv_acc += tl.dot(tl.trans(p).to(do_tile.dtype), do_tile, input_precision="ieee")
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+            ds = p * (dp - delta_m[:, None])
+            if SOFTCAP:
+                ds = ds * (1 - (s / softcap) * (s / softcap))
+            dk_acc += tl.dot(tl.trans(ds).to(q_tile.dtype), q_tile, input_precision="ieee")
+    tl.store(dk + at_k, (dk_acc * scale).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dv + at_k, dv_acc.to(dv.dtype.element_ty), mask=inside)
+
+
+def attention_blocks(E: int, backward: bool) -> dict[str, int]:
+    """Tile sizes and warps by head width: what compiles without spills on sm_90 (bench/kernels_aot.py)."""
+    wide = max(16, triton.next_power_of_2(E))
+    if backward:
+        m, n, warps = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (64, 64, 8), 256: (32, 32, 8)}[
+            wide
+        ]
+    else:
+        m, n, warps = {
+            16: (128, 64, 4),
+            32: (128, 64, 4),
+            64: (128, 64, 4),
+            128: (128, 64, 8),
+            256: (64, 32, 8),
+        }[wide]
+    return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_E=wide, num_warps=warps, num_stages=2)
+
+
+class _TritonAttention(torch.autograd.Function):
+    """q [N, H, E], k and v [N, K, E], spans int32 [2, N] (first and last token of each token's document)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, spans, scale, window, softcap):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        N, H, E = q.shape
+        out, lse = torch.empty_like(q), torch.empty(N, H, dtype=torch.float32, device=q.device)
+        how = attention_blocks(E, backward=False)
+        shape = dict(H=H, K=k.shape[1], E=E, WINDOW=window or 0, SOFTCAP=softcap is not None)
+        _attention_forward_kernel[(-(-N // how["BLOCK_M"]), H)](
+            q, k, v, out, lse, spans[0], spans[1], N, scale, softcap or 1.0, **shape, **how
+        )
+        ctx.save_for_backward(q, k, v, out, lse, spans)
+        ctx.how = (scale, softcap or 1.0, shape)
+        return out
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple:
+        q, k, v, out, lse, spans = ctx.saved_tensors
+        scale, softcap, shape = ctx.how
+        d_out = gradients[0].contiguous()
+        N, H, E = q.shape
+        # [N, H]: the softmax's own gradient (FlashAttention-2, §3.1)
+        delta = (d_out.float() * out.float()).sum(-1)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        how = attention_blocks(E, backward=True)
+        rest = (spans[0], spans[1], N, scale, softcap)
+        _attention_dq_kernel[(-(-N // how["BLOCK_M"]), H)](
+            q, k, v, d_out, lse, delta, dq, *rest, **shape, **how
+        )
+        _attention_dkv_kernel[(-(-N // how["BLOCK_N"]), k.shape[1])](
+            q, k, v, d_out, lse, delta, dk, dv, *rest, **shape, **how
+        )
+        return dq, dk, dv, None, None, None, None
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -150,6 +363,14 @@ def attention(
     score s by c·tanh(s/c) (Gemma 2, arXiv 2408.00118, §2). Padding gets zeros.
     """
     B, T, H, E = q.shape
+    if use_triton(q) and q.dtype != torch.float64 and E <= 256:
+        if documents is None:
+            last = torch.arange(B, device=q.device, dtype=torch.int32).repeat_interleave(T) * T + (T - 1)
+            spans = torch.stack([last - (T - 1), last])
+        else:
+            spans = documents.spans
+        flat = (x.reshape(B * T, *x.shape[2:]) for x in (q, k, v))
+        return _TritonAttention.apply(*flat, spans, scale, window, softcap).view(B, T, H, E)
     if documents is None:
         return _causal(q, k, v, scale, window, softcap)
     q, k, v = (_ToSlots.apply(x.reshape(B * T, *x.shape[2:]), documents) for x in (q, k, v))
@@ -309,6 +530,247 @@ def linear_cross_entropy(
         chunk = max(64, LOGITS_A_CHUNK // weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk)
+
+
+@dataclass
+class TokenStatistics:
+    """What one forward pass over the vocabulary tells about each token [N], under the tempered
+    distribution."""
+
+    logprobs: Tensor  # of the label; 0 on rows that are not trained
+    entropy: Tensor  # −Σ p log p, nats
+    logsumexp: Tensor  # of the tempered logits
+    argmax: Tensor  # the likeliest token, int64; −1 on rows that are not trained
+
+
+def _chunk_logits(
+    x: Tensor, weight: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Tempered logits [c, V] in fp32 or better, and d(capped)/d(raw) where there is a soft cap."""
+    logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
+    slope = None
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_()
+        slope = 1 - logits.square()
+        logits.mul_(softcap)
+    return logits.div_(temperature) if temperature != 1 else logits, slope
+
+
+def _partial_statistics_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, softcap: float | None, chunk: int
+) -> Tensor:
+    """Over the rows of `weight` [V, D]: per token the maximal logit, Σ e^(z−max), Σ z·e^(z−max), the label's
+    logit (−inf where the label is none of these rows) and the index of the maximum: [N, 5]. Parts of a
+    vocabulary can be merged."""
+    parts = []
+    for begin in range(0, hidden.shape[0], chunk):
+        logits, _ = _chunk_logits(hidden[begin : begin + chunk], weight, temperature, softcap)
+        label = labels[begin : begin + chunk]
+        here = (label >= 0) & (label < weight.shape[0])
+        chosen = logits.gather(-1, label.clamp(0, weight.shape[0] - 1)[:, None])[:, 0].where(here, -torch.inf)
+        top, index = logits.max(-1)
+        weights = (logits - top[:, None]).exp()
+        parts.append(
+            torch.stack([top, weights.sum(-1), (weights * logits).sum(-1), chosen, index.to(top.dtype)], -1)
+        )
+    return (
+        torch.cat(parts)
+        if parts
+        else hidden.new_zeros(0, 5, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    )
+
+
+@triton.jit
+def _partial_statistics_kernel(
+    hidden, weight, labels, out, N, V, D, per_split, temperature, softcap,
+    SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The statistics of BLOCK_N tokens over one split of the vocabulary, logits never leaving the
+    registers."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    label = tl.load(labels + n, mask=n < N, other=-1)
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    weighted = tl.zeros([BLOCK_N], tl.float32)
+    chosen = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    best = tl.zeros([BLOCK_N], tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    first = split * per_split
+    for start in range(first, tl.minimum(first + per_split, V), BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+        for at in range(0, D, BLOCK_D):
+            x = tl.load(hidden + n[:, None].to(tl.int64) * D + at + d[None, :],
+                        mask=(n[:, None] < N) & (at + d[None, :] < D), other=0.0)  # fmt: skip
+            w = tl.load(weight + v[None, :].to(tl.int64) * D + at + d[:, None],
+                        mask=(v[None, :] < V) & (at + d[:, None] < D), other=0.0)  # fmt: skip
+            logits = tl.dot(x, w, logits, input_precision="ieee")
+        if SOFTCAP:
+            e = tl.exp(2 * tl.minimum(tl.maximum(logits / softcap, -15.0), 15.0))  # tanh, safe for any input
+            logits = softcap * (e - 1) / (e + 1)
+        logits = logits / temperature
+        logits = tl.where(v[None, :] < V, logits, float("-inf"))
+        block_top, block_index = tl.max(logits, 1, return_indices=True)
+        best = tl.where(block_top > top, start + block_index, best)
+        new_top = tl.maximum(top, block_top)
+        shrink = tl.exp(top - new_top)
+        e = tl.exp(logits - new_top[:, None])
+        total = total * shrink + tl.sum(e, 1)
+        weighted = weighted * shrink + tl.sum(tl.where(e > 0, e * logits, 0.0), 1)
+        top = new_top
+        hit = tl.max(tl.where(v[None, :] == label[:, None], logits, float("-inf")), 1)
+        chosen = tl.maximum(chosen, hit)
+    at = out + (split * N + n).to(tl.int64) * 5
+    tl.store(at, top, mask=n < N)
+    tl.store(at + 1, total, mask=n < N)
+    tl.store(at + 2, weighted, mask=n < N)
+    tl.store(at + 3, chosen, mask=n < N)
+    tl.store(at + 4, best.to(tl.float32), mask=n < N)
+
+
+def _partial_statistics(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, softcap: float | None, chunk: int
+) -> Tensor:
+    """As the reference, [parts, N, 5]: the kernel leaves one part a split of the vocabulary."""
+    if not use_triton(hidden) or hidden.dtype == torch.float64 or hidden.shape[0] == 0:
+        return _partial_statistics_reference(hidden, weight, labels, temperature, softcap, chunk)[None]
+    N, D = hidden.shape
+    V = weight.shape[0]
+    assert V < 2**24, "indices are kept in fp32"
+    block_n, block_v = 64, 64
+    # Enough programs for a GPU also when there are few tokens
+    splits = max(1, min(16, 256 // -(-N // block_n)))
+    per_split = -(-V // (splits * block_v)) * block_v
+    splits = -(-V // per_split)
+    out = torch.empty(splits, N, 5, device=hidden.device)
+    _partial_statistics_kernel[(-(-N // block_n), splits)](
+        hidden.contiguous(), weight.contiguous(), labels.to(torch.int32), out, N, V, D, per_split, temperature,
+        softcap or 1.0, SOFTCAP=softcap is not None, BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_D=64,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def _merge_statistics(parts: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """parts [P, N, 5] over P pieces of the vocabulary, the piece p beginning at offsets[p]: (log-sum-exp,
+    entropy, the label's logit, argmax), each [N]."""
+    top, total, weighted, chosen, index = parts.unbind(-1)
+    highest = top.amax(0)
+    shrink = (top - highest).exp()
+    total, weighted = (total * shrink).sum(0), (weighted * shrink).sum(0)
+    logsumexp = highest + total.log()
+    piece = top.argmax(0)
+    argmax = index.gather(0, piece[None])[0].long() + offsets[piece]
+    return logsumexp, logsumexp - weighted / total, chosen.amax(0), argmax
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, temperature, softcap, chunk, group, offset):
+        first = 0 if group is None else offset
+        parts = _partial_statistics(hidden, weight, labels - first, temperature, softcap, chunk)
+        splits = parts.shape[0]
+        offsets = torch.zeros(splits, dtype=torch.long, device=hidden.device)
+        if group is not None:  # every rank's pieces; kernel and reference give indices within a rank's rows
+            logsumexp, entropy, chosen, argmax = _merge_statistics(parts, offsets)
+            mine = torch.stack(
+                [logsumexp, (logsumexp - entropy), chosen, (argmax + first).to(logsumexp.dtype)], -1
+            )
+            everyone = [torch.empty_like(mine) for _ in range(td.get_world_size(group))]
+            top = parts[..., 0].amax(0)
+            tops = [torch.empty_like(top) for _ in everyone]
+            td.all_gather(everyone, mine.contiguous(), group=group)
+            td.all_gather(tops, top.contiguous(), group=group)
+            logsumexps, means, chosens, argmaxes = torch.stack(everyone).unbind(-1)
+            logsumexp = logsumexps.logsumexp(0)
+            entropy = logsumexp - (means * (logsumexps - logsumexp).exp()).sum(0)
+            chosen = chosens.amax(0)
+            argmax = argmaxes.gather(0, torch.stack(tops).argmax(0)[None])[0].long()
+        else:
+            logsumexp, entropy, chosen, argmax = _merge_statistics(parts, offsets)
+        ctx.save_for_backward(hidden, weight, labels, logsumexp, entropy)
+        ctx.how = (temperature, softcap, chunk, group, first)
+        ctx.mark_non_differentiable(argmax)
+        return chosen - logsumexp, entropy, logsumexp, argmax
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple:
+        g_logprobs, g_entropy, g_logsumexp, _ = gradients
+        hidden, weight, labels, logsumexp, entropy = ctx.saved_tensors
+        temperature, softcap, chunk, group, first = ctx.how
+        need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        precise = logsumexp.dtype
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if need_weight else None
+        for begin in range(0, hidden.shape[0], chunk):
+            rows = slice(begin, begin + chunk)
+            x, label = hidden[rows], labels[rows] - first
+            logits, slope = _chunk_logits(x, weight, temperature, softcap)
+            logp = logits.sub_(logsumexp[rows, None])
+            p = logp.exp()
+            # d logprob = onehot − p;  d entropy = −p (log p + H);  d logsumexp = p
+            d_logits = p * (g_logsumexp[rows, None] - g_logprobs[rows, None])
+            if g_entropy is not None:
+                d_logits -= g_entropy[rows, None] * p * (logp + entropy[rows, None]).where(p > 0, 0.0)
+            here = (label >= 0) & (label < weight.shape[0])
+            add = g_logprobs[rows].where(here, 0.0)[:, None]
+            d_logits.scatter_add_(-1, label.clamp(0, weight.shape[0] - 1)[:, None], add)
+            d_logits.div_(temperature)
+            if slope is not None:
+                d_logits.mul_(slope)
+            d_logits = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[rows])
+            if d_weight is not None:
+                d_weight += d_logits.T @ x
+        if d_hidden is not None and group is not None:
+            td.all_reduce(d_hidden, group=group)  # each rank saw its part of the vocabulary only
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *[None] * 6
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    group: Any = None,
+    offset: int = 0,
+) -> TokenStatistics:
+    """Log-probability of each label, entropy, log-sum-exp and argmax of softmax(hidden @ weight.T /
+    temperature), without ever holding [N, V] logits; differentiable in hidden and weight (a frozen weight
+    gets no dense gradient).
+
+    hidden [N, D], weight [V, D], labels [N] with −100 on rows that cost nothing and come back as zeros. With
+    `group` the vocabulary is sharded: `weight` are this rank's rows, from row `offset` on; every rank gets
+    the whole result. Statistics are in fp32 (fp64 for fp64 input) and finite for logits of any size.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    N = hidden.shape[0]
+    keep = (labels != -100).nonzero().flatten()
+    if chunk is None:
+        chunk = max(64, LOGITS_A_CHUNK // weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        made = _LinearLogprobs.apply(
+            hidden.index_select(0, keep),
+            weight,
+            labels.index_select(0, keep),
+            temperature,
+            softcap,
+            chunk,
+            group,
+            offset,
+        )
+    if len(keep) == N:
+        return TokenStatistics(*made)
+    *floats, argmax = made
+    spread = [torch.zeros(N, dtype=x.dtype, device=x.device).index_copy(0, keep, x) for x in floats]
+    return TokenStatistics(*spread, torch.full((N,), -1, device=hidden.device).index_copy(0, keep, argmax))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
     python bench/kernels_aot.py                  sm_80, sm_89, sm_90, sm_100 and gfx942
     python bench/kernels_aot.py 90 --check       what CI runs: fails on a spill or a lost tensor-core instruction
 
-Columns: registers a thread, spilled bytes (stack and local), shared memory, the tensor-core instruction that was used, and
-for an H100 the arithmetic intensity of a typical shape (FLOPs and bytes counted from it) with the time that the roofline
-allows: 989 TFLOP/s in bf16, 1,979 in FP8, 3.35 TB/s.
+Columns: registers a thread, spilled bytes (stack and local), shared memory, the tensor-core instruction that
+was used, and for an H100 the arithmetic intensity of a typical shape (FLOPs and bytes counted from it) with
+the time that the roofline allows: 989 TFLOP/s in bf16, 1,979 in FP8, 3.35 TB/s.
 """
 
 import argparse

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from test_kernels import naive_attention  # noqa: E402
 from test_low_precision import fp8_step  # noqa: E402
 
 import kernels  # noqa: E402
@@ -92,3 +93,45 @@ def test_frozen_products(kind, M, N, K):
     g = torch.randn(M, N)
     (dx,) = torch.autograd.grad(y, x, g)
     torch.testing.assert_close(dx.double(), g.double() @ dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("N, V, D", [(1, 3, 5), (70, 200, 72)])
+@pytest.mark.parametrize("softcap, temperature", [(None, 1.0), (4.0, 0.7)])
+def test_linear_logprobs(N, V, D, softcap, temperature):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    hidden[0] *= 1e3
+    labels = torch.randint(V, (N,))
+    got = kernels.linear_logprobs(hidden, weight, labels, temperature=temperature, softcap=softcap)
+    exact = kernels.linear_logprobs(
+        hidden.double(), weight.double(), labels, temperature=temperature, softcap=softcap
+    )
+    for name in ("logprobs", "entropy", "logsumexp"):
+        torch.testing.assert_close(getattr(got, name).double(), getattr(exact, name), rtol=1e-4, atol=2e-4)
+    assert torch.equal(got.argmax, exact.argmax)
+
+
+@pytest.mark.parametrize("lengths", [[[70]], [[1, 1, 40, 28], [70]], [[33, 37], [9, 2, 13]]])
+@pytest.mark.parametrize("window, softcap", [(None, None), (7, None), (None, 3.0), (20, 3.0)])
+@pytest.mark.parametrize("H, K, E", [(2, 1, 32), (2, 2, 20)])
+def test_attention_forward_and_backward(lengths, window, softcap, H, K, E):
+    torch.manual_seed(0)
+    B, T = len(lengths), 70
+    ids = torch.full((B, T), -1)
+    for b, row in enumerate(lengths):
+        ids[b, : sum(row)] = torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row))
+    q, k, v = (torch.randn(B, T, heads, E, requires_grad=True) for heads in (H, K, K))
+    how = dict(scale=0.3, window=window, softcap=softcap)
+    real = ids >= 0
+    unique = torch.where(real, ids, 1000 + torch.arange(T))  # padding: documents of their own, then left out
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = naive_attention(*exact, unique, **how) * real[..., None, None]
+    got = kernels.attention(q, k, v, documents=kernels.Documents(ids), **how)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+    g = torch.randn(got.shape)
+    for a, b in zip(
+        torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(expected, exact, g.double()), strict=True
+    ):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+    if lengths == [[70]]:
+        torch.testing.assert_close(kernels.attention(q, k, v, **how), got)
