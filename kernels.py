@@ -154,13 +154,17 @@ class _FromSlots(torch.autograd.Function):
 
 
 @triton.jit
+def _soft_cap(x, softcap):
+    """softcap · tanh(x / softcap), for x of any size."""
+    e = tl.exp(2 * tl.minimum(tl.maximum(x / softcap, -15.0), 15.0))
+    return softcap * (e - 1) / (e + 1)
+
+
+@triton.jit
 def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores of a tile, soft-capped: q [M, E], k [E, N] → [M, N]."""
     s = tl.dot(q, k, input_precision="ieee") * scale
-    if SOFTCAP:
-        e = tl.exp(2 * tl.minimum(tl.maximum(s / softcap, -15.0), 15.0))  # tanh, safe for any input
-        s = softcap * (e - 1) / (e + 1)
-    return s
+    return _soft_cap(s, softcap) if SOFTCAP else s
 
 
 @triton.jit
@@ -172,12 +176,15 @@ def _attention_forward_kernel(
     """FlashAttention-2 (arXiv 2307.08691, algorithm 1) over tokens laid end to end: a block of queries meets
     only the keys from its oldest visible one on, and a mask within."""
     start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    wide = start.to(tl.int64) * 0
     m = start + tl.arange(0, BLOCK_M)
     e = tl.arange(0, BLOCK_E)
     oldest = tl.load(first + m, mask=m < N, other=0x7FFFFFFF)
     if WINDOW > 0:
         oldest = tl.maximum(oldest, m - WINDOW + 1)
-    at_q = (m[:, None].to(tl.int64) * H + head) * E + e[None, :]
+    # A 64-bit base a tile and 32-bit offsets within: 64-bit offsets for every element would cost half the
+    # registers.
+    at_q = (start.to(tl.int64) * H + head) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + e[None, :]
     q_tile = tl.load(q + at_q, mask=(m[:, None] < N) & (e[None, :] < E), other=0.0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -185,7 +192,8 @@ def _attention_forward_kernel(
     begin = (tl.min(oldest, 0) // BLOCK_N) * BLOCK_N
     for at in range(begin, tl.minimum(start + BLOCK_M, N), BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
-        at_k = (n[None, :].to(tl.int64) * K + head // (H // K)) * E + e[:, None]
+        base = ((wide + at) * K + head // (H // K)) * E
+        at_k = base + tl.arange(0, BLOCK_N)[None, :] * (K * E) + e[:, None]
         k_tile = tl.load(k + at_k, mask=(n[None, :] < N) & (e[:, None] < E), other=0.0)
         s = _scores(q_tile, k_tile, scale, softcap, SOFTCAP)
         s = tl.where((n[None, :] <= m[:, None]) & (n[None, :] >= oldest[:, None]), s, float("-inf"))
@@ -195,7 +203,7 @@ def _attention_forward_kernel(
         p = tl.exp(s - safe[:, None])
         shrink = tl.exp(top - safe)
         total = total * shrink + tl.sum(p, 1)
-        at_v = (n[:, None].to(tl.int64) * K + head // (H // K)) * E + e[None, :]
+        at_v = base + tl.arange(0, BLOCK_N)[:, None] * (K * E) + e[None, :]
         v_tile = tl.load(v + at_v, mask=(n[:, None] < N) & (e[None, :] < E), other=0.0)
         acc = acc * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
         top = new_top
@@ -218,12 +226,15 @@ def _attention_dq_kernel(
 ):  # fmt: skip
     """dq of a block of queries; probabilities are recomputed from the saved log-sum-exp."""
     start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    wide = start.to(tl.int64) * 0
     m = start + tl.arange(0, BLOCK_M)
     e = tl.arange(0, BLOCK_E)
     oldest = tl.load(first + m, mask=m < N, other=0x7FFFFFFF)
     if WINDOW > 0:
         oldest = tl.maximum(oldest, m - WINDOW + 1)
-    at_q = (m[:, None].to(tl.int64) * H + head) * E + e[None, :]
+    # A 64-bit base a tile and 32-bit offsets within: 64-bit offsets for every element would cost half the
+    # registers.
+    at_q = (start.to(tl.int64) * H + head) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + e[None, :]
     inside = (m[:, None] < N) & (e[None, :] < E)
     q_tile = tl.load(q + at_q, mask=inside, other=0.0)
     do_tile = tl.load(d_out + at_q, mask=inside, other=0.0)
@@ -233,7 +244,8 @@ def _attention_dq_kernel(
     begin = (tl.min(oldest, 0) // BLOCK_N) * BLOCK_N
     for at in range(begin, tl.minimum(start + BLOCK_M, N), BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
-        at_k = (n[:, None].to(tl.int64) * K + head // (H // K)) * E + e[None, :]
+        base = ((wide + at) * K + head // (H // K)) * E
+        at_k = base + tl.arange(0, BLOCK_N)[:, None] * (K * E) + e[None, :]
         mask_k = (n[:, None] < N) & (e[None, :] < E)
         k_tile = tl.load(k + at_k, mask=mask_k, other=0.0)
         s = _scores(q_tile, tl.trans(k_tile), scale, softcap, SOFTCAP)
@@ -256,9 +268,10 @@ def _attention_dkv_kernel(
 ):  # fmt: skip
     """dk and dv of a block of keys, summed over the query heads that share them."""
     start, head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    wide = start.to(tl.int64) * 0
     n = start + tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_E)
-    at_k = (n[:, None].to(tl.int64) * K + head) * E + e[None, :]
+    at_k = (start.to(tl.int64) * K + head) * E + tl.arange(0, BLOCK_N)[:, None] * (K * E) + e[None, :]
     inside = (n[:, None] < N) & (e[None, :] < E)
     k_tile = tl.load(k + at_k, mask=inside, other=0.0)
     v_tile = tl.load(v + at_k, mask=inside, other=0.0)
@@ -272,41 +285,40 @@ def _attention_dkv_kernel(
         h = head * (H // K) + group
         for at in range((start // BLOCK_M) * BLOCK_M, end, BLOCK_M):
             m = at + tl.arange(0, BLOCK_M)
-            at_q = (m[:, None].to(tl.int64) * H + h) * E + e[None, :]
+            at_q = ((wide + at) * H + h) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + e[None, :]
             mask_q = (m[:, None] < N) & (e[None, :] < E)
             q_tile = tl.load(q + at_q, mask=mask_q, other=0.0)
             do_tile = tl.load(d_out + at_q, mask=mask_q, other=0.0)
             lse_m = tl.load(lse + m.to(tl.int64) * H + h, mask=m < N, other=0.0)
             delta_m = tl.load(delta + m.to(tl.int64) * H + h, mask=m < N, other=0.0)
-            s = _scores(q_tile, tl.trans(k_tile), scale, softcap, SOFTCAP)
-            visible = (n[None, :] <= m[:, None]) & (m[:, None] <= newest[None, :])
-            p = tl.where(visible, tl.exp(s - lse_m[:, None]), 0.0)
-            dv_acc += tl.dot(tl.trans(p).to(do_tile.dtype), do_tile, input_precision="ieee")
-            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
-            ds = p * (dp - delta_m[:, None])
+            # Transposed, keys down and queries across: the products into dk and dv then take p and ds as they
+            # are.
+            s = _scores(k_tile, tl.trans(q_tile), scale, softcap, SOFTCAP)
+            visible = (n[:, None] <= m[None, :]) & (m[None, :] <= newest[:, None])
+            p = tl.where(visible, tl.exp(s - lse_m[None, :]), 0.0)
+            dv_acc += tl.dot(p.to(do_tile.dtype), do_tile, input_precision="ieee")
+            dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+            ds = p * (dp - delta_m[None, :])
             if SOFTCAP:
                 ds = ds * (1 - (s / softcap) * (s / softcap))
-            dk_acc += tl.dot(tl.trans(ds).to(q_tile.dtype), q_tile, input_precision="ieee")
+            dk_acc += tl.dot(ds.to(q_tile.dtype), q_tile, input_precision="ieee")
     tl.store(dk + at_k, (dk_acc * scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + at_k, dv_acc.to(dv.dtype.element_ty), mask=inside)
 
 
-def attention_blocks(E: int, backward: bool) -> dict[str, int]:
-    """Tile sizes and warps by head width: what compiles without spills on sm_90 (bench/kernels_aot.py)."""
-    wide = max(16, triton.next_power_of_2(E))
-    if backward:
-        m, n, warps = {16: (64, 64, 4), 32: (64, 64, 4), 64: (64, 64, 4), 128: (64, 64, 8), 256: (32, 32, 8)}[
-            wide
-        ]
-    else:
-        m, n, warps = {
-            16: (128, 64, 4),
-            32: (128, 64, 4),
-            64: (128, 64, 4),
-            128: (128, 64, 8),
-            256: (64, 32, 8),
-        }[wide]
-    return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_E=wide, num_warps=warps, num_stages=2)
+def attention_blocks(E: int, part: str) -> dict[str, int]:
+    """Tile sizes, warps and stages of the parts forward, dq and dkv by head width: chosen so that sm_90 has
+    no spill and uses wgmma (bench/kernels_aot.py)."""
+    wide = max(16, 1 << (E - 1).bit_length())
+    m, n, warps, stages = {
+        "forward": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2),
+                    256: (64, 32, 8, 2)},
+        "dq": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2),
+               256: (64, 32, 8, 2)},
+        "dkv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2),
+                256: (32, 64, 8, 2)},
+    }[part][wide]  # fmt: skip
+    return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_E=wide, num_warps=warps, num_stages=stages)
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -317,7 +329,7 @@ class _TritonAttention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         N, H, E = q.shape
         out, lse = torch.empty_like(q), torch.empty(N, H, dtype=torch.float32, device=q.device)
-        how = attention_blocks(E, backward=False)
+        how = attention_blocks(E, "forward")
         shape = dict(H=H, K=k.shape[1], E=E, WINDOW=window or 0, SOFTCAP=softcap is not None)
         _attention_forward_kernel[(-(-N // how["BLOCK_M"]), H)](
             q, k, v, out, lse, spans[0], spans[1], N, scale, softcap or 1.0, **shape, **how
@@ -335,11 +347,12 @@ class _TritonAttention(torch.autograd.Function):
         # [N, H]: the softmax's own gradient (FlashAttention-2, §3.1)
         delta = (d_out.float() * out.float()).sum(-1)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        how = attention_blocks(E, backward=True)
         rest = (spans[0], spans[1], N, scale, softcap)
+        how = attention_blocks(E, "dq")
         _attention_dq_kernel[(-(-N // how["BLOCK_M"]), H)](
             q, k, v, d_out, lse, delta, dq, *rest, **shape, **how
         )
+        how = attention_blocks(E, "dkv")
         _attention_dkv_kernel[(-(-N // how["BLOCK_N"]), k.shape[1])](
             q, k, v, d_out, lse, delta, dk, dv, *rest, **shape, **how
         )
@@ -452,6 +465,53 @@ def decode_attention(
 # ------------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _cross_entropy_kernel(
+    logits, labels, nll, V, softcap, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program a row of logits [c, V]: its NLL, and with GRADIENT its logits replaced by d NLL / d logits.
+    Two passes over the row where torch makes seven."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    top = float("-inf")
+    total = 0.0
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        if SOFTCAP:
+            z = tl.where(v < V, _soft_cap(z, softcap), float("-inf"))
+        new_top = tl.maximum(top, tl.max(z, 0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
+        top = new_top
+    chosen = tl.load(logits + row * V + label).to(tl.float32)
+    if SOFTCAP:
+        chosen = _soft_cap(chosen, softcap)
+    tl.store(nll + row, top + tl.log(total) - chosen)
+    if GRADIENT:
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            z = tl.load(logits + row * V + v, mask=v < V, other=0.0).to(tl.float32)
+            if SOFTCAP:
+                z = _soft_cap(z, softcap)
+            d = tl.exp(z - top) / total - tl.where(v == label, 1.0, 0.0)
+            if SOFTCAP:
+                d = d * (1 - (z / softcap) * (z / softcap))
+            tl.store(logits + row * V + v, d.to(logits.dtype.element_ty), mask=v < V)
+
+
+def _add_gradients(
+    d_logits: Tensor, x: Tensor, weight: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, rows: slice
+) -> None:
+    """A chunk's part of the gradients of hidden states and head, from d_logits [c, V]."""
+    if d_hidden is not None:
+        torch.mm(d_logits, weight, out=d_hidden[rows])
+    if d_weight is not None:
+        if d_weight.dtype == x.dtype:
+            d_weight.addmm_(d_logits.T, x)
+        else:
+            d_weight += d_logits.T @ x
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of NLLs. The gradients are made in the forward pass, where each chunk's probabilities are at hand:
     the logits are computed once, not a second time in backward, and only the upstream scalar multiplies them
@@ -468,9 +528,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The sum over chunks is kept in fp32: bf16 would lose the small contributions of later chunks.
         d_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if need_weight else None
         total = torch.zeros((), dtype=precise, device=hidden.device)
+        fused = use_triton(hidden) and hidden.dtype != torch.float64
         for begin in range(0, N, chunk):
             rows = slice(begin, begin + chunk)
             x, target = hidden[rows], labels[rows, None]
+            if fused:
+                d_logits = x @ weight.T  # [c, V], in hidden's own precision
+                nll = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+                _cross_entropy_kernel[(x.shape[0],)](
+                    d_logits, target, nll, weight.shape[0], softcap or 1.0, SOFTCAP=softcap is not None,
+                    GRADIENT=need_hidden or need_weight, BLOCK=4096, num_warps=8,
+                )  # fmt: skip
+                total += nll.sum()
+                _add_gradients(d_logits, x, weight, d_hidden, d_weight, rows)
+                continue
             logits, slope = (x @ weight.T).to(precise), None  # [c, V]
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
@@ -485,14 +556,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits.scatter_add_(-1, target, torch.full_like(chosen, -1.0))
             if slope is not None:
                 d_logits.mul_(slope)
-            d_logits = d_logits.to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[rows])
-            if d_weight is not None:
-                if d_weight.dtype == hidden.dtype:
-                    d_weight.addmm_(d_logits.T, x)
-                else:
-                    d_weight += d_logits.T @ x
+            _add_gradients(d_logits.to(hidden.dtype), x, weight, d_hidden, d_weight, rows)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(weight.dtype))
         return total
 
@@ -607,8 +671,7 @@ def _partial_statistics_kernel(
                         mask=(v[None, :] < V) & (at + d[:, None] < D), other=0.0)  # fmt: skip
             logits = tl.dot(x, w, logits, input_precision="ieee")
         if SOFTCAP:
-            e = tl.exp(2 * tl.minimum(tl.maximum(logits / softcap, -15.0), 15.0))  # tanh, safe for any input
-            logits = softcap * (e - 1) / (e + 1)
+            logits = _soft_cap(logits, softcap)
         logits = logits / temperature
         logits = tl.where(v[None, :] < V, logits, float("-inf"))
         block_top, block_index = tl.max(logits, 1, return_indices=True)
@@ -645,7 +708,8 @@ def _partial_statistics(
     splits = -(-V // per_split)
     out = torch.empty(splits, N, 5, device=hidden.device)
     _partial_statistics_kernel[(-(-N // block_n), splits)](
-        hidden.contiguous(), weight.contiguous(), labels.to(torch.int32), out, N, V, D, per_split, temperature,
+        hidden.contiguous(), weight.contiguous(), labels.to(torch.int32), out, N, V, D, per_split,
+        temperature,
         softcap or 1.0, SOFTCAP=softcap is not None, BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_D=64,
         num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -719,11 +783,7 @@ class _LinearLogprobs(torch.autograd.Function):
             d_logits.div_(temperature)
             if slope is not None:
                 d_logits.mul_(slope)
-            d_logits = d_logits.to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[rows])
-            if d_weight is not None:
-                d_weight += d_logits.T @ x
+            _add_gradients(d_logits.to(hidden.dtype), x, weight, d_hidden, d_weight, rows)
         if d_hidden is not None and group is not None:
             td.all_reduce(d_hidden, group=group)  # each rank saw its part of the vocabulary only
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *[None] * 6

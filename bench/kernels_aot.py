@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU, and show what the compiler made of it.
 
     python bench/kernels_aot.py                  sm_80, sm_89, sm_90, sm_100 and gfx942
-    python bench/kernels_aot.py 90 --check       what CI runs: fails on a spill or a lost tensor-core instruction
+    python bench/kernels_aot.py 90 --check       what CI runs: fails on a spill or a lost instruction
 
 Columns: registers a thread, spilled bytes (stack and local), shared memory, the tensor-core instruction that
 was used, and for an H100 the arithmetic intensity of a typical shape (FLOPs and bytes counted from it) with
@@ -47,8 +47,8 @@ def case(
     given = types.split()
     assert len(names) == len(given), (kernel.__name__, names, given)
     signature = dict(zip(names, given, strict=True)) | dict.fromkeys(constants, "constexpr")
-    return dict(kernel=kernel, signature=signature, constants=constants, flops=flops, bytes=bytes_, fp8=fp8, dots=dots,
-                warps=warps, stages=stages)  # fmt: skip
+    return dict(kernel=kernel, signature=signature, constants=constants, flops=flops, bytes=bytes_, fp8=fp8,
+                dots=dots,                warps=warps, stages=stages)  # fmt: skip
 
 
 def cases() -> dict[str, dict]:
@@ -77,6 +77,46 @@ def cases() -> dict[str, dict]:
             kernels._int8_matmul_kernel, "*bf16 *i8 *fp32 *bf16 i32 i32 i32", constants,
             flops=2 * M * N * K, bytes_=2 * M * K + N * K + 2 * M * N,
         )  # fmt: skip
+    tokens, vocabulary, width = 8192, 151936, 2048
+    for cap in (False, True):
+        found["linear_logprobs" + (" soft cap" if cap else "")] = case(
+            kernels._partial_statistics_kernel, "*bf16 *bf16 *i32 *fp32 i32 i32 i32 i32 fp32 fp32",
+            dict(SOFTCAP=cap, BLOCK_N=64, BLOCK_V=64, BLOCK_D=64),
+            flops=2 * tokens * vocabulary * width, bytes_=2 * vocabulary * width + 2 * tokens * width,
+        )  # fmt: skip
+    for cap in (False, True):
+        found["cross_entropy" + (" soft cap" if cap else "")] = case(
+            kernels._cross_entropy_kernel, "*bf16 *i64 *fp32 i32 fp32",
+            dict(SOFTCAP=cap, GRADIENT=True, BLOCK=4096),
+            flops=10 * 512 * vocabulary, bytes_=3 * 2 * 512 * vocabulary, dots=False, warps=8,
+        )  # fmt: skip
+    T, H, K = 8192, 32, 8
+    for E in (32, 64, 128, 256):
+        for window, cap in ((0, False), (4096, True)) if E == 128 else ((0, False),):
+            shape = dict(H=H, K=K, E=E, WINDOW=window, SOFTCAP=cap)
+            flops = 4 * H * E * T * T / 2
+            bytes_ = 2 * T * E * (2 * H + 2 * K)
+            label = f"E {E}" + (" window, cap" if window else "")
+            spans = "*i32 *i32 i32 fp32 fp32"
+            for part, kernel, types, factor, name in (
+                ("forward", kernels._attention_forward_kernel,
+                 f"*bf16 *bf16 *bf16 *bf16 *fp32 {spans}", 1, "forward"),
+                ("dq", kernels._attention_dq_kernel,
+                 f"*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *bf16 {spans}", 1.5, "dq"),
+                ("dkv", kernels._attention_dkv_kernel,
+                 f"*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 {spans}", 2, "dk, dv"),
+            ):  # fmt: skip
+                blocks = kernels.attention_blocks(E, part)
+                warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
+                found[f"attention {name} {label}"] = case(
+                    kernel,
+                    types,
+                    shape | blocks,
+                    flops=factor * flops,
+                    bytes_=bytes_,
+                    warps=warps,
+                    stages=stages,
+                )
     return found
 
 
@@ -121,7 +161,8 @@ def main() -> int:
     for target in arguments.targets:
         print(f"\n{'sm_' if target.isdigit() else ''}{target}")
         print(
-            f"  {'kernel':<34}{'registers':>10}{'spilled':>9}{'shared KiB':>12}  {'tensor cores':<18}roofline on an H100"
+            f"  {'kernel':<34}{'registers':>10}{'spilled':>9}{'shared KiB':>12}  {'tensor cores':<18}"
+            "roofline on an H100"
         )
         for name, one in cases().items():
             if "fp8" in name and target == "80":

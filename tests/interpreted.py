@@ -135,3 +135,19 @@ def test_attention_forward_and_backward(lengths, window, softcap, H, K, E):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
     if lengths == [[70]]:
         torch.testing.assert_close(kernels.attention(q, k, v, **how), got)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_linear_cross_entropy(softcap):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 16), torch.randn(5000, 16)
+    hidden[3] *= 1e3
+    labels = torch.randint(5000, (20,))
+    labels[5] = -100
+    got, exact = [], []
+    for dtype, results in ((torch.float32, got), (torch.float64, exact)):
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
+        loss = kernels.linear_cross_entropy(h, w, labels, softcap=softcap, chunk=7)
+        results += [loss, *torch.autograd.grad(loss, (h, w))]
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-4)
