@@ -141,6 +141,33 @@ def memory(device: torch.device) -> dict[str, float]:
     return {"memory/max_alloc": peak / 2**30, "memory/max_reserved": peak / 2**30}
 
 
+def gib(count: int) -> str:
+    """Bytes as a reader takes them in: 1.3 GiB, 4.0 MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of this process's parameters and stored weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(_local_bytes(tensor) for tensor in tensors)
+
+
+def optimizer_bytes(optimizers: list) -> int:
+    """Bytes of this process's optimiser states; 0 before the first step."""
+    total = 0
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            for value in state.values():
+                parts = value if isinstance(value, tuple) else (value,)
+                total += sum(_local_bytes(part) for part in parts if isinstance(part, torch.Tensor))
+    return total
+
+
+def _local_bytes(tensor: torch.Tensor) -> int:
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.numel() * tensor.element_size()
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of the device in bf16 where it is known."""
     if device.type != "cuda":

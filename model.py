@@ -847,6 +847,13 @@ class Transformer(nn.Module):
             cache.advance(T)
         return self.norm(x), all_router_logits
 
+    def count_parameters(self) -> int:
+        """Weights of the model, those that are stored in few bits included."""
+        stored = sum(
+            m.in_features * m.out_features for m in block_linears(self).values() if m.kind is not None
+        )
+        return stored + sum(p.numel() for p in self.parameters())
+
     def flops_per_token(self, length: float) -> float:
         """Training FLOPs a token (forward and backward) in documents of mean length `length`: 6 a weight that
         multiplies, 12·E·H·length/2 a layer for causal attention (PaLM, arXiv 2204.02311, appendix B)."""
@@ -857,6 +864,9 @@ class Transformer(nn.Module):
                 continue
             share = arch.experts_per_token / arch.num_experts if parameter.dim() == 3 else 1.0
             used += share * parameter.numel()
+        used += sum(
+            m.in_features * m.out_features for m in block_linears(self).values() if m.kind is not None
+        )
         if arch.tied:
             used += arch.vocab_size * arch.hidden_size
         return 6 * used + 6 * arch.num_layers * arch.num_heads * arch.head_dim * length

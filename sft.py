@@ -240,10 +240,14 @@ def main(config: Config) -> None:
     )
     log.info(
         "%s: %s parameters, %s trained; %s rows to train on, %s held out; %d steps of %d %s on %d × %s",
-        arch.name, f"{sum(p.numel() for p in model.parameters()):,}", f"{sum(p.numel() for p in trained):,}",
+        arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
         f"{len(train_rows):,}", f"{len(held_out_rows):,}", total_steps, global_batch,
         "packs" if config.sample_packing else "rows", world.size, world.device.type,
     )  # fmt: skip
+
+    stored = health.weight_bytes(model)
+    each = stored / model.count_parameters()
+    log.info("memory of a process: weights %s, %.2f bytes a parameter of the model", health.gib(stored), each)
 
     # 4. Resume.
     state = {"num_tokens": 0, "eval_before": None, "identity": identity}
@@ -263,6 +267,7 @@ def main(config: Config) -> None:
 
     # 5. The loop.
     window: dict[str, float] = {}  # sums since metrics were last written
+    first_step = True
     seconds = dist.Timer()
     while step < total_steps:
         with health.profiled(step + 1, config, output_dir, world.rank, world.device):
@@ -300,6 +305,13 @@ def main(config: Config) -> None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         step += 1
+        if first_step:
+            first_step = False
+            states, measured = health.optimizer_bytes(optimizers), health.memory(world.device)
+            log.info(
+                "memory of a process: optimiser %s (%s), peak %.2f GiB after the first step",
+                health.gib(states), config.optimizer, measured["memory/max_alloc"],
+            )  # fmt: skip
 
         # e. Sums over ranks, and whether any of them was asked to stop: one small collective a step.
         sums = {
