@@ -16,12 +16,14 @@ import os
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as td
+import torch.nn.attention.flex_attention
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -446,6 +448,106 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, soft
     return torch.matmul(weights.to(q.dtype).view(n, K, H // K * Q, -1), v).view(n, H, Q, E)
 
 
+def predicate_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Callable, *, scale: float, block_mask: Any = None
+) -> Tensor:
+    """Attention under any predicate visible(b, h, q_index, kv_index) → bool on index tensors (block-parallel
+    masks).
+
+    q [B, T, H, E], k and v [B, S, K, E] → [B, T, H, E]. On a GPU compiled flex_attention with a block mask:
+    blocks that the predicate rules out are never computed, and quantities that change from batch to batch
+    belong into tensors that the predicate closes over, so that nothing is compiled anew. torch 2.13 has no
+    backward of flex_attention on CPUs: there a dense mask. `block_mask` reuses what `make_block_mask` made.
+    Every query must see a key.
+    """
+    B, T, H, _ = q.shape
+    S, grouped = k.shape[1], k.shape[2] != H
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.is_cuda:
+        mask = block_mask if block_mask is not None else make_block_mask(visible, B, H, T, S, q.device)
+        return _flex_attention()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    index = [torch.arange(n, device=q.device) for n in (B, H, T, S)]
+    dense = visible(
+        index[0][:, None, None, None], index[1][None, :, None, None], index[2][:, None], index[3][None]
+    )
+    dense = dense.expand(B, H, T, S)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=dense, scale=scale, enable_gqa=grouped
+    ).transpose(1, 2)
+
+
+def make_block_mask(visible: Callable, B: int, H: int, T: int, S: int, device: torch.device) -> Any:
+    return torch.nn.attention.flex_attention.create_block_mask(visible, B, H, T, S, device=str(device))
+
+
+@functools.cache
+def _flex_attention() -> Callable:
+    return torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=True)
+
+
+@triton.jit
+def _decode_attention_kernel(
+    q, k, v, visible, out, top, total, S, stride_kb, stride_kk, stride_ks, per_split, scale, softcap,
+    G: tl.constexpr, E: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The G queries of one sequence that share a key head, over one split of its keys: unnormalised output,
+    maximum and sum, merged by the caller (flash decoding). Splits keep a GPU busy when there are few
+    sequences."""
+    sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads, splits = tl.num_programs(1), tl.num_programs(2)
+    g, e = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_E)
+    first_query = (sequence.to(tl.int64) * heads + head) * G
+    q_tile = tl.load(
+        q + (first_query + g[:, None]) * E + e[None, :], mask=(g[:, None] < G) & (e[None, :] < E), other=0.0
+    )
+    best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_E], tl.float32)
+    base = sequence.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kk
+    first = split * per_split
+    for start in range(first, tl.minimum(first + per_split, S), BLOCK_S):
+        s_at = start + tl.arange(0, BLOCK_S)
+        inside = (s_at[:, None] < S) & (e[None, :] < E)
+        at = base + s_at[:, None].to(tl.int64) * stride_ks + e[None, :]
+        k_tile = tl.load(k + at, mask=inside, other=0.0)
+        s = _scores(q_tile, tl.trans(k_tile), scale, softcap, SOFTCAP)
+        seen = tl.load(visible + sequence.to(tl.int64) * S + s_at, mask=s_at < S, other=0) != 0
+        s = tl.where(seen[None, :], s, float("-inf"))
+        new_best = tl.maximum(best, tl.max(s, 1))
+        safe = tl.where(new_best == float("-inf"), 0.0, new_best)
+        p = tl.exp(s - safe[:, None])
+        shrink = tl.exp(best - safe)
+        weight = weight * shrink + tl.sum(p, 1)
+        v_tile = tl.load(v + at, mask=inside, other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
+        best = new_best
+    at = (first_query + g) * splits + split
+    tl.store(top + at, best, mask=g < G)
+    tl.store(total + at, weight, mask=g < G)
+    tl.store(out + at[:, None] * E + e[None, :], acc, mask=(g[:, None] < G) & (e[None, :] < E))
+
+
+def _decode_attention_triton(q, k, v, visible, scale: float, softcap: float | None) -> Tensor:
+    B, H, E = q.shape
+    K, S = k.shape[1], k.shape[2]
+    if k.stride(-1) != 1 or k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    splits = max(1, min(-(-S // 256), 512 // max(1, B * K)))
+    per_split = -(-S // (splits * 64)) * 64  # whole blocks, so that no key is in two splits
+    splits = -(-S // per_split)
+    out = torch.empty(B, H, splits, E, device=q.device)
+    top, total = torch.empty(B, H, splits, device=q.device), torch.empty(B, H, splits, device=q.device)
+    _decode_attention_kernel[(B, K, splits)](
+        q.contiguous(), k, v, visible.to(torch.uint8).contiguous(), out, top, total, S, *k.stride()[:3],
+        per_split, scale, softcap or 1.0, G=H // K, E=E, SOFTCAP=softcap is not None,
+        BLOCK_G=max(16, 1 << (H // K - 1).bit_length()), BLOCK_S=64,
+        BLOCK_E=max(16, 1 << (E - 1).bit_length()), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    shrink = (top - top.amax(-1, keepdim=True)).exp()
+    return ((out * shrink[..., None]).sum(2) / (total * shrink).sum(-1, keepdim=True)).to(q.dtype)
+
+
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float, softcap: float | None = None
 ) -> Tensor:
@@ -456,8 +558,206 @@ def decode_attention(
     """
     B, H, E = q.shape
     K = k.shape[1]
+    if use_triton(q) and q.dtype != torch.float64 and E <= 256:
+        return _decode_attention_triton(q, k, v, visible, scale, softcap)
     out = _masked(q.view(B, K, H // K, E), k, v, visible[:, None, None, :], scale, softcap)
     return out.reshape(B, H, E)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Norm, activation, rotary embedding: bound by memory, so each is one pass on a GPU
+# ------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+    """x [..., D] / √(mean x² + eps) · weight (· (1 + weight) with `plus_one`), in fp32 whatever the input
+    (arXiv 1910.07467): the mean of squares of a bf16 row loses the bits that keep training stable."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    scale = weight.to(precise) + 1 if plus_one else weight.to(precise)
+    return F.rms_norm(x.to(precise), weight.shape, scale, eps).to(x.dtype)
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, y, rstd, D, eps, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr):
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    values = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(values * values, 0) / D + eps)
+    scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        scale += 1
+    tl.store(rstd + row, inverse)
+    tl.store(y + row * D + d, (values * inverse * scale).to(y.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    x, weight, dy, rstd, dx, dw, N, D, rows_a_program, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """dx of some rows, and their part of dw: [programs, D], summed by the caller in a fixed order."""
+    program, d = tl.program_id(0), tl.arange(0, BLOCK)
+    scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    if PLUS_ONE:
+        scale += 1
+    part = tl.zeros([BLOCK], tl.float32)
+    wide = program.to(tl.int64) * 0
+    first = program * rows_a_program
+    for row in range(first, tl.minimum(first + rows_a_program, N)):
+        at = (wide + row) * D + d
+        inverse = tl.load(rstd + row)
+        normed = tl.load(x + at, mask=d < D, other=0.0).to(tl.float32) * inverse
+        g = tl.load(dy + at, mask=d < D, other=0.0).to(tl.float32)
+        part += g * normed
+        g = g * scale
+        gradient = (g - normed * (tl.sum(g * normed, 0) / D)) * inverse
+        tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=d < D)
+    tl.store(dw + program.to(tl.int64) * D + d, part, mask=d < D)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, plus_one):
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        N, D = flat.shape
+        y, rstd = torch.empty_like(flat), torch.empty(N, dtype=torch.float32, device=x.device)
+        how = dict(PLUS_ONE=plus_one, BLOCK=1 << (D - 1).bit_length(), num_warps=4 if D <= 2048 else 8)
+        if N:
+            _rms_norm_kernel[(N,)](flat, weight, y, rstd, D, eps, **how)
+        ctx.save_for_backward(flat, weight, rstd)
+        ctx.how = how
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple:
+        x, weight, rstd = ctx.saved_tensors
+        dy = gradients[0].reshape(x.shape).contiguous()
+        N, D = x.shape
+        programs = max(1, min(N, 256))
+        dx, dw = torch.empty_like(x), torch.zeros(programs, D, dtype=torch.float32, device=x.device)
+        _rms_norm_backward_kernel[(programs,)](
+            x, weight, dy, rstd, dx, dw, N, D, -(-N // programs), **ctx.how
+        )
+        return dx.view(gradients[0].shape), dw.sum(0).to(weight.dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+    """As `rms_norm_reference`; on a GPU x is read once and no fp32 copy of it is kept for the backward
+    pass."""
+    if use_triton(x) and x.dtype != torch.float64:
+        return _RMSNorm.apply(x, weight, eps, plus_one)
+    return rms_norm_reference(x, weight, eps, plus_one)
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up (arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+@triton.jit
+def _swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < size, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(y + at, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _swiglu_backward_kernel(gate, up, dy, d_gate, d_up, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < size, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=at < size, other=0.0).to(tl.float32)
+    d = tl.load(dy + at, mask=at < size, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    tl.store(d_up + at, (d * g * s).to(d_up.dtype.element_ty), mask=at < size)
+    tl.store(d_gate + at, (d * u * s * (1 + g * (1 - s))).to(d_gate.dtype.element_ty), mask=at < size)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps gate and up only; the activation is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        ctx.save_for_backward(gate, up)
+        if y.numel():
+            _swiglu_kernel[(-(-y.numel() // 1024),)](gate, up, y, y.numel(), BLOCK=1024)
+        return y
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        if gate.numel():
+            dy = gradients[0].contiguous()
+            grid = (-(-gate.numel() // 1024),)
+            _swiglu_backward_kernel[grid](gate, up, dy, d_gate, d_up, gate.numel(), BLOCK=1024)
+        return d_gate, d_up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As `swiglu_reference`; on a GPU one pass, and no third tensor is kept for the backward pass."""
+    if use_triton(gate) and gate.dtype != torch.float64 and gate.dtype == up.dtype:
+        return _SwiGLU.apply(gate, up)
+    return swiglu_reference(gate, up)
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of x [B, T, heads, E] by cos and sin [B, T, 1, R/2]: the
+    first R dimensions of a head turn, in pairs (i, i + R/2); the rest passes."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # under autocast x can be narrower than the residual stream
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+@triton.jit
+def _rotate_kernel(x, cos, sin, y, heads, E, half, sign, BLOCK: tl.constexpr):
+    """One program a head of a token; `sign` −1 turns back, which is the gradient."""
+    program = tl.program_id(0).to(tl.int64)
+    token, i = program // heads, tl.arange(0, BLOCK)
+    c = tl.load(cos + token * half + i, mask=i < half, other=1.0).to(tl.float32)
+    s = tl.load(sin + token * half + i, mask=i < half, other=0.0).to(tl.float32) * sign
+    at = program * E + i
+    a = tl.load(x + at, mask=i < half, other=0.0).to(tl.float32)
+    b = tl.load(x + at + half, mask=i < half, other=0.0).to(tl.float32)
+    tl.store(y + at, (a * c - b * s).to(y.dtype.element_ty), mask=i < half)
+    tl.store(y + at + half, (b * c + a * s).to(y.dtype.element_ty), mask=i < half)
+    rest = 2 * half + i
+    for start in range(0, E - 2 * half, BLOCK):
+        inside = start + rest < E
+        passed = tl.load(x + program * E + start + rest, mask=inside, other=0.0)
+        tl.store(y + program * E + start + rest, passed, mask=inside)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _Rotate.turn(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.turn(gradients[0], cos, sin, -1.0), None, None
+
+    @staticmethod
+    def turn(x, cos, sin, sign):
+        x, half = x.contiguous(), cos.shape[-1]
+        y = torch.empty_like(x)
+        heads, E = x.shape[-2:]
+        if x.numel():
+            _rotate_kernel[(x.numel() // E,)](
+                x, cos.contiguous(), sin.contiguous(), y, heads, E, half, sign,
+                BLOCK=max(16, 1 << (half - 1).bit_length()), num_warps=1,
+            )  # fmt: skip
+        return y
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotate_reference`; on a GPU one pass each way, and nothing but the tables is kept."""
+    if use_triton(x) and x.dtype != torch.float64:
+        return _Rotate.apply(x, cos, sin)
+    return rotate_reference(x, cos, sin)
 
 
 # ------------------------------------------------------------------------------------------------------------

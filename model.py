@@ -291,17 +291,6 @@ class Rope:
         return (angles.cos() * scale).to(dtype)[:, :, None], (angles.sin() * scale).to(dtype)[:, :, None]
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) on x [B, T, heads, E], first and second half of the
-    rotated part."""
-    cos, sin = (
-        table.to(x.dtype) for table in tables
-    )  # under autocast x can be narrower than the residual stream
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-
-
 @dataclass
 class Architecture:
     """One checkpoint's arithmetic, read from its config.json."""
@@ -505,13 +494,7 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        # In fp32 whatever the input: the mean of squares of a bf16 row loses the bits that keep training
-        # stable.
-        precise = torch.promote_types(x.dtype, torch.float32)
-        weight = self.weight.to(precise)
-        return F.rms_norm(x.to(precise), weight.shape, weight + 1 if self.plus_one else weight, self.eps).to(
-            x.dtype
-        )
+        return kernels.rms_norm(x, self.weight, self.eps, self.plus_one)
 
 
 class Linear(nn.Linear):
@@ -647,7 +630,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         rope = arch.layer_ropes[layer]
         if rope is not None:
-            q, k = rotate(q, now.rope_tables[rope]), rotate(k, now.rope_tables[rope])
+            q, k = kernels.rotate(q, *now.rope_tables[rope]), kernels.rotate(k, *now.rope_tables[rope])
         window, scale, softcap = arch.windows[layer], arch.attention_scale, arch.attention_softcap
         if now.cache is None:
             out = kernels.attention(
@@ -660,7 +643,7 @@ class Attention(nn.Module):
 
 def _activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if activation == "silu":
-        return F.silu(gate) * up
+        return kernels.swiglu(gate, up)
     return F.gelu(gate, approximate="tanh" if activation == "gelu_pytorch_tanh" else "none") * up
 
 

@@ -90,7 +90,40 @@ def cases() -> dict[str, dict]:
             dict(SOFTCAP=cap, GRADIENT=True, BLOCK=4096),
             flops=10 * 512 * vocabulary, bytes_=3 * 2 * 512 * vocabulary, dots=False, warps=8,
         )  # fmt: skip
+    D, size = 4096, 8192 * 14336
+    pointwise = dict(dots=False)
+    found["rms_norm"] = case(
+        kernels._rms_norm_kernel, "*bf16 *bf16 *bf16 *fp32 i32 fp32", dict(PLUS_ONE=False, BLOCK=4096),
+        flops=4 * M * D, bytes_=4 * M * D, warps=8, **pointwise,
+    )  # fmt: skip
+    found["rms_norm backward"] = case(
+        kernels._rms_norm_backward_kernel, "*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 i32 i32 i32",
+        dict(PLUS_ONE=False, BLOCK=4096), flops=8 * M * D, bytes_=6 * M * D, warps=8, **pointwise,
+    )  # fmt: skip
+    found["swiglu"] = case(
+        kernels._swiglu_kernel,
+        "*bf16 *bf16 *bf16 i32",
+        dict(BLOCK=1024),
+        flops=5 * size,
+        bytes_=6 * size,
+        **pointwise,
+    )
+    found["swiglu backward"] = case(
+        kernels._swiglu_backward_kernel, "*bf16 *bf16 *bf16 *bf16 *bf16 i32", dict(BLOCK=1024),
+        flops=10 * size, bytes_=10 * size, **pointwise,
+    )  # fmt: skip
+    found["rotate"] = case(
+        kernels._rotate_kernel, "*bf16 *bf16 *bf16 *bf16 i32 i32 i32 fp32", dict(BLOCK=64),
+        flops=3 * M * D, bytes_=4 * M * D, warps=1, **pointwise,
+    )  # fmt: skip
     T, H, K = 8192, 32, 8
+    for E in (64, 128, 256):
+        constants = dict(G=4, E=E, SOFTCAP=False, BLOCK_G=16, BLOCK_S=64, BLOCK_E=E)
+        found[f"decode_attention E {E}"] = case(
+            kernels._decode_attention_kernel,
+            "*bf16 *bf16 *bf16 *u8 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 fp32 fp32", constants,
+            flops=4 * 64 * H * E * T, bytes_=4 * 64 * K * E * T, stages=2, dots=False,
+        )  # fmt: skip
     for E in (32, 64, 128, 256):
         for window, cap in ((0, False), (4096, True)) if E == 128 else ((0, False),):
             shape = dict(H=H, K=K, E=E, WINDOW=window, SOFTCAP=cap)

@@ -151,3 +151,56 @@ def test_linear_cross_entropy(softcap):
         results += [loss, *torch.autograd.grad(loss, (h, w))]
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-4)
+
+
+def compare(function, inputs, tolerance=1e-4):
+    """Value and gradients of a Triton function against the same call in fp64, which takes the torch form."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        given = [x.to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
+        out = function(*given)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append([out, *torch.autograd.grad(out, [x for x in given if x.requires_grad], upstream)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 20), (2, 3, 130)])
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_rms_norm(shape, plus_one):
+    torch.manual_seed(0)
+    compare(
+        lambda x, w: kernels.rms_norm(x, w, 1e-6, plus_one), [torch.randn(shape) * 3, torch.randn(shape[-1])]
+    )
+
+
+@pytest.mark.parametrize("size", [1, 1500])
+def test_swiglu(size):
+    torch.manual_seed(0)
+    compare(kernels.swiglu, [torch.randn(size) * 4, torch.randn(size)])
+
+
+@pytest.mark.parametrize("E, half", [(16, 8), (20, 6), (64, 8)])
+def test_rotary_embedding(E, half):
+    torch.manual_seed(0)
+    angles = torch.randn(2, 5, 1, half)
+    compare(
+        lambda x: kernels.rotate(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype)),
+        [torch.randn(2, 5, 3, E)],
+    )
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("H, K, E, S", [(6, 2, 20, 9), (4, 4, 32, 600)])
+def test_decoding(softcap, H, K, E, S):
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(2, H, E),
+        torch.randn(2, K, S + 7, E)[:, :, :S],
+        torch.randn(2, K, S + 7, E)[:, :, :S],
+    )
+    visible = torch.ones(2, S, dtype=torch.bool)
+    visible[1, : S // 2] = False
+    got = kernels.decode_attention(q, k, v, visible, scale=0.3, softcap=softcap)
+    exact = kernels.decode_attention(q.double(), k.double(), v.double(), visible, scale=0.3, softcap=softcap)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)

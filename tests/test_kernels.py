@@ -66,6 +66,26 @@ def test_padding_gets_zeros_and_gives_no_gradient():
         assert (gradient[0, 5:] == 0).all()
 
 
+def test_attention_under_a_predicate_equals_the_mask_written_out():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 12, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+
+    def visible(b, h, i, j):
+        return (ids[b, i] == ids[b, j]) & (j <= i)
+
+    got = kernels.predicate_attention(q, k, v, visible, scale=0.3)
+    expected = naive_attention(q, k, v, ids, 0.3)
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=3))
 def test_every_real_token_has_exactly_one_slot(rows):
