@@ -40,7 +40,10 @@ except ImportError:  # no wheel for macOS and Windows: there every function take
 
 # Queries a block where attention has to be masked by hand; bounds its memory to QUERY_BLOCK × T
 QUERY_BLOCK = 512
-LOGITS_A_CHUNK = 2**23  # elements of logits that exist at one time in linear_cross_entropy: 32 MiB in fp32
+# Elements of logits that exist at one time: 128 MiB in fp32. With fewer than 256 tokens a chunk the products
+# get slow: at a vocabulary of 151,936 chunks of 64 take twice as long as chunks of 220 (bench/losses.py).
+LOGITS_A_CHUNK = 2**25
+TOKENS_A_CHUNK = 256
 
 
 def use_triton(x: Tensor) -> bool:
@@ -361,6 +364,20 @@ class _TritonAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
+def _fits_triton_attention(q: Tensor) -> bool:
+    """The kernels' tiles are sized for 16-bit inputs; in fp32, or for wide heads on GPUs with less than 160
+    KiB of shared memory a block, they would not fit, and torch's attention is taken."""
+    if not use_triton(q) or q.shape[-1] > 256 or q.dtype == torch.float64:
+        return False
+    if not q.is_cuda:  # the interpreter
+        return True
+    if q.dtype == torch.float32:
+        return False
+    return q.shape[-1] <= 128 or (
+        torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin >= 160 * 1024
+    )
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -378,7 +395,8 @@ def attention(
     score s by c·tanh(s/c) (Gemma 2, arXiv 2408.00118, §2). Padding gets zeros.
     """
     B, T, H, E = q.shape
-    if use_triton(q) and q.dtype != torch.float64 and E <= 256:
+    if _fits_triton_attention(q):
+        k, v = k.to(q.dtype), v.to(q.dtype)
         if documents is None:
             last = torch.arange(B, device=q.device, dtype=torch.int32).repeat_interleave(T) * T + (T - 1)
             spans = torch.stack([last - (T - 1), last])
@@ -558,7 +576,7 @@ def decode_attention(
     """
     B, H, E = q.shape
     K = k.shape[1]
-    if use_triton(q) and q.dtype != torch.float64 and E <= 256:
+    if _fits_triton_attention(q):
         return _decode_attention_triton(q, k, v, visible, scale, softcap)
     out = _masked(q.view(B, K, H // K, E), k, v, visible[:, None, None, :], scale, softcap)
     return out.reshape(B, H, E)
@@ -891,7 +909,7 @@ def linear_cross_entropy(
         keep = trained.nonzero().flatten()
         hidden, labels = hidden.index_select(0, keep), labels.index_select(0, keep)
     if chunk is None:
-        chunk = max(64, LOGITS_A_CHUNK // weight.shape[0])
+        chunk = max(TOKENS_A_CHUNK, LOGITS_A_CHUNK // weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk)
 
@@ -1114,7 +1132,7 @@ def linear_logprobs(
     N = hidden.shape[0]
     keep = (labels != -100).nonzero().flatten()
     if chunk is None:
-        chunk = max(64, LOGITS_A_CHUNK // weight.shape[0])
+        chunk = max(TOKENS_A_CHUNK, LOGITS_A_CHUNK // weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         made = _LinearLogprobs.apply(
             hidden.index_select(0, keep),

@@ -42,6 +42,71 @@ def test_the_loss_and_its_gradients_on_the_device_equal_fp64():
         assert (got.grad.cpu() - expected.grad).norm() / expected.grad.norm() < 1e-3
 
 
+def close(got, expected, tolerance):
+    got, expected = got.double().cpu(), expected.double().cpu()
+    error = (got - expected).norm()
+    assert error <= tolerance * expected.norm() + 1e-6, (error / expected.norm()).item()
+
+
+@pytest.mark.parametrize("M, N, K", [(1, 3, 64), (300, 520, 192), (1024, 1024, 1024)])
+def test_low_precision_products_on_the_device_equal_their_references(M, N, K):
+    torch.manual_seed(0)
+    x, w = torch.randn(M, K), torch.randn(N, K)
+    for quantize, reference in (
+        (kernels.quantize_fp8, kernels.quantize_fp8_reference),
+        (kernels.quantize_fp8_blocks, kernels.quantize_fp8_blocks_reference),
+    ):
+        (q, scale), (expected, expected_scale) = quantize(x.cuda()), reference(x)
+        close(scale, expected_scale, 1e-6)
+        assert (q.cpu().float() == expected.float()).float().mean() > 0.999
+    close(kernels.fp8_linear(x.cuda(), w.cuda()), kernels.fp8_linear(x, w), 1e-3)
+    for kind in ("nf4", "int8", "fp8"):
+        stored = kernels.quantize(kind, w)
+        for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, 2e-2)):
+            given = x.to(dtype).requires_grad_()
+            device = x.to(dtype).cuda().requires_grad_()
+            y = kernels.frozen_linear(device, kind, tuple(t.cuda() for t in stored))
+            expected = kernels.frozen_linear(given, kind, stored)
+            close(y, expected, tolerance)
+            g = torch.randn(M, N).to(dtype)
+            (dx,), (expected_dx,) = (
+                torch.autograd.grad(y, device, g.cuda()),
+                torch.autograd.grad(expected, given, g),
+            )
+            close(dx, expected_dx, tolerance)
+
+
+@pytest.mark.parametrize("E", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("window, softcap", [(None, None), (100, 20.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_the_device_equals_the_cpu_forward_and_backward(E, window, softcap, dtype):
+    torch.manual_seed(0)
+    lengths = torch.tensor([[5, 1, 300, 206], [512, 0, 0, 0]])
+    ids = torch.stack([torch.repeat_interleave(torch.arange(4), row) for row in lengths])
+    given = [torch.randn(2, 512, heads, E).to(dtype) for heads in (4, 2, 2)]
+    g = torch.randn(2, 512, 4, E).to(dtype)
+    results = []
+    for place, precision in (("cpu", torch.float64), ("cuda", dtype)):
+        q, k, v = (x.to(place, precision).requires_grad_() for x in given)
+        documents = kernels.Documents(ids.to(place))
+        out = kernels.attention(q, k, v, scale=E**-0.5, documents=documents, window=window, softcap=softcap)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), g.to(place, precision))])
+    for expected, got in zip(*results, strict=True):
+        close(got, expected, 5e-3 if dtype == torch.float32 else 2e-2)
+
+
+def test_pointwise_kernels_and_log_probabilities_on_the_device_equal_the_cpu():
+    torch.manual_seed(0)
+    x, w, up = torch.randn(300, 200), torch.randn(200), torch.randn(300, 200)
+    close(kernels.rms_norm(x.cuda(), w.cuda(), 1e-6), kernels.rms_norm(x, w, 1e-6), 1e-5)
+    close(kernels.swiglu(x.cuda(), up.cuda()), kernels.swiglu(x, up), 1e-5)
+    head, labels = torch.randn(5000, 200), torch.randint(5000, (300,))
+    device = kernels.linear_logprobs(x.cuda(), head.cuda(), labels.cuda(), temperature=0.7)
+    host = kernels.linear_logprobs(x, head, labels, temperature=0.7)
+    for name in ("logprobs", "entropy", "logsumexp"):
+        close(getattr(device, name), getattr(host, name), 1e-2)
+
+
 @pytest.mark.parametrize(
     "options", [[], ["bf16=true"], ["bf16=true", "adapter=lora"], ["fsdp_cpu_offload=true"]]
 )
