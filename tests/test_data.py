@@ -173,10 +173,7 @@ def test_train_and_weight_choose_turns(tokenizer):
     "template, reason",
     [
         ("{% for m in messages %}{{ m.content }} {% endfor %}", "not closed by a special token"),
-        (
-            "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}",
-            "0 times",
-        ),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}", "0 times"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}", "2 times"),
         (
             "{% for m in messages %}{{ m.content | length }}{{ m.content }}<|im_end|>{% endfor %}",
