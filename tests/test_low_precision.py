@@ -196,6 +196,7 @@ WAYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WAYS if name not in ("fp32", "lora")])
 def test_the_recipe_trains_in_low_precision_on_one_and_two_ranks(name, wide_checkpoint, chat_file, tmp_path):
     """Losses follow full precision, two ranks follow one, and what is saved loads."""
