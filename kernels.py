@@ -40,9 +40,9 @@ except ImportError:  # no wheel for macOS and Windows: there every function take
 
 # Queries a block where attention has to be masked by hand; bounds its memory to QUERY_BLOCK × T
 QUERY_BLOCK = 512
-# Elements of logits that exist at one time: 128 MiB in fp32. With fewer than 256 tokens a chunk the products
+# Elements of logits that exist at one time: 64 MiB in fp32. With fewer than 256 tokens a chunk the products
 # get slow: at a vocabulary of 151,936 chunks of 64 take twice as long as chunks of 220 (bench/losses.py).
-LOGITS_A_CHUNK = 2**25
+LOGITS_A_CHUNK = 2**24
 TOKENS_A_CHUNK = 256
 
 
