@@ -551,8 +551,8 @@ class Checkpointer:
                 ) from error
             td.barrier(self._group)
 
-    def to_resume(self, identity: dict) -> Path | None:
-        """The checkpoint that `resume` asks for, if there is one.
+    def to_resume(self, identity: dict) -> tuple[Path | None, dict]:
+        """The checkpoint that `resume` asks for, if there is one, and its JSON state.
 
         `identity` says what a checkpoint can go on with: option → value, and "data" → fingerprint. Raises
         ConfigError where the checkpoint has another: it would silently continue a different run.
@@ -566,12 +566,13 @@ class Checkpointer:
                 "holds checkpoints already; choose another, or resume: auto",
             )
         if path is None:
-            return None
+            return None, {}
         if not (path / "trainer.json").exists():
             raise ConfigError(
                 "resume", resume, "is not a checkpoint; give auto, never or …/checkpoints/step-N"
             )
-        saved = self.state(path)["identity"]
+        state = self.state(path)  # reads every byte of the checkpoint for its checksums: once
+        saved = state["identity"]
         for key, value in identity.items():
             if saved.get(key) == value or (key == "data" and self.options.resume_with_new_data):
                 continue
@@ -582,7 +583,7 @@ class Checkpointer:
                 raise ConfigError("datasets", None, f"{path} {remedy} to go on, or choose another output_dir")
             remedy = f"but {path} was made with {saved.get(key)!r}: set it back, or choose another output_dir"
             raise ConfigError(key, value, remedy)
-        return path
+        return path, state
 
     def state(self, path: Path) -> dict:
         """The loop's JSON state in a checkpoint, after its checksums were found right."""

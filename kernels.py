@@ -1417,6 +1417,12 @@ NF4_CODE = (
 
 
 @functools.cache
+def nf4_code(device: torch.device) -> Tensor:
+    """The 16 values [16] on a device, copied there once and not in every product."""
+    return torch.tensor(NF4_CODE, device=device)
+
+
+@functools.cache
 def dynamic_code(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     """The 256 values of the dynamic 8-bit type [256], ascending (arXiv 2110.02861, §2.1): seven decades, each
     with twice as many steps as the one below it, and 0 and 1 exactly."""
@@ -1464,9 +1470,9 @@ def quantize_nf4(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise ValueError(f"NF4 needs rows of a multiple of {NF4_BLOCK} weights, not {K}")
     blocks = w.float().view(N, K // NF4_BLOCK, NF4_BLOCK)
     absmax = blocks.abs().amax(-1)
-    codes = nearest_code(
-        blocks / torch.where(absmax == 0, 1.0, absmax)[..., None], torch.tensor(NF4_CODE, device=w.device)
-    ).view(N, K)
+    codes = nearest_code(blocks / torch.where(absmax == 0, 1.0, absmax)[..., None], nf4_code(w.device)).view(
+        N, K
+    )
     offset = absmax.mean()
     absmax_codes, nested = quantize_blockwise(absmax - offset, dynamic_code(True, w.device))
     return (codes[:, ::2] << 4) | codes[:, 1::2], absmax_codes, nested, offset
@@ -1477,7 +1483,7 @@ def dequantize_nf4(packed: Tensor, absmax_codes: Tensor, nested: Tensor, offset:
     N, half = packed.shape
     codes = torch.stack([packed >> 4, packed & 15], -1).view(N, half * 2)
     absmax = dequantize_blockwise(absmax_codes, nested, dynamic_code(True, packed.device)) + offset
-    values = torch.tensor(NF4_CODE, device=packed.device)[codes.int()]
+    values = nf4_code(packed.device)[codes.int()]
     return (values.view(N, -1, NF4_BLOCK) * absmax[..., None]).view(N, -1)
 
 
@@ -1602,7 +1608,7 @@ def _frozen_product(kind: str, x: Tensor, stored: tuple[Tensor, ...], input_grad
     how = dict(INPUT_GRADIENT=input_gradient, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
     grid = (-(-M // block_m), columns)
     if kind == "nf4":
-        code, dynamic = torch.tensor(NF4_CODE, device=x.device), dynamic_code(True, x.device)
+        code, dynamic = nf4_code(x.device), dynamic_code(True, x.device)
         _nf4_matmul_kernel[grid](x, *stored, code, dynamic, y, M, N, K, **how)
     else:
         _int8_matmul_kernel[grid](x, *stored, y, M, N, K, **how)

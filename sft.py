@@ -226,7 +226,7 @@ def main(config: Config) -> None:
         )
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     identity = run_identity(config, global_batch, dataset)
-    resume_from = checkpointer.to_resume(identity)
+    resume_from, saved = checkpointer.to_resume(identity)
 
     # 3. Model and optimiser.
     rows = tokenizer.vocab_size if config.random_init else max(arch.vocab_size, tokenizer.vocab_size)
@@ -253,7 +253,6 @@ def main(config: Config) -> None:
     state = {"num_tokens": 0, "eval_before": None, "identity": identity}
     step = 0
     if resume_from is not None:
-        saved = checkpointer.state(resume_from)
         step, state = saved["step"], {**saved, "identity": identity}
         log.info("resuming from %s", resume_from)
         if not checkpointer.load(resume_from, model, optimizers, config.seed):
@@ -324,6 +323,7 @@ def main(config: Config) -> None:
         sums = dict(zip(sums, dist.all_reduce(list(sums.values()), world), strict=True))
         stopping = sums.pop("stopping") > 0
         sums |= {"trained": trained_tokens, "documents": sum(len(unit) for unit in units), "steps": 1}
+        sums["seconds"] = seconds()
         window = {name: window.get(name, 0.0) + value for name, value in sums.items()}
         state["num_tokens"] += int(sums["tokens"])
         logger.advance()
@@ -331,7 +331,7 @@ def main(config: Config) -> None:
         # f. Metrics, evaluation, checkpoint.
         metrics: dict[str, float] = {}
         if step % config.logging_steps == 0 or step == total_steps:
-            elapsed = seconds()
+            elapsed = window["seconds"]
             metrics = {
                 "train/loss": window["nll"] / window["trained"],
                 "train/grad_norm": norm.item(),
@@ -359,8 +359,7 @@ def main(config: Config) -> None:
         due = config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
         if due or stopping:
             checkpointer.save(step, model, optimizers, state)
-        if metrics:
-            seconds()  # evaluating and saving are not training time
+        seconds()  # evaluating and saving are not training time
         if stopping and step < total_steps:
             checkpointer.finish()
             logger.close()

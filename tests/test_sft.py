@@ -349,6 +349,18 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
     assert chat.returncode == 0, chat.stderr
 
 
+def test_step_seconds_count_every_step_also_when_an_evaluation_falls_between_two_log_lines(
+    small_checkpoint, chat_file, tmp_path
+):
+    out = tmp_path / "out"
+    how = dict(max_steps=8, logging_steps=2, eval_steps=3, val_set_size=5, micro_batch_size=4)
+    run_ok(WORKER, "slow", "0.3", *arguments(small_checkpoint, chat_file, out, **how))
+    rows = [row for row in metrics(out) if "step_seconds" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    for row in rows:  # each step waits 0.3 s: no step can have been left out of the clock
+        assert row["step_seconds"] >= 0.3
+
+
 def test_an_adapter_is_saved_as_peft_reads_it_and_can_be_gone_on_from(small_checkpoint, chat_file, tmp_path):
     import peft
     import transformers
