@@ -313,3 +313,11 @@ def test_triton_kernels_equal_their_references_in_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1", "KERNELS": "triton"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_its_whole_table_on_small_shapes():
+    done = run_program(ROOT / "bench" / "gpu.py", "--small", "linear", "norm", "attention E 64", "nf4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = [line.split()[-2] for line in done.stdout.splitlines() if line.startswith("  ours")]
+    assert len(errors) >= 6 and all(float(error) < 0.2 for error in errors if error != "—")
