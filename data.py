@@ -693,7 +693,7 @@ def _need_text(row: dict, name: str, default: str | None = None) -> str:
     return value
 
 
-def _check_messages(messages: Any) -> list[dict]:
+def _check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
@@ -730,7 +730,7 @@ def _check_messages(messages: Any) -> list[dict]:
         if message.get("weight", 1) not in (0, 1):
             raise BadRow(f"message {i}: weight must be 0 or 1, it is {message['weight']}")
         checked.append(message)
-    if not any(m["role"] == "assistant" for m in checked):
+    if need_answer and not any(m["role"] == "assistant" for m in checked):
         raise BadRow("no assistant message: nothing to train on")
     return checked
 
@@ -931,6 +931,144 @@ def encode_dataset(
                 raise DataError(encoded.file, encoded.line, problem, remedy)
             encoded.status, encoded.reason = "bad", problem
         yield encoded
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prompts, for recipes that sample the answers themselves
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prompt:
+    """A row as reinforcement learning sees it: what the model reads, and every column for reward
+    functions."""
+
+    ids: list[int]
+    prompt: str | list[dict]  # as the row has it: text, or messages
+    columns: dict[str, Any]  # the row's other columns; `answer` is its reference answer where it has one
+    name: str  # file:line
+
+
+def _prompt_of(kind: str, row: dict, tokenizer: Tokenizer) -> tuple[list[int], str | list[dict], str | None]:
+    """(prompt ids, prompt, reference answer) of a row; a final assistant message is the reference, not
+    read."""
+    if kind == "instruct":
+        instruction, more = _need_text(row, "instruction"), _need_text(row, "input", "")
+        answer = row.get("output")
+        if tokenizer.template:
+            messages = [{"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction}]
+            if row.get("system"):
+                messages.insert(0, {"role": "system", "content": row["system"]})
+            return tokenizer.encode_prompt(messages), messages, answer
+        middle = f"### Input:\n{more}\n\n" if more else ""
+        start = f"{row['system']}\n\n" if row.get("system") else ""
+        text = f"{start}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+        return tokenizer.encode(text, special=True), text, answer
+    if kind == "prompt_completion" and isinstance(row.get("prompt"), str):
+        return tokenizer.encode(row["prompt"], special=True), row["prompt"], row.get("completion")
+    found = next((row[name] for name in ("messages", "conversations", "prompt") if name in row), None)
+    if found is None:
+        raise BadRow(f"columns 'messages' and 'prompt' are missing (there are {', '.join(sorted(row))})")
+    messages = _check_messages(found, need_answer=False)
+    answer = None
+    if messages[-1]["role"] == "assistant":
+        answer = messages.pop()["content"]
+        if not messages:
+            raise BadRow("the only message is the assistant's: there is no prompt")
+    elif isinstance(row.get("completion"), list):
+        answer = row["completion"][-1].get("content")
+    tools = row.get("tools")
+    kwargs = row.get("chat_template_kwargs") or {}
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return tokenizer.encode_prompt(messages, tools, **kwargs), messages, answer
+
+
+def read_prompts(
+    specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path, longest: int | None = None
+) -> tuple[list[Prompt], str]:
+    """Every row of the datasets as a prompt, and a fingerprint of them all.
+
+    Kinds: chat (`messages`, or `prompt` as a list), instruct, prompt_completion, or your module.function,
+    which returns one of those forms. Every column of the row, and of what the function returned, goes to the
+    reward functions. Prompts of more than `longest` tokens are left out and counted. Raises DataError.
+    """
+    prompts: list[Prompt] = []
+    digest, too_long, bad = hashlib.sha256(), 0, 0
+    for spec in specs:
+        kind = spec.get("type")
+        known = ("chat", "instruct", "prompt_completion")
+        if not isinstance(kind, str) or kind in ("text", "tokens"):
+            remedy = f"needs a type with prompts: {', '.join(known)} or your module.function"
+            raise ConfigError("datasets", spec.get("path"), remedy)
+        function = None if kind in known else _import_function(kind, directory)
+        for row in read_rows(spec, directory):
+            name = f"{row.file}:{row.line}"
+            try:
+                if isinstance(row, DataError):
+                    raise BadRow(row.reason)
+                renamed = {ours: row.value[its] for ours, its in (spec.get("columns") or {}).items()
+                           if its in row.value}  # fmt: skip
+                values, form = {**row.value, **renamed}, kind
+                if function is not None:
+                    try:
+                        made = function(values)
+                    except Exception as error:  # user code may raise anything; the row is named below
+                        raise BadRow(f"{kind} raised {type(error).__name__}: {error}") from error
+                    if made is None:
+                        continue
+                    if not isinstance(made, dict):
+                        raise BadRow(f"{kind} must return a dict, or None to leave the row out")
+                    values = {**values, **made}
+                    text = isinstance(values.get("prompt"), str)
+                    form = "instruct" if "instruction" in made else "prompt_completion" if text else "chat"
+                ids, prompt, answer = _prompt_of(form, values, tokenizer)
+                if not ids:
+                    raise BadRow("the prompt is empty")
+            except BadRow as error:
+                if options.on_bad_row == "error":
+                    remedy = "mend the row, or set on_bad_row: skip"
+                    raise DataError(row.file, row.line, str(error), remedy) from None
+                bad += 1
+                log.info("data: %s: bad: %s", name, error)
+                continue
+            if longest is not None and len(ids) > longest:
+                too_long += 1
+                continue
+            taken = {"prompt", "messages", "conversations", "completion"}
+            columns = {k: v for k, v in values.items() if k not in taken}
+            if answer is not None:
+                columns.setdefault("answer", answer)
+            prompts.append(Prompt(ids, prompt, columns, name))
+            digest.update(repr((ids, sorted(columns.items(), key=str))).encode())
+    if too_long:
+        log.info("data: %d prompts of more than %d tokens left out (max_prompt_length)", too_long, longest)
+    if bad:
+        log.info("data: %d bad rows left out", bad)
+    if not prompts:
+        raise ConfigError("datasets", None, "hold no prompt that can be used")
+    return prompts, digest.hexdigest()
+
+
+class PromptOrder:
+    """Which prompts a generation batch holds: a function of the seed and the number of the batch alone, so
+    that resuming needs no iterator's state. Epochs are permutations, one after the other."""
+
+    def __init__(self, count: int, prompts_a_batch: int, seed: int):
+        self.count, self.size, self.seed = count, prompts_a_batch, seed
+
+    def batch(self, number: int) -> list[int]:
+        found = []
+        for position in range(number * self.size, (number + 1) * self.size):
+            epoch, place = divmod(position, self.count)
+            found.append(int(self._epoch(epoch)[place]))
+        return found
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        cached: dict[int, np.ndarray] = self.__dict__.setdefault("_cached", {})
+        if epoch not in cached:
+            cached.clear()
+            cached[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        return cached[epoch]
 
 
 # ------------------------------------------------------------------------------------------------------------

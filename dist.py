@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -211,6 +211,36 @@ def all_reduce(values: list[float], world: World, op: Any = td.ReduceOp.SUM) -> 
     return tensor.tolist()
 
 
+def gather(value: T, world: World) -> list[T]:
+    """Every rank's value, in order of rank, on every rank: for small Python objects."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    td.all_gather_object(values, value)
+    return values
+
+
+def from_main(work: Callable[[], T], world: World) -> T:
+    """The result of `work()` on rank 0, on every rank. Its error stops all of them."""
+    if world.size == 1:
+        return work()
+    told: list[Any] = [None, None, None]  # result, error's class, its message
+    error: Exception | None = None
+    if world.main:
+        try:
+            told[0] = work()
+        except Exception as caught:  # told to the others, then raised here
+            error = caught
+            plain = isinstance(caught, BallastError) and type(caught).__init__ is BallastError.__init__
+            told = [None, type(caught) if plain else BallastError, str(caught)]
+    td.broadcast_object_list(told, src=0)
+    if error is not None:
+        raise error
+    if told[1] is not None:
+        raise told[1](told[2])
+    return told[0]
+
+
 def main_first(work: Callable[[], T], world: World) -> T:
     """`work()` on rank 0, then on the others, which find what it left on disk. Its error stops all of
     them."""
@@ -400,6 +430,14 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
+@torch.no_grad()
+def mix_weights(into: nn.Module, other: nn.Module, share: float) -> None:
+    """into ← share · other + (1 − share) · into, each rank its own rows."""
+    for a, b in zip(into.parameters(), other.parameters(), strict=True):
+        a, b = (x.to_local() if isinstance(x, DTensor) else x for x in (a, b))
+        a.lerp_(b.to(a.dtype), share)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 # ------------------------------------------------------------------------------------------------------------
@@ -483,19 +521,24 @@ class Checkpointer:
         return self.directory / f"step-{steps[-1]}" if steps else None
 
     @staticmethod
-    def _state_dict(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    def _state_dict(
+        model: Transformer, optimizers: list[torch.optim.Optimizer], others: Mapping[str, nn.Module]
+    ) -> dict[str, Any]:
         options = StateDictOptions(
             ignore_frozen_params=True
         )  # the base weights of LoRA are not the run's to save
         return {
             "model": get_model_state_dict(model, options=options),
             "optimizer": get_optimizer_state_dict(model, optimizers, options=options),
+            **{name: get_model_state_dict(other) for name, other in others.items()},
         }
 
     def save(
-        self, step: int, model: Transformer, optimizers: list[torch.optim.Optimizer], state: dict
-    ) -> None:
-        """Write step-N; in the background if `save_async`. A collective. `state` must be JSON."""
+        self, step: int, model: Transformer, optimizers: list[torch.optim.Optimizer], state: dict,
+        others: Mapping[str, nn.Module] | None = None,
+    ) -> None:  # fmt: skip
+        """Write step-N; in the background if `save_async`. A collective. `state` must be JSON; `others` are
+        frozen models that move, all of whose weights are saved too."""
         self.finish()
         final, aside = self.directory / f"step-{step}", self.directory / f".step-{step}"
         if self.world.main:
@@ -505,7 +548,7 @@ class Checkpointer:
             (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         td.barrier(self._group)
         torch.save(_random_state(), aside / f"random-{self.world.rank}.pt")
-        state_dict = self._state_dict(model, optimizers)
+        state_dict = self._state_dict(model, optimizers, others or {})
 
         def publish_it() -> None:
             if not self.world.main:
@@ -601,15 +644,18 @@ class Checkpointer:
             raise BallastError(f"{path}: is not a whole checkpoint ({error})") from None
 
     def load(
-        self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int
-    ) -> bool:
+        self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int,
+        others: Mapping[str, nn.Module] | None = None,
+    ) -> bool:  # fmt: skip
         """Bring parameters, optimisers and random state back. False if the world has another size than the
         checkpoint's: the numbers then agree only to rounding, and random state starts anew from `seed`."""
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
-        state_dict = self._state_dict(model, optimizers)
+        state_dict = self._state_dict(model, optimizers, others or {})
         dcp.load(state_dict, checkpoint_id=path, process_group=self._group)
         set_model_state_dict(model, state_dict["model"], options=options)
         set_optimizer_state_dict(model, optimizers, state_dict["optimizer"], options=options)
+        for name, other in (others or {}).items():
+            set_model_state_dict(other, state_dict[name])
         same = json.loads((path / "trainer.json").read_text(encoding="utf-8"))["world"] == self.world.size
         if same:
             _set_random_state(torch.load(path / f"random-{self.world.rank}.pt", weights_only=True))

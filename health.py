@@ -211,9 +211,12 @@ def check_finite(
 
 FORMATS = {
     "train/loss": ("loss", ".4f"), "eval/loss": ("eval", ".4f"), "train/grad_norm": ("norm", ".3f"),
-    "train/learning_rate": ("lr", ".2e"), "tokens_per_second": ("tok/s", ",.0f"), "memory/max_alloc": ("GiB",
-    ".2f"),
-    "mfu": ("mfu", ".1%"), "eval/accuracy": ("right", ".1%"),
+    "train/learning_rate": ("lr", ".2e"), "reward": ("reward", ".3f"), "entropy": ("entropy", ".3f"),
+    "kl": ("kl", ".4f"), "grad_norm": ("norm", ".3f"), "clip_ratio/region_mean": ("clipped", ".3f"),
+    "completions/mean_length": ("length", ".1f"), "step_time": ("s", ".2f"),
+    "tokens_per_second": ("tok/s", ",.0f"), "memory/max_alloc": ("GiB", ".2f"), "mfu": ("mfu", ".1%"),
+    "eval/accuracy": ("right", ".1%"), "eval/reward": ("held-out reward", ".3f"),
+    "eval/pass@1": ("pass@1", ".1%"), "eval/greedy": ("greedy", ".1%"),
 }  # fmt: skip
 
 

@@ -1156,32 +1156,24 @@ def load_pretrained(
     return model.eval()
 
 
-def save_pretrained(
-    model: Transformer,
-    directory: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    merge: bool = False,
-    main: bool = True,
-) -> None:
-    """Write config.json and safetensors that transformers and vLLM load unchanged, one shard in memory at a
-    time.
+def iterate_weights(
+    model: Transformer, *, dtype: torch.dtype | None = None, merge: bool = False, main: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor), one at a time, on ranks with `main`.
 
-    With sharded parameters this is a collective: every rank calls it, the one with `main` writes. `merge`
-    adds the adapter's product to copies of the base weights; without it a model with adapters is saved as its
-    base. `dtype` converts on the way out.
+    With sharded parameters this is a collective: every rank iterates, the others get nothing. `merge` adds
+    the adapter's product to copies of the base weights; without it a model with adapters gives its base.
+    `dtype` converts on the way out.
     """
-    directory, arch = Path(directory), model.arch
-    if main:
-        directory.mkdir(parents=True, exist_ok=True)
+    arch, modules = model.arch, dict(model.named_modules())
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        modules = dict(model.named_modules())
         for name, module in block_linears(model).items():
             if module.kind is not None:
-                whole = kernels.dequantize(module.kind, module.stored)
-                whole = whole + module.delta().to(whole.dtype) if merge and module.r else whole
-                yield hf_name(name) + ".weight", whole
+                added = module.delta() if merge and module.r else None  # sharded: a collective
+                if main:
+                    whole = kernels.dequantize(module.kind, module.stored)
+                    yield hf_name(name) + ".weight", whole if added is None else whole + added.to(whole.dtype)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 continue
@@ -1198,6 +1190,24 @@ def save_pretrained(
             else:
                 yield _dense_hf_name(name, arch), whole
 
+    for name, tensor in tensors():
+        yield name, tensor.detach().to(dtype or tensor.dtype)
+
+
+def save_pretrained(
+    model: Transformer,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    merge: bool = False,
+    main: bool = True,
+) -> None:
+    """Write config.json and safetensors that transformers and vLLM load unchanged, one shard in memory at a
+    time. See `iterate_weights` for the arguments; every rank calls it, the one with `main` writes."""
+    directory, arch = Path(directory), model.arch
+    if main:
+        directory.mkdir(parents=True, exist_ok=True)
+
     shard: dict[str, Tensor] = {}
     shard_bytes, total, files, where = 0, 0, [], {}
 
@@ -1209,8 +1219,8 @@ def save_pretrained(
             save_file(shard, directory / files[-1], metadata={"format": "pt"})
         shard, shard_bytes = {}, 0
 
-    for name, tensor in tensors():
-        tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous().clone()
+    for name, tensor in iterate_weights(model, dtype=dtype, merge=merge, main=main):
+        tensor = tensor.to("cpu").contiguous().clone()
         size = tensor.numel() * tensor.element_size()
         if shard and shard_bytes + size > SHARD_BYTES:
             flush()

@@ -1,0 +1,1081 @@
+"""Group relative policy optimisation: sample several completions of each prompt, score them, and make the
+better ones of each group likelier (DeepSeekMath, arXiv 2402.03300; losses of its successors in policy.py).
+
+    python grpo.py --config configs/tiny/grpo.yaml
+    torchrun --nproc-per-node 8 grpo.py --config configs/qwen2.5-1.5b-gsm8k-8gpu.yaml
+    python grpo.py test-rewards --config x.yaml      score sample completions outside training
+    python grpo.py serve --config x.yaml             start the vLLM server that this config needs
+
+One generation batch (micro_batch_size · steps_per_generation · processes completions, num_generations for
+each prompt) is sampled, scored and used for num_iterations passes of optimiser steps. The loss of a step is
+divided by what the whole step holds, over all micro-batches and ranks, so it does not depend on how the step
+is cut.
+"""
+
+import asyncio
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dist
+import health
+from config import BallastError, ConfigError, parse_config, resolve_checkpoint
+from data import DataOptions, Prompt, PromptOrder, Tokenizer, load_tokenizer, read_prompts, split_held_out
+from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
+from health import LogOptions, MetricLogger, log
+from model import (
+    ModelOptions,
+    adapters_disabled,
+    check_model_options,
+    load_balancing_loss,
+    read_architecture,
+    resized,
+)
+from policy import (
+    PolicyOptions,
+    StepSize,
+    Tally,
+    check_policy_options,
+    collate,
+    completion_metrics,
+    entropy_threshold,
+    log_nonfinite,
+    policy_loss,
+    tally_policy,
+    token_logprobs,
+)
+from rollout import (
+    Completion,
+    EmbeddedEngine,
+    Engine,
+    EngineError,
+    ReplayEngine,
+    Rollout,
+    VllmEngine,
+    as_rollouts,
+    load_environment,
+    play,
+    server_command,
+    write_rollouts,
+)
+
+
+@dataclass
+class Config(
+    ModelOptions, DataOptions, PolicyOptions, OptimizerOptions, CheckpointOptions, DistOptions, LogOptions
+):
+    reward_funcs: list[str] = field(default_factory=list)
+    """Reward functions: exact_match, numeric_match, reasoning_gym, format, length, or your own
+    module.function (from the config's directory or an installed package), called as f(prompts=…,
+    completions=…, completion_ids=…, **columns) and returning a number, or None where it does not apply, for
+    each completion."""
+    reward_weights: list[float] | None = None
+    """One weight a function; unset: 1 each."""
+    reward_timeout: float = 300.0
+    """Seconds that a reward function may take for a batch."""
+    reward_format: str = r"(?s)<think>.*</think>.*<answer>.*</answer>\s*"
+    """`format` gives 1 where the whole completion matches this regular expression, else 0."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of their group, of the batch, or not at all."""
+    ref_model_sync_steps: int | None = None
+    """With beta in full fine-tuning: move the reference towards the policy every so many steps."""
+    ref_model_mixup_alpha: float = 0.6
+    """Share of the policy in that move."""
+    replay_buffer_size: int = 0
+    """Keep so many groups with differing rewards, and use them in place of groups that have none."""
+    micro_batch_size: int = 8
+    """Completions in one forward pass of one process."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of each process in one optimiser step."""
+    steps_per_generation: int | None = None
+    """Micro-batches of each process in one generation batch; unset: gradient_accumulation_steps."""
+    num_iterations: int = 1
+    """Passes over a generation batch."""
+    num_epochs: float = 1.0
+    """Passes over the prompts."""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps, whatever num_epochs says."""
+    eval_steps: int | None = None
+    """Evaluate on held-out prompts every so many steps; with held-out prompts also at the start and the
+    end."""
+    eval_num_generations: int = 1
+    """Completions of each held-out prompt, for pass@1 and pass@k."""
+    eval_temperature: float | None = None
+    """Of these completions; unset: temperature. 0 is greedy."""
+    eval_greedy: bool = False
+    """Evaluate one greedy completion of each held-out prompt too."""
+    eval_success_reward: float = 1.0
+    """A completion passes when its weighted reward reaches this."""
+    log_completions: bool = False
+    """Show a few completions with their rewards at every logged step, and all of them in wandb."""
+    seed: int = 42
+    """Seed of the order of prompts, of sampling, dropout and random initialisation."""
+
+    def __post_init__(self):
+        check_model_options(self)
+        check_policy_options(self)
+        dist.check_optimizer_options(self)
+        replayed = self.rollout_engine == "replay"
+        if not self.datasets and not replayed:
+            raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: chat}]")
+        if not self.reward_funcs and not replayed and not self.environment:
+            raise ConfigError(
+                "reward_funcs", None, "must name at least one reward function, e.g. [exact_match]"
+            )
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
+            raise ConfigError(
+                "reward_weights", self.reward_weights, f"must have {len(self.reward_funcs)} entries"
+            )
+        positive = ["micro_batch_size", "gradient_accumulation_steps", "num_iterations", "logging_steps",
+                    "eval_num_generations", "save_total_limit", "gpu_timeout_minutes",
+                    "pad_vocab_to_multiple_of", "lora_r"]  # fmt: skip
+        for key in positive:
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be at least 1")
+        for key in ("max_steps", "eval_steps", "save_steps", "steps_per_generation", "ref_model_sync_steps"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be at least 1, or left out")
+        if self.num_epochs <= 0 or self.reward_timeout <= 0:
+            key = "num_epochs" if self.num_epochs <= 0 else "reward_timeout"
+            raise ConfigError(key, getattr(self, key), "must be above 0")
+        if self.replay_buffer_size < 0 or not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ConfigError("replay_buffer_size", self.replay_buffer_size, "must be at least 0, and "
+                              "ref_model_mixup_alpha lie between 0 and 1")  # fmt: skip
+        if self.num_generations < 2 and not replayed:
+            raise ConfigError(
+                "num_generations", self.num_generations, "must be at least 2: a group is its own baseline"
+            )
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ConfigError(
+                "steps_per_generation", self.steps_per_generation,
+                f"must be a multiple of gradient_accumulation_steps ({self.gradient_accumulation_steps})",
+            )  # fmt: skip
+        if self.val_set_size and self.test_datasets:
+            raise ConfigError("test_datasets", None, "contradicts val_set_size; keep one of the two")
+        if self.eval_steps and not (self.val_set_size or self.test_datasets):
+            raise ConfigError(
+                "eval_steps", self.eval_steps, "needs held-out data: set val_set_size or test_datasets"
+            )
+        if self.random_init or self.tokenizer_vocab_size:
+            raise ConfigError("random_init", True, "makes no sense here: train with sft.py first")
+
+
+def generation_batch_size(config: Config, world_size: int) -> int:
+    """Completions of one generation batch. ConfigError where groups would be torn."""
+    assert config.steps_per_generation is not None
+    size, n = config.micro_batch_size * world_size * config.steps_per_generation, config.num_generations
+    if size % n:
+        each = world_size * config.steps_per_generation
+        fitting = [m for m in range(1, 8 * n + 1) if m * each % n == 0]
+        near = sorted(fitting, key=lambda m: abs(m - config.micro_batch_size))[:3]
+        raise ConfigError(
+            "micro_batch_size", config.micro_batch_size,
+            f"makes a generation batch of {size} completions (micro_batch_size · {world_size} processes · "
+            f"{config.steps_per_generation} steps_per_generation), no multiple of num_generations ({n}); "
+            f"these would do: {', '.join(str(m) for m in sorted(near))}",
+        )  # fmt: skip
+    return size
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rewards
+# ------------------------------------------------------------------------------------------------------------
+
+
+class RewardError(BallastError):
+    """A reward function that cannot be used, or that failed: named with the row and the completion."""
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    """The text of a completion, which is messages where the prompt is."""
+    return completion if isinstance(completion, str) else "".join(m.get("content") or "" for m in completion)
+
+
+def exact_match(completions: list, answer: list, **_: Any) -> list[float]:
+    """1 where the completion is the answer, but for white space at its ends."""
+    return [
+        float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)
+    ]
+
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def _last_number(text: str) -> float | None:
+    found = NUMBER.findall(text.split("####")[-1])  # GSM8K puts the answer after ####
+    if not found:
+        return None
+    number, _, below = found[-1].replace(",", "").partition("/")
+    return float(number) / float(below) if below and float(below) else float(number)
+
+
+def numeric_match(completions: list, answer: list, **_: Any) -> list[float]:
+    """1 where the completion ends in the answer's number; mathematical forms too where math-verify is
+    installed."""
+    try:
+        from math_verify import parse, verify  # type: ignore[import-not-found]
+    except ImportError:
+        parse = verify = None
+    scores = []
+    for completion, expected in zip(completions, answer, strict=True):
+        text, wanted = completion_text(completion), _last_number(str(expected))
+        right = wanted is not None and _last_number(text) == wanted
+        if not right and parse is not None and verify is not None:
+            # Its timeouts use signals, which threads may not; reward_timeout bounds the whole.
+            forms = [parse(t, parsing_timeout=None) for t in (str(expected), text)]
+            right = bool(verify(*forms, timeout_seconds=None))
+        scores.append(float(right))
+    return scores
+
+
+def reasoning_gym(completions: list, answer: list, metadata: list, **columns: Any) -> list[float]:
+    """reasoning-gym's own verifier of the task that the row came from."""
+    import reasoning_gym as gym
+
+    questions = columns.get("question") or [""] * len(answer)
+    scores = []
+    for completion, a, meta, question in zip(completions, answer, metadata, questions, strict=True):
+        score = gym.get_score_answer_fn(meta["source_dataset"])
+        entry = {"question": question, "answer": a, "metadata": meta}
+        scores.append(float(score(completion_text(completion).strip(), entry)))
+    return scores
+
+
+def built_in_rewards(config: Config) -> dict[str, Callable]:
+    def matches(completions: list, **_: Any) -> list[float]:
+        return [
+            float(re.fullmatch(config.reward_format, completion_text(c)) is not None) for c in completions
+        ]
+
+    def overlong(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """0 up to 80 % of max_completion_length, then falling to −1 at the limit (DAPO, arXiv 2503.14476, eq.
+        13)."""
+        limit, room = config.max_completion_length, 0.2 * config.max_completion_length
+        return [min(0.0, max(-1.0, (limit - room - len(ids)) / room)) for ids in completion_ids]
+
+    return {
+        "exact_match": exact_match, "numeric_match": numeric_match, "reasoning_gym": reasoning_gym,
+        "format": matches, "length": overlong,
+    }  # fmt: skip
+
+
+def import_reward(name: str, config: Config) -> Callable:
+    """A built-in by name, or module.function from the config's directory or an installed package."""
+    built_in, directory = built_in_rewards(config), config.config_directory
+    if name in built_in:
+        return built_in[name]
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise ConfigError(
+            "reward_funcs", name, f"is not built in ({', '.join(built_in)}) and no module.function"
+        )
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # user code may raise anything at import
+        log.debug("%s", traceback.format_exc())
+        raise ConfigError(
+            "reward_funcs", name,
+            f"cannot be imported ({type(error).__name__}: {error}); looked in {Path(directory).resolve()}, "
+            f"then among installed packages; test it: cd {directory} && python -c 'import {module}; {name}'",
+        ) from None  # fmt: skip
+    if not callable(function):
+        raise ConfigError("reward_funcs", name, "is not a function")
+    return function
+
+
+class Scorer:
+    """The reward functions of a run, each on a thread of its own. Lives on rank 0."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.functions = {
+            name.rpartition(".")[2] or name: import_reward(name, config) for name in config.reward_funcs
+        }
+        if len(self.functions) < len(config.reward_funcs):
+            raise ConfigError("reward_funcs", config.reward_funcs, "has two functions of the same name")
+        self.threads = ThreadPoolExecutor(max(1, 4 * len(self.functions)), thread_name_prefix="reward")
+
+    def begin(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> dict[str, Future]:
+        """Start scoring completions `ids`, each with the prompt beside it."""
+        arguments = self.arguments(prompts, ids)
+        names = [p.name for p in prompts]
+        return {
+            name: self.threads.submit(self._call, name, function, arguments, names)
+            for name, function in self.functions.items()
+        }
+
+    def arguments(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> dict[str, list]:
+        """What every reward function gets, by keyword; one entry a completion."""
+        texts = [self.tokenizer.decode(list(i)) for i in ids]
+        completions = [
+            text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}]
+            for p, text in zip(prompts, texts, strict=True)
+        ]
+        columns = {
+            key: [p.columns.get(key) for p in prompts]
+            for key in sorted({k for p in prompts for k in p.columns})
+        }
+        return {**columns, "prompts": [p.prompt for p in prompts], "completions": completions,
+                "completion_ids": [list(i) for i in ids]}  # fmt: skip
+
+    def finish(self, started: dict[str, Future]) -> dict[str, list[float | None]]:
+        """Scores by function. RewardError for one that raises, is late, or returns what is no score."""
+        deadline, scores = time.monotonic() + self.config.reward_timeout, {}
+        for name, future in started.items():
+            try:
+                scores[name] = future.result(max(0.0, deadline - time.monotonic()))
+            except FutureTimeout:
+                raise RewardError(
+                    f"reward {name}: no answer within {self.config.reward_timeout:g} s (reward_timeout); "
+                    "try it with `python grpo.py test-rewards`"
+                ) from None
+        return scores
+
+    def _call(self, name: str, function: Callable, arguments: dict, names: list[str]) -> list[float | None]:
+        count = len(names)
+
+        def run(part: dict) -> Any:
+            return (
+                asyncio.run(function(**part)) if inspect.iscoroutinefunction(function) else function(**part)
+            )
+
+        try:
+            scores = run(arguments)
+        except Exception as error:
+            where = self._culprit(run, arguments, count)
+            saved = self._save_traceback(name)
+            shown = completion_text(arguments["completions"][where]) if where is not None else ""
+            row = f"{names[where]}, completion {shown[:80]!r}" if where is not None else f"a batch of {count}"
+            columns = ", ".join(k for k in arguments if k not in ("prompts", "completions", "completion_ids"))
+            hint = (
+                f"; it gets the columns {columns or '(none)'}"
+                if isinstance(error, (TypeError, KeyError))
+                else ""
+            )
+            raise RewardError(
+                f"reward {name}: raised {type(error).__name__}: {error}, on {row}{hint}; traceback in {saved}"
+            ) from None
+        if not isinstance(scores, (list, tuple, np.ndarray, Tensor)) or len(scores) != count:
+            length = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
+            raise RewardError(f"reward {name}: returned {length}, wanted a list of {count} numbers")
+        checked: list[float | None] = []
+        for i, score in enumerate(scores):
+            try:
+                value = None if score is None else float(score)
+            except (TypeError, ValueError):
+                value = math.nan
+            if value is not None and not math.isfinite(value):
+                shown = completion_text(arguments["completions"][i])
+                raise RewardError(
+                    f"reward {name}: returned {score!r} for {names[i]}, completion {shown[:80]!r}; a score is a "
+                    "finite number, or None where it does not apply"
+                )
+            checked.append(value)
+        return checked
+
+    @staticmethod
+    def _culprit(run: Callable, arguments: dict, count: int) -> int | None:
+        """The first row on which the function raises alone."""
+        for i in range(count):
+            try:
+                run({key: values[i : i + 1] for key, values in arguments.items()})
+            except Exception:
+                return i
+        return None
+
+    def _save_traceback(self, name: str) -> Path:
+        directory = Path(self.config.output_dir) / "incidents"
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"reward-{name}.txt"
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        return path
+
+
+def weighted_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """rewards [B, R], NaN where a function does not apply, to [B]: their weighted sum; NaN where none
+    applies."""
+    total = (torch.nan_to_num(rewards, nan=0.0) * weights).sum(-1)
+    return torch.where(torch.isnan(rewards).all(-1), torch.nan, total)
+
+
+def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple[Tensor, dict[str, float]]:
+    """rewards [B] of groups in a row, NaN on rows without one → advantages [B] and the metrics of the batch.
+
+    A reward counts relative to its siblings (DeepSeekMath, §4.1.2), over their unbiased standard deviation +
+    1e-4. Rows without a reward get 0 and stay out of every statistic.
+    """
+    grouped = rewards.view(-1, num_generations)
+    known = ~torch.isnan(grouped)
+    count = known.sum(-1, keepdim=True)
+    filled = torch.nan_to_num(grouped, nan=0.0)
+    mean = filled.sum(-1, keepdim=True) / count.clamp(min=1)
+    centred = (filled - mean) * known
+    group_std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    present = rewards[~torch.isnan(rewards)]
+    batch_std = present.std().item() if len(present) > 1 else 0.0
+    divisor = {"group": group_std + 1e-4, "batch": torch.as_tensor(batch_std + 1e-4), "none": torch.ones(())}
+    groups = (count > 0).sum().clamp(min=1)
+    flat = ((group_std < 1e-8) & (count > 0)).sum()
+    metrics = {
+        "reward": present.mean().item() if len(present) else 0.0,
+        "reward_std": batch_std,
+        "reward_std_within_group": (group_std.sum() / groups).item(),
+        "frac_reward_zero_std": (flat / groups).item(),
+    }
+    return (centred / divisor[scale]).flatten(), metrics
+
+
+def reward_metrics(rewards: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """rewards/<name>/mean and std over the rows where the function applied; rewards [B, R]."""
+    found = {}
+    for i, name in enumerate(names):
+        column = rewards[:, i][~torch.isnan(rewards[:, i])]
+        found[f"rewards/{name}/mean"] = column.mean().item() if len(column) else 0.0
+        found[f"rewards/{name}/std"] = column.std().item() if len(column) > 1 else 0.0
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prompts, samples, evaluation
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Prompts to scored rollouts: engine, environment and reward functions together."""
+
+    def __init__(
+        self, engine: Engine, prompts: list[Prompt], config: Config, tokenizer: Tokenizer, world: World
+    ):
+        self.engine, self.prompts, self.config = engine, prompts, config
+        self.tokenizer, self.world = tokenizer, world
+        self.scorer = Scorer(config, tokenizer) if world.main else None
+        self.environment = None
+        if config.environment:
+            self.environment = load_environment(config.environment, Path(config.config_directory))
+        self.seconds = {"generate": 0.0, "reward": 0.0}
+        self._early: dict[int, dict[str, Future]] = {}
+
+    def _watch(self, prompts: list[Prompt]) -> Callable[[int, list[Completion]], None] | None:
+        """streaming_partial_batch: score a group while others are still being sampled."""
+        self._early = {}
+        if not self.config.streaming_partial_batch or self.scorer is None:
+            return None
+        scorer, early = self.scorer, self._early
+
+        def group_is_done(i: int, group: list[Completion]) -> None:
+            early[i] = scorer.begin([prompts[i]] * len(group), [c.ids for c in group])
+
+        return group_is_done
+
+    def prefetch(self, indices: list[int], seed: tuple[int, ...]) -> None:
+        assert isinstance(self.engine, VllmEngine)
+        prompts = [self.prompts[i] for i in indices]
+        ids = [p.ids for p in prompts]
+        self.engine.prefetch(ids, self.config.num_generations, seed=seed, on_group=self._watch(prompts))
+
+    def sample(
+        self, indices: list[int], step: int, seed: tuple[int, ...], *, n: int | None = None,
+        temperature: float | None = None, prefetched: bool = False,
+    ) -> list[Rollout]:  # fmt: skip
+        """Rollouts of these prompts with their rewards, n of each in a row, the same on every rank. A
+        collective."""
+        prompts, n = [self.prompts[i] for i in indices], n or self.config.num_generations
+        seconds = dist.Timer()
+        if self.environment is not None:
+            rollouts = play(
+                self.engine, self.environment, prompts, indices, n, step=step, seed=seed, options=self.config,
+                tokenizer=self.tokenizer, world=self.world, temperature=temperature,
+            )  # fmt: skip
+        else:
+            if prefetched:
+                assert isinstance(self.engine, VllmEngine)
+                groups = self.engine.collect()
+            else:
+                groups = self.engine.generate(
+                    [p.ids for p in prompts], n, seed=seed, temperature=temperature,
+                    on_group=self._watch(prompts) if temperature is None else None,
+                )  # fmt: skip
+            rollouts = as_rollouts(groups, prompts, indices, step, self.engine, self.tokenizer.stop_ids)
+        self.seconds["generate"] += seconds()
+
+        def score() -> list[dict[str, float | None]]:
+            assert self.scorer is not None
+            early, self._early = self._early, {}
+            if len(early) == len(prompts):
+                parts = [self.scorer.finish(early[i]) for i in range(len(prompts))]
+                scores = {name: [x for part in parts for x in part[name]] for name in self.scorer.functions}
+            else:
+                each = [p for p in prompts for _ in range(n)]
+                scores = self.scorer.finish(self.scorer.begin(each, [r.completion_ids for r in rollouts]))
+            return [{name: scores[name][i] for name in scores} for i in range(len(rollouts))]
+
+        for rollout, rewards in zip(rollouts, dist.from_main(score, self.world), strict=True):
+            rollout.rewards |= rewards
+        self.seconds["reward"] += seconds()
+        return rollouts
+
+
+def reward_table(rollouts: Sequence[Rollout], config: Config) -> tuple[Tensor, list[str], Tensor]:
+    """(rewards [B, R] in fp64 with NaN where a function does not apply, their names, weights [R])."""
+    weights = dict.fromkeys((name for r in rollouts for name in r.rewards), 1.0)
+    if config.reward_weights is not None:
+        weights |= {
+            n.rpartition(".")[2] or n: w
+            for n, w in zip(config.reward_funcs, config.reward_weights, strict=True)
+        }
+    names = list(weights)
+    if not names:
+        raise BallastError("no rollout has a reward: name reward_funcs, or record rewards with the rollouts")
+    table = [
+        [math.nan if r.rewards.get(n) is None else float(r.rewards[n] or 0.0) for n in names]
+        for r in rollouts
+    ]
+    return torch.tensor(table, dtype=torch.float64), names, torch.tensor([weights[n] for n in names]).double()
+
+
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """Chance that one of k draws without replacement from n completions, `right` of them right, is right
+    (Codex, arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def evaluate(sampler: Sampler, step: int, config: Config) -> tuple[dict[str, float], list[Rollout]]:
+    """Mean reward, pass@1 and pass@k on the held-out prompts; and the samples."""
+    indices, n = list(range(len(sampler.prompts))), config.eval_num_generations
+    temperature = config.temperature if config.eval_temperature is None else config.eval_temperature
+
+    def scored(n: int, temperature: float) -> tuple[Tensor, list[Rollout]]:
+        rollouts = sampler.sample(indices, step, (config.seed, -1, step), n=n, temperature=temperature)
+        table, _, weights = reward_table(rollouts, config)
+        return torch.nan_to_num(weighted_rewards(table, weights), nan=0.0).view(-1, n), rollouts
+
+    rewards, rollouts = scored(n, temperature)
+    right = (rewards >= config.eval_success_reward - 1e-9).sum(-1).tolist()
+    metrics = {"eval/reward": rewards.mean().item()}
+    for k in sorted({1, n}):
+        metrics[f"eval/pass@{k}"] = sum(pass_at_k(r, n, k) for r in right) / len(right)
+    metrics["eval/mean_length"] = completion_metrics(rollouts)["completions/mean_length"]
+    if config.eval_greedy:
+        greedy, _ = scored(1, 0.0)
+        metrics["eval/greedy"] = (greedy >= config.eval_success_reward - 1e-9).double().mean().item()
+    return metrics, rollouts
+
+
+class ReplayBuffer:
+    """Groups whose rewards differ, the newest first out, to stand in for groups that teach nothing."""
+
+    def __init__(self, size: int):
+        self.groups: deque[list[Rollout]] = deque(maxlen=size)
+
+    def refill(self, rollouts: list[Rollout], n: int) -> tuple[list[Rollout], int]:
+        """The batch with its flat groups replaced as far as there are others; and how many were."""
+        groups = [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+        fresh = [group for group in groups if any(r.advantage for r in group)]
+        made, replaced = [], 0
+        for group in groups:
+            if not any(r.advantage for r in group) and self.groups:
+                group = self.groups.pop()
+                replaced += 1
+            made += group
+        self.groups.extend(fresh)
+        return made, replaced
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> None:
+    # 1. Set up.
+    output_dir, directory = Path(config.output_dir), Path(config.config_directory)
+    world = dist.init(config)
+    health.start_log(output_dir, world.main)
+    dist.seed_everything(config.seed, world.rank)
+    interrupt = dist.Interrupt()
+    batch_size, n = generation_batch_size(config, world.size), config.num_generations
+    assert config.steps_per_generation is not None
+    accumulation, mb = config.gradient_accumulation_steps, config.micro_batch_size
+    slices = config.steps_per_generation // accumulation  # optimiser steps in one pass over a batch
+    updates = slices * config.num_iterations  # optimiser steps in all that a batch is used for
+
+    # 2. Prompts.
+    checkpoint = dist.main_first(
+        lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
+    )
+    arch = read_architecture(checkpoint, config.ignore_config_fields)
+    cache = Path(config.dataset_prepared_path or output_dir / "prepared")
+    tokenizer = dist.main_first(lambda: load_tokenizer(checkpoint, config, directory, cache), world)
+    prompts: list[Prompt] = []
+    held_out: list[Prompt] = []
+    replay, data = None, ""
+    if config.rollout_engine == "replay":
+        assert config.replay_path is not None
+        replay = ReplayEngine(config.replay_path, directory, config, tokenizer)
+        batches = len(replay.rollouts) // batch_size
+        data = hashlib.sha256(repr([r.completion_ids for r in replay.rollouts]).encode()).hexdigest()
+        if not batches:
+            raise ConfigError(
+                "replay_path",
+                config.replay_path,
+                f"holds {len(replay.rollouts)} rollouts, a batch takes {batch_size}",
+            )
+        order = PromptOrder(1, 1, config.seed)
+    if config.datasets and (replay is None or config.val_set_size):
+        prompts, data = read_prompts(config.datasets, tokenizer, config, directory, config.max_prompt_length)
+    if config.val_set_size:
+        train_rows, held_rows = split_held_out(len(prompts), config.val_set_size, config.seed)
+        prompts, held_out = [prompts[i] for i in train_rows], [prompts[i] for i in held_rows]
+    if config.test_datasets:
+        held_out, _ = read_prompts(
+            config.test_datasets, tokenizer, config, directory, config.max_prompt_length
+        )
+    if replay is None:
+        order = PromptOrder(len(prompts), batch_size // n, config.seed)
+        batches = max(1, math.ceil(len(prompts) * config.num_epochs / order.size))
+    total_steps = min(batches * updates, config.max_steps or math.inf)
+    assert isinstance(total_steps, int)
+    if dist.warmup(config, total_steps) > total_steps:
+        raise ConfigError(
+            "warmup_steps", config.warmup_steps, f"is longer than the run of {total_steps} steps"
+        )
+    checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
+    identity = run_identity(config, batch_size, data)
+    resume_from, saved = checkpointer.to_resume(identity)
+
+    # 3. Model, optimiser, reference, engine.
+    rows = max(arch.vocab_size, tokenizer.vocab_size)
+    arch = resized(arch, -(-rows // config.pad_vocab_to_multiple_of) * config.pad_vocab_to_multiple_of)
+    model = dist.build_model(arch, checkpoint, config, world)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = dist.make_optimizers(model, config)
+    reference = None  # LoRA: the model itself with its adapters off, no second copy
+    if config.beta and not config.adapter:
+        reference = dist.build_model(arch, checkpoint, config, world).eval().requires_grad_(False)
+    has_reference = reference is not None or config.adapter is not None
+    aux_coef = (
+        arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
+    )
+    log.info(
+        "%s: %s parameters, %s trained; %s prompts, %s held out; %d steps of %d completions on %d × %s, "
+        "%s rollouts",
+        arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
+        f"{len(prompts):,}" if replay is None else "recorded", f"{len(held_out):,}", total_steps,
+        batch_size // slices, world.size, world.device.type, config.rollout_engine,
+    )  # fmt: skip
+
+    # 4. Resume.
+    moving = {"reference": reference} if reference is not None and config.ref_model_sync_steps else {}
+    state: dict[str, Any] = {"num_tokens": 0, "eval_before": None, "identity": identity}
+    step = 0
+    buffer = ReplayBuffer(config.replay_buffer_size)
+    rollouts: list[Rollout] = []  # the generation batch in use
+    ahead: list[Rollout] | None = None  # the next one, where it was prefetched before a checkpoint
+    if resume_from is not None:
+        step, state = saved["step"], {**saved, "identity": identity}
+        log.info("resuming from %s", resume_from)
+        if not checkpointer.load(resume_from, model, optimizers, config.seed, moving):
+            log.info("made by %d processes: numbers go on to rounding, not to the bit", saved["world"])
+        rollouts = [Rollout(**r) for r in state.pop("rollouts")]
+        ahead = None if state["ahead"] is None else [Rollout(**r) for r in state["ahead"]]
+        buffer.groups.extend([[Rollout(**r) for r in group] for group in state.pop("buffer")])
+        state.pop("ahead")
+    logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
+    engine: Engine
+    if config.rollout_engine == "vllm":
+        probe = [token for p in prompts[:16] for token in p.ids][:64]
+        engine = VllmEngine(model, config, tokenizer, world, probe=(probe * 8)[:64])
+    else:
+        engine = EmbeddedEngine(model, config, tokenizer, world)
+    sampler = Sampler(engine, prompts, config, tokenizer, world)
+    judge = Sampler(engine, held_out, config, tokenizer, world) if held_out else None
+
+    def evaluated(step: int) -> dict[str, float]:
+        assert judge is not None
+        engine.sync(step, due=True)
+        metrics, samples = evaluate(judge, step, config)
+        if world.main:
+            write_rollouts(output_dir / "rollouts", step, samples, tokenizer, kind="eval")
+        return metrics
+
+    pending = False  # whether the next batch is being prefetched
+
+    def fetch(generation: int, step: int) -> list[Rollout]:
+        """The rollouts of a generation batch, scored."""
+        if replay is not None:
+            return replay.batch(generation, batch_size)
+        return sampler.sample(order.batch(generation), step, (config.seed, generation), prefetched=pending)
+
+    # 5. The loop.
+    try:
+        if judge is not None and state["eval_before"] is None:
+            state["eval_before"] = evaluated(step)
+            logger.log(step, state["eval_before"])
+        while step < total_steps:
+            generation, used = divmod(step, updates)
+            seconds = dist.Timer()
+            took = {"sync": 0.0, "logprob": 0.0, "train": 0.0}
+            sync_metrics: dict[str, float] = {}
+            batch_metrics: dict[str, float] = {}
+            sampler.seconds = {"generate": 0.0, "reward": 0.0}
+            if used == 0:
+                # a. Roll out: num_generations completions of each prompt, scored. Token ids, never text.
+                if not pending and ahead is None and replay is None:
+                    sync_metrics = engine.sync(step)
+                    took["sync"] += seconds()
+                rollouts = ahead if ahead is not None else fetch(generation, step)
+                ahead, pending = None, False
+                seconds()
+                if config.async_prefetch and step + updates < total_steps:
+                    sync_metrics = engine.sync(step) or sync_metrics
+                    took["sync"] += seconds()
+                    sampler.prefetch(order.batch(generation + 1), (config.seed, generation + 1))
+                    pending = True
+
+                # b. Advantages: a completion is good only relative to its siblings.
+                table, names, weights = reward_table(rollouts, config)
+                advantages, batch_metrics = group_advantages(
+                    weighted_rewards(table, weights), n, config.scale_rewards
+                )
+                for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
+                    rollout.advantage = advantage
+                batch_metrics |= reward_metrics(table, names) | completion_metrics(rollouts)
+                batch_metrics["weight_version_lag"] = float(step - min(r.weight_version for r in rollouts))
+                state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+                if world.main:
+                    write_rollouts(output_dir / "rollouts", step, rollouts, tokenizer)
+                shown = rollouts
+                if config.replay_buffer_size:
+                    rollouts, replaced = buffer.refill(rollouts, n)
+                    batch_metrics["replayed_groups"] = float(replaced)
+
+            # The rows of this optimiser step, and this rank's micro-batches. Groups stay together: prompts
+            # came in random order already, and a micro-batch of a flat group can be skipped.
+            begin = (used % slices) * accumulation * world.size * mb
+            in_step = rollouts[begin : begin + accumulation * world.size * mb]
+            micro = [in_step[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
+            size = StepSize.of(in_step, config)
+
+            # c. π_old where the weights will move before the batch is used up, and π_ref: no gradients.
+            if used < slices and (updates > 1 or has_reference or config.top_entropy_quantile < 1):
+                for part in micro:
+                    batch = collate(part, world.device)
+                    with torch.no_grad(), world.autocast(config.bf16):
+                        if updates > 1 or config.top_entropy_quantile < 1:
+                            old, entropy, _, _ = token_logprobs(model, batch, config.temperature)
+                            batch.keep("old_logprobs", old)
+                            batch.keep("entropies", entropy)
+                        if reference is not None:
+                            batch.keep(
+                                "ref_logprobs", token_logprobs(reference, batch, config.temperature)[0]
+                            )
+                        elif has_reference:
+                            with adapters_disabled(model):
+                                batch.keep(
+                                    "ref_logprobs", token_logprobs(model, batch, config.temperature)[0]
+                                )
+                took["logprob"] += seconds()
+            threshold, bonus_tokens = None, size.tokens
+            if config.top_entropy_quantile < 1:
+                threshold, bonus_tokens = entropy_threshold(micro, config.top_entropy_quantile, world)
+
+            # d. Loss and backward. Every rank knows all advantages, so all skip the same micro-batches; FSDP
+            # averages gradients over ranks, the loss is a sum over them: × world.size.
+            tally, losses, batches_used, skipped = Tally(), [], [], 0
+            bonus = config.entropy_coef
+            if config.entropy_target is not None and state.get("entropy", 0.0) > config.entropy_target:
+                bonus = 0.0
+            with health.profiled(step + 1, config, output_dir, world.rank, world.device):
+                for k, part in enumerate(micro):
+                    across = in_step[k * world.size * mb : (k + 1) * world.size * mb]
+                    if not any(r.advantage for r in across) and not config.beta and not bonus:
+                        skipped += 1
+                        continue
+                    batch = collate(part, world.device)
+                    with world.autocast(config.bf16):
+                        logprobs, entropy, router_logits, bad = token_logprobs(
+                            model, batch, config.temperature, entropy_gradient=bool(bonus)
+                        )
+                    if bad:
+                        log_nonfinite(model if world.size == 1 else None, batch, bad, step + 1)
+                    old = batch.stored("old_logprobs")
+                    old = logprobs.detach() if old is None or updates == 1 else old
+                    entropy_mask = None
+                    if threshold is not None:
+                        entropies = batch.stored("entropies")
+                        assert entropies is not None
+                        entropy_mask = entropies >= threshold
+                    loss, facts = policy_loss(
+                        logprobs, old_logprobs=old, advantages=batch.advantages, mask=batch.mask,
+                        options=config,
+                        size=size, sampling_logprobs=batch.sampling_logprobs, truncated=batch.truncated,
+                        ref_logprobs=batch.stored("ref_logprobs"), entropy_mask=entropy_mask,
+                    )  # fmt: skip
+                    if bonus:
+                        counted = facts["mask"] if entropy_mask is None else facts["mask"] * entropy_mask
+                        loss = loss - bonus * (entropy * counted).sum() / bonus_tokens
+                    losses.append(loss.detach())
+                    if aux_coef and router_logits:
+                        real = batch.document_ids.flatten() >= 0
+                        share = len(part) / len(in_step)
+                        loss = loss + aux_coef * share * load_balancing_loss(router_logits, arch, real)
+                    (loss * world.size).backward()
+                    batches_used.append(batch)
+                    tally_policy(tally, facts, entropy.detach(), old, batch.sampling_logprobs)
+                    if bad:
+                        tally.max("nonfinite_hidden_states", float(bad))
+
+                # e. The norm before clipping; nothing that is not finite may reach the weights. A step
+                # without any signal leaves the optimiser alone: its momentum would move the weights on
+                # nothing.
+                norm, with_gradient = dist.gradient_norm(trained)
+                rate = dist.learning_rate(step, config, total_steps)
+                if losses:
+                    health.check_finite(step + 1, losses, batches_used, str, norm, model)
+                    dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
+                    for optimizer in optimizers:
+                        for group in optimizer.param_groups:
+                            group["lr"] = rate
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+            step += 1
+            took["train"] += seconds()
+            if (
+                reference is not None
+                and config.ref_model_sync_steps
+                and step % config.ref_model_sync_steps == 0
+            ):
+                dist.mix_weights(reference, model, config.ref_model_mixup_alpha)
+
+            # f. Metrics over the whole step, on all ranks alike.
+            tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
+            policy_metrics = tally.result(world)
+            state["entropy"] = policy_metrics.get("entropy", state.get("entropy", 0.0))
+            took |= sampler.seconds
+            metrics: dict[str, float] = {
+                **batch_metrics, **policy_metrics,
+                "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
+                "skipped_micro_batches": float(skipped), "entropy_coef": bonus,
+                "epoch": order.size * (generation + 1) / max(1, len(prompts)) if replay is None else 0.0,
+                "step_time": sum(took.values()), **{f"step_time/{k}": v for k, v in took.items()},
+                **sync_metrics, **health.memory(world.device),
+            }  # fmt: skip
+            logger.advance()
+            stopping = dist.all_reduce([float(interrupt.signal is not None)], world)[0] > 0
+            evaluating = judge is not None and (
+                step == total_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
+            )
+            saving = config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
+            # What is under way was sampled from the old weights
+            if pending and (evaluating or saving or stopping):
+                ahead, pending = fetch(generation + 1, step), False
+            if evaluating:
+                metrics |= evaluated(step)
+                state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+            if step % config.logging_steps == 0 or step == total_steps or evaluating:
+                logger.log(step, metrics)
+                if config.log_completions and used == 0:
+                    show_completions(shown, tokenizer, logger, step)
+            if saving or stopping:
+                # The servers get the weights of the checkpoint, so that a resumed run samples from the same.
+                engine.sync(step, due=True)
+                save(checkpointer, step, model, optimizers, state, rollouts, ahead, buffer, moving, world)
+            if stopping and step < total_steps:
+                checkpointer.finish()
+                logger.close()
+                log.info("stopped by a signal after step %d; the same command goes on from here", step)
+                dist.finish()
+                return
+    except EngineError as error:
+        # Nothing of the run is lost to a server: what was trained so far is saved before the run ends.
+        if step > (checkpointer.steps() or [0])[-1]:
+            save(checkpointer, step, model, optimizers, state, rollouts, ahead, buffer, moving, world)
+            checkpointer.finish()
+            raise EngineError(f"{error}; step {step} is saved, the same command goes on from it") from None
+        raise
+    checkpointer.finish()
+
+    # 6. Final save and report.
+    final = dist.save_final(model, tokenizer, config, world)
+    logger.close()
+    if judge is not None:
+        before, after = state["eval_before"], state.get("eval_after", state["eval_before"])
+        for name in before:
+            log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
+    log.info("saved               %s", final)
+    log.info("talk to it          python model.py chat %s", final)
+    dist.finish()
+
+
+def save(
+    checkpointer: Checkpointer, step: int, model: Any, optimizers: list, state: dict, rollouts: list[Rollout],
+    ahead: list[Rollout] | None, buffer: ReplayBuffer, moving: dict[str, Any], world: World,
+) -> None:  # fmt: skip
+    """A checkpoint with what the loop holds besides weights: the batch in use with its π_old and π_ref, a
+    prefetched batch, the replay buffer. A collective."""
+    stored = {
+        i: (r.old_logprobs, r.ref_logprobs, r.entropies)
+        for i, r in enumerate(rollouts) if r.old_logprobs or r.ref_logprobs
+    }  # fmt: skip
+    for part in dist.gather(stored, world):
+        for i, (old, ref, entropies) in part.items():
+            rollouts[i].old_logprobs, rollouts[i].ref_logprobs, rollouts[i].entropies = old, ref, entropies
+    checkpointer.save(step, model, optimizers, {
+        **state, "rollouts": [vars(r) for r in rollouts],
+        "ahead": None if ahead is None else [vars(r) for r in ahead],
+        "buffer": [[vars(r) for r in group] for group in buffer.groups],
+    }, moving)  # fmt: skip
+
+
+def show_completions(rollouts: list[Rollout], tokenizer: Tokenizer, logger: MetricLogger, step: int) -> None:
+    """log_completions: a few on the console, all of them to wandb (JSONL always has them)."""
+
+    def short(ids: list[int], width: int) -> str:
+        text = " ".join(tokenizer.decode(ids, special=True).split())
+        return text if len(text) <= width else "…" + text[1 - width :]
+
+    for r in rollouts[:4]:
+        rewards = "  ".join(f"{k} {'—' if v is None else f'{v:g}'}" for k, v in r.rewards.items())
+        log.info(
+            "  %s → %s   [%s  advantage %+.2f]",
+            short(r.prompt_ids, 48),
+            short(r.completion_ids, 60),
+            rewards,
+            r.advantage,
+        )
+    if logger.main and logger.wandb is not None:
+        import wandb
+
+        names = list(rollouts[0].rewards)
+        table = wandb.Table(columns=["step", "prompt", "completion", *names, "advantage"])
+        for r in rollouts:
+            table.add_data(
+                step, tokenizer.decode(r.prompt_ids, special=True),
+                tokenizer.decode(r.completion_ids, special=True),
+                *[r.rewards.get(name) for name in names], r.advantage,
+            )  # fmt: skip
+        logger.wandb.log({"completions": table}, step=step)
+
+
+def run_identity(config: Config, batch_size: int, data: str) -> dict:
+    """What a checkpoint of this run can go on with."""
+    keys = ("base_model", "adapter", "load_in_4bit", "load_in_8bit", "fp8", "fp8_frozen", "lora_r",
+            "lora_target_modules", "optimizer", "seed", "num_generations", "num_iterations",
+            "gradient_accumulation_steps", "steps_per_generation", "val_set_size",
+            "rollout_engine")  # fmt: skip
+    values = asdict(config)
+    return {
+        **{key: values[key] for key in keys},
+        "completions of a generation batch": batch_size,
+        "data": data,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tools
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TestConfig(Config):
+    completions: list[str] = field(default_factory=list)
+    """test-rewards: score these texts, one after the other, instead."""
+    source: Literal["answer", "generate"] = "answer"
+    """test-rewards: score the rows' own answers, or completions sampled from the model."""
+    rows: int = 4
+    """test-rewards: how many rows."""
+
+
+def test_rewards(argv: list[str]) -> int:
+    """Score sample completions outside training, and show what the functions get."""
+    config = parse_config(TestConfig, argv, description="Score sample completions outside training.")
+    log.addHandler(health._Console(20))
+    log.setLevel(20)
+    directory = Path(config.config_directory)
+    checkpoint = resolve_checkpoint(config.base_model, config.base_model_revision, directory)
+    tokenizer = load_tokenizer(checkpoint, config, directory, Path(config.output_dir) / "prepared")
+    prompts, _ = read_prompts(config.datasets, tokenizer, config, directory, config.max_prompt_length)
+    prompts = prompts[: config.rows]
+    scorer = Scorer(config, tokenizer)
+    if config.completions:
+        prompts = [prompts[i % len(prompts)] for i in range(len(config.completions))]
+        ids = [tokenizer.encode(text) for text in config.completions]
+    elif config.source == "generate":
+        from model import load_pretrained
+
+        model = load_pretrained(str(checkpoint), dtype=torch.float32)
+        engine = EmbeddedEngine(model, config, tokenizer, World(0, 1, 0, torch.device("cpu")))
+        ids = [g[0].ids for g in engine.generate([p.ids for p in prompts], 1, seed=(config.seed,))]
+    else:
+        missing = next((p.name for p in prompts if "answer" not in p.columns), None)
+        if missing:
+            raise ConfigError(
+                "source", "answer", f"needs a reference answer, {missing} has none; use source=generate"
+            )
+        ids = [tokenizer.encode(str(p.columns["answer"])) for p in prompts]
+    arguments = scorer.arguments(prompts, ids)
+    print("columns that a reward function gets, from the first row:")
+    for name, values in arguments.items():
+        shown = json.dumps(values[0], ensure_ascii=False, default=str)
+        print(f"  {name:<16} {shown if len(shown) < 90 else shown[:90] + ' …'}")
+    scores = scorer.finish(scorer.begin(prompts, ids))
+    print(f"\nscores of {len(ids)} completions:")
+    for i, tokens in enumerate(ids):
+        values = "  ".join(
+            f"{name} {'—' if s[i] is None else format(s[i], 'g')}" for name, s in scores.items()
+        )
+        print(f"  {prompts[i].name}  {tokenizer.decode(tokens)[:60]!r}  {values}")
+    for name, values in scores.items():
+        if len({v for v in values}) == 1 and not config.completions:
+            print(f"note: {name} gave every completion the same score, {values[0]}")
+    return 0
+
+
+def serve(argv: list[str]) -> None:
+    """Start the vLLM server that a config needs, in this process's place."""
+    config = parse_config(Config, argv, description="Start the vLLM server that a config needs.")
+    try:
+        model = str(
+            resolve_checkpoint(config.base_model, config.base_model_revision, Path(config.config_directory))
+        )
+    except BallastError as error:
+        raise ConfigError("base_model", config.base_model, f"cannot be served: {error}") from None
+    for url in config.vllm_server_base_url[1:]:
+        print(f"# another terminal: python grpo.py serve … 'vllm_server_base_url=[{url}]'")
+    environment, command = server_command(config, model, config.vllm_server_base_url[0])
+    print(" ".join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
+    try:
+        os.execvpe(command[0], command, {**os.environ, **environment})
+    except OSError as error:
+        raise ConfigError("vllm_python", command[0], f"cannot be started ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["test-rewards"]:
+        health.run(lambda argv: sys.exit(test_rewards(argv)), lambda: sys.argv[2:])
+    elif sys.argv[1:2] == ["serve"]:
+        health.run(serve, lambda: sys.argv[2:])
+    else:
+        health.run(main, lambda: parse_config(Config, description=(__doc__ or "").splitlines()[0]))

@@ -1,0 +1,447 @@
+"""The policy gradient on rollouts: log-probabilities of what was sampled, importance ratios, the losses of
+the GRPO family, and every metric of a policy step. GRPO and EBFT share it; they differ in where rewards come
+from.
+
+Names follow the papers: π the policy that is trained, π_old the weights that the batch was made with, μ what
+the sampler reported, π_ref the reference. B completions, T positions of the longest, m the mask of tokens
+that the policy wrote.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dist
+from config import ConfigError
+from dist import World
+from health import log
+from kernels import linear_logprobs
+from model import Transformer
+from rollout import Rollout, RolloutOptions, check_rollout_options
+
+
+@dataclass
+class PolicyOptions(RolloutOptions):
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
+    """How token losses become one number. dapo and bnpo: sum / tokens of the step. grpo: mean over
+    completions of each one's token mean. dr_grpo: sum / (completions · max_completion_length). cispo:
+    truncated ratio times log-probability, reduced as dapo. sapo: a sigmoid instead of the clip, reduced as
+    grpo."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """The ratio π/π_old of each token, or the geometric mean over the completion (GSPO)."""
+    epsilon: float = 0.2
+    """Clip range below 1."""
+    epsilon_high: float | None = None
+    """Clip range above 1; unset: epsilon. For cispo the largest ratio, usually 5."""
+    delta: float | None = None
+    """Upper bound of the ratio also where the advantage is negative."""
+    sapo_temperature_pos: float = 1.0
+    """sapo: steepness for positive advantages."""
+    sapo_temperature_neg: float = 1.05
+    """sapo: steepness for the others."""
+    beta: float = 0.0
+    """Weight of the KL penalty against the reference model."""
+    off_policy_mask_threshold: float | None = None
+    """Leave out completions with negative advantage whose mean log μ − log π exceeds this (DeepSeek-V3.2)."""
+    vllm_importance_sampling_correction: bool = True
+    """Weigh tokens by π_old/μ wherever the sampler reports μ: it may run in other precision or on older
+    weights."""
+    vllm_importance_sampling_mode: Literal[
+        "sequence_mask", "sequence_truncate", "token_mask", "token_truncate"
+    ] = "sequence_mask"
+    """Ratio of each token or of the whole completion (product over its tokens); truncate clamps it, mask
+    drops what lies outside."""
+    vllm_importance_sampling_clip_min: float = 0.0
+    """Lower end of that ratio."""
+    vllm_importance_sampling_clip_max: float = 3.0
+    """Upper end of that ratio."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit the length limit out of the loss."""
+    top_entropy_quantile: float = 1.0
+    """Train only on this share of tokens, those of highest entropy (arXiv 2506.01939)."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    entropy_target: float | None = None
+    """Give the bonus only while the entropy of the last step was below this."""
+
+
+def check_policy_options(options: PolicyOptions) -> None:
+    check_rollout_options(options)
+    for key, low, high in (
+        ("epsilon", 0, math.inf), ("epsilon_high", 0, math.inf), ("delta", 0, math.inf),
+        ("beta", 0, math.inf),
+        ("vllm_importance_sampling_clip_min", 0, math.inf), ("entropy_target", 0, math.inf),
+        ("vllm_importance_sampling_clip_max", 0, math.inf), ("entropy_coef", -math.inf, math.inf),
+        ("off_policy_mask_threshold", -math.inf, math.inf),
+    ):  # fmt: skip
+        value = getattr(options, key)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise ConfigError(key, value, f"must lie between {low} and {high}")
+    for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
+        if not 0 < getattr(options, key) < math.inf:
+            raise ConfigError(key, getattr(options, key), "must be above 0")
+    if options.loss_type == "cispo" and options.epsilon_high is None:
+        raise ConfigError("epsilon_high", None, "loss_type cispo needs it: the largest ratio, e.g. 5.0")
+    if not 0 < options.top_entropy_quantile <= 1:
+        raise ConfigError("top_entropy_quantile", options.top_entropy_quantile, "must be above 0, at most 1")
+    if options.vllm_importance_sampling_clip_min >= options.vllm_importance_sampling_clip_max:
+        raise ConfigError(
+            "vllm_importance_sampling_clip_min", options.vllm_importance_sampling_clip_min,
+            "must be below vllm_importance_sampling_clip_max",
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From rollouts to tensors
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PolicyBatch:
+    """B completions for one forward pass: packed in one row for the model, padded to [B, T] for the loss."""
+
+    input_ids: Tensor  # [1, N], prompts and completions one after the other
+    document_ids: Tensor  # [1, N]
+    labels: Tensor  # [N]: the token that follows, where the policy wrote it; else −100
+    places: Tensor  # [tokens that the policy wrote]: where they stand in a flat [B·T]
+    mask: Tensor  # [B, T] in fp32: 1 where the policy wrote the token
+    advantages: Tensor  # [B]
+    sampling_logprobs: Tensor | None  # [B, T], NaN where the sampler gave none
+    truncated: Tensor  # [B] bool: hit the length limit
+    rollouts: Sequence[Rollout]
+
+    @property
+    def rows(self) -> list[str]:
+        return [r.row for r in self.rollouts]
+
+    def keep(self, name: str, values: Tensor) -> None:
+        """Keep per-token values [B, T] with the rollouts, for later passes and checkpoints."""
+        for rollout, row in zip(self.rollouts, values.tolist(), strict=True):
+            setattr(rollout, name, row[: len(rollout.completion_ids)])
+
+    def stored(self, name: str) -> Tensor | None:
+        """What `keep` kept [B, T], or None."""
+        rows = [getattr(rollout, name) for rollout in self.rollouts]
+        if any(row is None for row in rows):
+            return None
+        T = self.mask.shape[1]
+        padded = [row + [0.0] * (T - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.float32, device=self.mask.device)
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """Values of the written tokens, in order, to [B, T] with zeros elsewhere."""
+        out = torch.zeros(self.mask.numel(), dtype=flat.dtype, device=flat.device)
+        return out.index_copy(0, self.places, flat).view_as(self.mask)
+
+
+def collate(rollouts: Sequence[Rollout], device: torch.device) -> PolicyBatch:
+    T = max(len(r.completion_ids) for r in rollouts)
+    ids, documents, labels, places = [], [], [], []
+    mask = torch.zeros(len(rollouts), T)
+    reported = torch.full((len(rollouts), T), math.nan)
+    for row, r in enumerate(rollouts):
+        sequence = r.prompt_ids + r.completion_ids
+        written = r.written()
+        start = len(r.prompt_ids)
+        following = [-100] * len(sequence)
+        for t, (token, ours) in enumerate(zip(r.completion_ids, written, strict=True)):
+            if ours:
+                following[start + t - 1] = token
+                places.append(row * T + t)
+        ids += sequence
+        documents += [row] * len(sequence)
+        labels += following
+        mask[row, : len(written)] = torch.tensor(written, dtype=torch.float32)
+        if r.sampling_logprobs is not None:
+            given = [math.nan if x is None else x for x in r.sampling_logprobs]
+            reported[row, : len(given)] = torch.tensor(given)
+    known = any(r.sampling_logprobs is not None for r in rollouts)
+    return PolicyBatch(
+        torch.tensor([ids], device=device), torch.tensor([documents], device=device),
+        torch.tensor(labels, device=device), torch.tensor(places, device=device), mask.to(device),
+        torch.tensor([r.advantage for r in rollouts], device=device),
+        reported.to(device) if known else None,
+        torch.tensor([r.truncated for r in rollouts], device=device), rollouts,
+    )  # fmt: skip
+
+
+def token_logprobs(
+    model: Transformer, batch: PolicyBatch, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor, list[Tensor], int]:
+    """(log π [B, T], entropy [B, T], router logits, number of non-finite hidden states) of the tempered
+    policy, zeros where m is 0."""
+    hidden, router_logits = model.hidden_states(batch.input_ids, document_ids=batch.document_ids)
+    wanted = (batch.labels != -100).nonzero().flatten()
+    hidden = hidden[0].index_select(0, wanted)
+    bad = int((~torch.isfinite(hidden)).any(-1).sum())
+    if bad:  # the safety net: replaced so that one bad token does not end the step, but counted and named
+        hidden = torch.nan_to_num(hidden, nan=0.0, posinf=0.0, neginf=0.0)
+    made = linear_logprobs(
+        hidden, model.head_weight, batch.labels.index_select(0, wanted),
+        temperature=temperature, softcap=model.arch.final_softcap,
+    )  # fmt: skip
+    entropy = made.entropy if entropy_gradient else made.entropy.detach()
+    return batch.spread(made.logprobs), batch.spread(entropy), router_logits, bad
+
+
+@torch.no_grad()
+def first_nonfinite_module(model: Transformer, batch: PolicyBatch) -> str:
+    """The module whose output is the first that is not finite, by one more forward pass with hooks."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
+    try:
+        model.hidden_states(batch.input_ids, document_ids=batch.document_ids)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else "none on the second pass"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepSize:
+    """What an optimiser step as a whole holds, over all micro-batches and ranks. Losses are divided by these
+    and never by a micro-batch's own counts: the result must not depend on how the step is cut."""
+
+    completions: int
+    tokens: float  # Σ m
+
+    @staticmethod
+    def of(rollouts: Sequence[Rollout], options: PolicyOptions) -> "StepSize":
+        tokens = sum(
+            sum(r.written()) for r in rollouts if not (options.mask_truncated_completions and r.truncated)
+        )
+        return StepSize(len(rollouts), max(1.0, float(tokens)))
+
+
+def sampler_ratio(
+    old_logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, options: PolicyOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(π_old/μ per token [B, T] before any limit, the weight that is applied [B, T] or [B, 1], the tokens
+    that μ is known for [B, T]).
+
+    A token without a usable μ counts as on policy: it must neither poison the sequence nor stop the run.
+    """
+    known = mask * torch.isfinite(sampling_logprobs)
+    difference = torch.where(known > 0, old_logprobs - sampling_logprobs, 0.0)
+    raw = difference.exp()
+    level, _, what = options.vllm_importance_sampling_mode.partition("_")
+    ratio = raw if level == "token" else (difference * known).sum(-1, keepdim=True).exp()
+    low, high = options.vllm_importance_sampling_clip_min, options.vllm_importance_sampling_clip_max
+    applied = ratio.clamp(low, high) if what == "truncate" else ratio * ((ratio >= low) & (ratio <= high))
+    return raw, applied, known
+
+
+def policy_loss(
+    logprobs: Tensor, *, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, options: PolicyOptions,
+    size: StepSize, sampling_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None,
+    entropy_mask: Tensor | None = None, truncated: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """This micro-batch's part of the step's loss, and what was computed on the way (for the metrics).
+
+    All [B, T] but `advantages` and `truncated` [B]. The parts of all micro-batches and ranks add up to the
+    loss. Formulas: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO
+    2506.13585, SAPO 2511.20347; k3 is Schulman's estimator, (π_ref/π) − log(π_ref/π) − 1.
+    """
+    A = advantages[:, None].to(logprobs.dtype)
+    facts: dict[str, Tensor] = {}
+    if truncated is not None and options.mask_truncated_completions:
+        mask = mask * (~truncated)[:, None]
+    length = mask.sum(-1, keepdim=True).clamp(min=1)
+
+    # The ratio of the policy to the weights that made the batch.
+    log_ratio = logprobs - old_logprobs
+    if options.importance_sampling_level == "sequence":
+        log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / length
+    ratio = log_ratio.exp()
+    low, high = options.epsilon, options.epsilon_high if options.epsilon_high is not None else options.epsilon
+    if options.loss_type == "cispo":
+        loss = -ratio.clamp(max=high).detach() * A * logprobs
+        facts["cispo_clipped"] = (ratio > high) & (A > 0)
+    elif options.loss_type == "sapo":
+        steep = torch.where(A > 0, options.sapo_temperature_pos, options.sapo_temperature_neg)
+        loss = -A * torch.sigmoid(steep * (ratio - 1)) * 4 / steep
+    else:
+        bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
+        loss = -torch.minimum(bounded * A, ratio.clamp(1 - low, 1 + high) * A)
+        facts["clipped_low"], facts["clipped_high"] = (
+            (bounded < 1 - low) & (A < 0),
+            (bounded > 1 + high) & (A > 0),
+        )
+
+    # What the sampler drew from need not be π_old: other precision, older weights.
+    if options.off_policy_mask_threshold is not None:
+        drawn_from = old_logprobs if sampling_logprobs is None else sampling_logprobs
+        drift = torch.nan_to_num(drawn_from - logprobs.detach(), nan=0.0) * mask
+        keep = (A >= 0) | (drift.sum(-1, keepdim=True) / length <= options.off_policy_mask_threshold)
+        loss = loss * keep
+        facts["off_policy_masked"] = ~keep[:, 0]
+    if entropy_mask is not None:
+        loss = loss * entropy_mask
+    if sampling_logprobs is not None:
+        facts["sampler_ratio"], applied, facts["sampler_known"] = sampler_ratio(
+            old_logprobs, sampling_logprobs, mask, options
+        )
+        facts["sampler_applied"] = applied.expand_as(mask)
+        if options.vllm_importance_sampling_correction:
+            loss = loss * applied.detach()
+    if ref_logprobs is not None:
+        back = ref_logprobs - logprobs
+        k3 = back.exp() - back - 1
+        facts["kl"] = k3.detach()
+        if options.beta:
+            loss = loss + options.beta * k3
+
+    if options.loss_type in ("grpo", "sapo"):
+        total = ((loss * mask).sum(-1, keepdim=True) / length).sum() / size.completions
+    elif options.loss_type == "dr_grpo":
+        total = (loss * mask).sum() / (size.completions * options.max_completion_length)
+    else:
+        total = (loss * mask).sum() / size.tokens
+    facts["mask"] = mask
+    return total, facts
+
+
+def entropy_threshold(micro: Sequence[Sequence[Rollout]], share: float, world: World) -> tuple[float, float]:
+    """The entropy above which the top `share` of a step's tokens lie, over all micro-batches and ranks; and
+    how many those are."""
+    mine = [
+        e
+        for part in micro for r in part
+        for e, ours in zip(r.entropies or [], r.written(), strict=True) if ours
+    ]  # fmt: skip
+    values = np.array([e for part in dist.gather(mine, world) for e in part])
+    threshold = float(np.quantile(values, 1 - share))
+    return threshold, max(1.0, float((values >= threshold).sum()))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Metrics
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Means, minima and maxima of a step, gathered over micro-batches and ranks before any division: a mean
+    of means would weigh a token by how full its micro-batch is."""
+
+    def __init__(self):
+        self.sums: dict[str, list[float]] = {}
+        self.low: dict[str, float] = {}
+        self.high: dict[str, float] = {}
+
+    def mean(self, name: str, total: float, count: float) -> None:
+        entry = self.sums.setdefault(name, [0.0, 0.0])
+        entry[0] += total
+        entry[1] += count
+
+    def min(self, name: str, value: float) -> None:
+        self.low[name] = min(value, self.low.get(name, math.inf))
+
+    def max(self, name: str, value: float) -> None:
+        self.high[name] = max(value, self.high.get(name, -math.inf))
+
+    def result(self, world: World) -> dict[str, float]:
+        """The metrics, the same on every rank. A collective; ranks may lack names that others have."""
+        found = dist.gather((self.sums, self.low, self.high), world)
+        totals: dict[str, list[float]] = {}
+        metrics: dict[str, float] = {}
+        for sums, low, high in found:
+            for name, (total, count) in sums.items():
+                entry = totals.setdefault(name, [0.0, 0.0])
+                entry[0] += total
+                entry[1] += count
+            for name, value in low.items():
+                metrics[name] = min(value, metrics.get(name, math.inf))
+            for name, value in high.items():
+                metrics[name] = max(value, metrics.get(name, -math.inf))
+        return metrics | {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
+
+
+@torch.no_grad()
+def tally_policy(
+    tally: Tally, facts: dict[str, Tensor], entropy: Tensor, old: Tensor, sampled: Tensor | None
+):
+    """Add one micro-batch to the policy metrics (reference page: Key Metrics for RL)."""
+    mask = facts["mask"]
+    tokens, B = mask.sum().item(), mask.shape[0]
+
+    def masked_mean(name: str, x: Tensor) -> None:
+        if x.shape[1] == 1:  # sequence-level ratio: one value a completion
+            tally.mean(name, x.float().sum().item(), B)
+        else:
+            tally.mean(name, (x * mask).sum().item(), tokens)
+
+    masked_mean("entropy", entropy)
+    if "kl" in facts:
+        masked_mean("kl", facts["kl"])
+    if "clipped_low" in facts:
+        low, high = facts["clipped_low"], facts["clipped_high"]
+        masked_mean("clip_ratio/low_mean", low)
+        masked_mean("clip_ratio/high_mean", high)
+        masked_mean("clip_ratio/region_mean", low | high)
+        length = mask.sum(-1)
+        for name, x, add in (("low_min", low, tally.min), ("high_max", high, tally.max)):
+            share = x[:, 0].float() if x.shape[1] == 1 else (x * mask).sum(-1) / length.clamp(min=1)
+            for value in share[length > 0].tolist():
+                add(f"clip_ratio/{name}", value)
+    if "cispo_clipped" in facts:
+        masked_mean("cispo_clip_ratio", facts["cispo_clipped"])
+    if "off_policy_masked" in facts:
+        tally.mean("off_policy_masked_fraction", facts["off_policy_masked"].sum().item(), B)
+    if sampled is not None:
+        known = facts["sampler_known"] > 0
+        gap, ratio = (old - sampled).abs()[known].double(), facts["sampler_ratio"][known].double()
+        count = known.sum().item()
+        tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), count)
+        tally.mean("sampling/importance_sampling_ratio/mean", ratio.sum().item(), count)
+        tally.mean(
+            "sampling/importance_sampling_ratio/applied_mean",
+            facts["sampler_applied"][known].double().sum().item(), count,
+        )  # fmt: skip
+        tally.mean("sampling/unknown_logprobs", tokens - count, tokens)
+        if count:
+            tally.max("sampling/sampling_logp_difference/max", gap.max().item())
+            tally.min("sampling/importance_sampling_ratio/min", ratio.min().item())
+            tally.max("sampling/importance_sampling_ratio/max", ratio.max().item())
+
+
+def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths and endings of the completions of a batch."""
+    lengths = [sum(r.written()) for r in rollouts]
+    ended = [n for n, r in zip(lengths, rollouts, strict=True) if not r.truncated] or [0]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(r.truncated for r in rollouts) / len(rollouts),
+        "completions/mean_terminated_length": sum(ended) / len(ended),
+        "completions/min_terminated_length": float(min(ended)),
+        "completions/max_terminated_length": float(max(ended)),
+    }
+
+
+def log_nonfinite(model: Transformer | None, batch: PolicyBatch, count: int, step: int) -> None:
+    """Without a model (sharded: a pass of one rank alone would hang) the module is not looked for."""
+    where = first_nonfinite_module(model, batch) if model is not None else "run one process to name it"
+    log.warning(
+        "step %d: %d hidden states are not finite and were replaced by 0; first module: %s; rows %s",
+        step, count, where, ", ".join(batch.rows[:4]),
+    )  # fmt: skip
