@@ -389,8 +389,8 @@ class Scorer:
             if value is not None and not math.isfinite(value):
                 shown = completion_text(arguments["completions"][i])
                 raise RewardError(
-                    f"reward {name}: returned {score!r} for {names[i]}, completion {shown[:80]!r}; a score is a "
-                    "finite number, or None where it does not apply"
+                    f"reward {name}: returned {score!r} for {names[i]}, completion {shown[:80]!r}; a score "
+                    "is a finite number, or None where it does not apply"
                 )
             checked.append(value)
         return checked
@@ -435,7 +435,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple
     group_std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     present = rewards[~torch.isnan(rewards)]
     batch_std = present.std().item() if len(present) > 1 else 0.0
-    divisor = {"group": group_std + 1e-4, "batch": torch.as_tensor(batch_std + 1e-4), "none": torch.ones(())}
+    divisor = {"group": group_std + 1e-4, "batch": rewards.new_tensor(batch_std + 1e-4), "none": 1.0}
     groups = (count > 0).sum().clamp(min=1)
     flat = ((group_std < 1e-8) & (count > 0)).sum()
     metrics = {
@@ -799,7 +799,7 @@ def main(config: Config) -> None:
                 took["logprob"] += seconds()
             threshold, bonus_tokens = None, size.tokens
             if config.top_entropy_quantile < 1:
-                threshold, bonus_tokens = entropy_threshold(micro, config.top_entropy_quantile, world)
+                threshold, bonus_tokens = entropy_threshold(micro, config, world)
 
             # d. Loss and backward. Every rank knows all advantages, so all skip the same micro-batches; FSDP
             # averages gradients over ranks, the loss is a sum over them: × world.size.
@@ -1057,14 +1057,13 @@ def serve(argv: list[str]) -> None:
     """Start the vLLM server that a config needs, in this process's place."""
     config = parse_config(Config, argv, description="Start the vLLM server that a config needs.")
     try:
-        model = str(
-            resolve_checkpoint(config.base_model, config.base_model_revision, Path(config.config_directory))
-        )
+        place = Path(config.config_directory)
+        model = resolve_checkpoint(config.base_model, config.base_model_revision, place).resolve()
     except BallastError as error:
         raise ConfigError("base_model", config.base_model, f"cannot be served: {error}") from None
     for url in config.vllm_server_base_url[1:]:
         print(f"# another terminal: python grpo.py serve … 'vllm_server_base_url=[{url}]'")
-    environment, command = server_command(config, model, config.vllm_server_base_url[0])
+    environment, command = server_command(config, str(model), config.vllm_server_base_url[0])
     print(" ".join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
     try:
         os.execvpe(command[0], command, {**os.environ, **environment})

@@ -46,6 +46,8 @@ class PolicyOptions(RolloutOptions):
     """sapo: steepness for the others."""
     beta: float = 0.0
     """Weight of the KL penalty against the reference model."""
+    use_bias_correction_kl: bool = False
+    """Weigh the KL of each token by its ratio: unbiased where the batch is off policy (DeepSeek-V3.2)."""
     off_policy_mask_threshold: float | None = None
     """Leave out completions with negative advantage whose mean log μ − log π exceeds this (DeepSeek-V3.2)."""
     vllm_importance_sampling_correction: bool = True
@@ -308,7 +310,7 @@ def policy_loss(
         k3 = back.exp() - back - 1
         facts["kl"] = k3.detach()
         if options.beta:
-            loss = loss + options.beta * k3
+            loss = loss + options.beta * (k3 * ratio if options.use_bias_correction_kl else k3)
 
     if options.loss_type in ("grpo", "sapo"):
         total = ((loss * mask).sum(-1, keepdim=True) / length).sum() / size.completions
@@ -320,17 +322,24 @@ def policy_loss(
     return total, facts
 
 
-def entropy_threshold(micro: Sequence[Sequence[Rollout]], share: float, world: World) -> tuple[float, float]:
-    """The entropy above which the top `share` of a step's tokens lie, over all micro-batches and ranks; and
-    how many those are."""
+def entropy_threshold(
+    micro: Sequence[Sequence[Rollout]], options: PolicyOptions, world: World
+) -> tuple[float, float]:
+    """The entropy above which the top `top_entropy_quantile` of a step's tokens lie, over all micro-batches and
+    ranks; and how many those are."""
     mine = [
         e
-        for part in micro for r in part
-        for e, ours in zip(r.entropies or [], r.written(), strict=True) if ours
-    ]  # fmt: skip
+        for part in micro
+        for r in part
+        if not (options.mask_truncated_completions and r.truncated)
+        for e, ours in zip(r.entropies or [], r.written(), strict=True)
+        if ours
+    ]
     values = np.array([e for part in dist.gather(mine, world) for e in part])
-    threshold = float(np.quantile(values, 1 - share))
-    return threshold, max(1.0, float((values >= threshold).sum()))
+    if not len(values):
+        return math.inf, 1.0
+    threshold = float(np.quantile(values, 1 - options.top_entropy_quantile))
+    return threshold, float((values >= threshold).sum())
 
 
 # ------------------------------------------------------------------------------------------------------------

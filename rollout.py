@@ -112,8 +112,8 @@ def check_rollout_options(options: RolloutOptions) -> None:
         if getattr(options, key) != off:
             raise ConfigError(
                 key, getattr(options, key),
-                f"would make importance ratios wrong: the sampler renormalises over the tokens that it keeps, "
-                f"the trainer does not; leave it at {off} and lower temperature instead",
+                f"would make importance ratios wrong: the sampler renormalises over the tokens that it keeps,"
+                f" the trainer does not; leave it at {off} and lower temperature instead",
             )  # fmt: skip
     if (options.rollout_engine == "replay") != (options.replay_path is not None):
         raise ConfigError("replay_path", options.replay_path, "goes together with rollout_engine: replay")
@@ -178,7 +178,10 @@ def write_rollouts(
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for rollout in rollouts:
-        texts = {"completion": tokenizer.decode(rollout.completion_ids, special=True)}
+        texts = {
+            "prompt": tokenizer.decode(rollout.prompt_ids, special=True),
+            "completion": tokenizer.decode(rollout.completion_ids, special=True),
+        }
         lines.append(json.dumps({**to_json(rollout), **texts}, ensure_ascii=False) + "\n")
     dist.write_atomically(directory / f"{kind}-{step}.jsonl", "".join(lines))
 
@@ -351,8 +354,8 @@ class VllmEngine:
             served = server.models()
             if self.name not in served:
                 raise EngineError(
-                    f"{server.url}: serves {', '.join(sorted(served))}, the config wants {self.name!r}; start "
-                    "it with `python grpo.py serve`, or set vllm_model_name"
+                    f"{server.url}: serves {', '.join(sorted(served))}, the config wants {self.name!r}; "
+                    "start it with `python grpo.py serve`, or set vllm_model_name"
                 )
             room = served[self.name].get("max_model_len")
             need = (self.options.max_prompt_length or 0) + self.options.max_completion_length
@@ -456,8 +459,8 @@ class VllmEngine:
             found = server.version()
             if found != self._version_name():
                 raise StaleServer(
-                    f"{server.url}: has weights {found!r}, this run sent {self._version_name()!r}: restarted, "
-                    "or used by another run; sending them again"
+                    f"{server.url}: has weights {found!r}, this run sent {self._version_name()!r}: "
+                    "restarted, or used by another run; sending them again"
                 )
 
     def _version_name(self) -> str:
@@ -640,9 +643,9 @@ class VllmEngine:
                 if not gap <= allowed:  # also where it is NaN
                     raise EngineError(
                         f"{server.url}: after the sync of step {step} the probe has mean log-prob "
-                        f"{theirs.mean():.4f} on the server, {ours.mean():.4f} in the trainer (mean "
-                        f"difference {gap:.2g}, allowed {allowed:g}: vllm_probe_tolerance): the server does not have "
-                        "these weights; start it with `python grpo.py serve`"
+                        f"{theirs.mean():.4f} on the server, {ours.mean():.4f} in the trainer "
+                        f"(mean difference {gap:.2g}, allowed {allowed:g}: vllm_probe_tolerance): it does "
+                        "not have these weights; start it with `python grpo.py serve`"
                     )
                 worst = max(worst, gap)
             return worst
@@ -708,10 +711,13 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
     gpu = torch.cuda.is_available()
     dtype = options.vllm_dtype
     dtype = ("bfloat16" if options.bf16 else "float32") if dtype == "auto" else dtype
-    here = str(Path(__file__).resolve().parent)
+    # The worker extension alone goes on the server's path: our module names (kernels, data) are others' too.
+    folder = Path(options.output_dir).resolve() / "server"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).resolve().parent / "vllm_worker.py", folder / "vllm_worker.py")
     environment = {
-        "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")])),
+        "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": str(folder),
     }  # fmt: skip
     command = [
         options.vllm_python or sys.executable, "-m", "vllm.entrypoints.openai.api_server",

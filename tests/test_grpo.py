@@ -1,0 +1,328 @@
+"""GRPO: losses against golden numbers and TRL, rewards, engines, resuming."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import grpo
+from config import ConfigError
+from conftest import ROOT, run_program
+from data import PromptOrder, Tokenizer
+from dist import World
+from grpo import Config, RewardError, group_advantages, pass_at_k, reward_metrics, weighted_rewards
+from model import load_pretrained
+from policy import (
+    PolicyOptions,
+    StepSize,
+    Tally,
+    collate,
+    completion_metrics,
+    policy_loss,
+    sampler_ratio,
+    tally_policy,
+    token_logprobs,
+)
+from rollout import Completion, EmbeddedEngine, EngineError, Rollout, as_rollouts, play, read_completions
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]
+
+# Made with an independent script in fp64 from the published formulas: eight completions of two groups.
+GOLDEN = json.loads((Path(__file__).parent / "grpo_golden.json").read_text())
+
+
+def golden(name: str) -> torch.Tensor:
+    return torch.tensor(GOLDEN[name], dtype=torch.float64)
+
+
+def golden_loss(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss_type, *rest = name.split("/")
+    mask, truncated = golden("mask"), torch.tensor(GOLDEN["truncated"])
+    options, more = PolicyOptions(loss_type=loss_type, max_completion_length=mask.shape[1]), {}
+    for word in rest:
+        number = float(word.rpartition("_")[2]) if "_" in word and word[-1].isdigit() else 0.0
+        if word in ("token", "sequence"):
+            options.importance_sampling_level = word
+        elif word.startswith("eps_high"):
+            options.epsilon_high = number
+        elif word.startswith("delta"):
+            options.delta = number
+        elif word.startswith("beta"):
+            options.beta, more["ref_logprobs"] = number, golden("ref_logp")
+        elif word.startswith("off_policy_mask"):
+            options.off_policy_mask_threshold, options.vllm_importance_sampling_correction = number, False
+            more["sampling_logprobs"] = golden("sampling_logp")
+        elif word.startswith("is_"):
+            options.vllm_importance_sampling_mode = "_".join(word.split("_")[1:3])
+            options.vllm_importance_sampling_clip_max = number
+            more["sampling_logprobs"] = golden("sampling_logp")
+        elif word == "mask_truncated":
+            options.mask_truncated_completions, more["truncated"] = True, truncated
+        else:
+            assert word == "top_entropy_0.2"
+            entropy = golden("entropy_per_token")
+            more["entropy_mask"] = entropy >= torch.quantile(entropy[mask > 0], 0.8)
+    counted = mask * (~truncated)[:, None] if options.mask_truncated_completions else mask
+    advantages = torch.tensor(GOLDEN["advantages"]["group"], dtype=torch.float64)
+    return policy_loss(
+        golden("logp"), old_logprobs=golden("old_logp"), advantages=advantages, mask=mask, options=options,
+        size=StepSize(len(mask), counted.sum().item()), **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDEN["loss"])
+def test_every_loss_meets_the_golden_number(name):
+    assert golden_loss(name)[0].item() == pytest.approx(GOLDEN["loss"][name], abs=1e-9)
+
+
+def golden_rewards() -> torch.Tensor:
+    columns = [GOLDEN["rewards"][name] for name in ("accuracy", "format")]
+    rows = [[math.nan if x is None else float(x) for x in row] for row in zip(*columns, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_meet_the_golden_numbers(scale):
+    total = weighted_rewards(golden_rewards(), torch.tensor(GOLDEN["reward_weights"]).double())
+    advantages, _ = group_advantages(total, GOLDEN["num_generations"], scale)
+    assert advantages.tolist() == pytest.approx(GOLDEN["advantages"][scale], abs=1e-9)
+
+
+def test_every_metric_meets_the_golden_number():
+    rewards = golden_rewards()
+    total = weighted_rewards(rewards, torch.tensor(GOLDEN["reward_weights"]).double())
+    _, metrics = group_advantages(total, GOLDEN["num_generations"], "group")
+    metrics |= reward_metrics(rewards, ["accuracy", "format"])
+    lengths = golden("mask").sum(-1).int().tolist()
+    metrics |= completion_metrics(
+        [Rollout([1], [5] * n, truncated=t) for n, t in zip(lengths, GOLDEN["truncated"], strict=True)]
+    )
+    tally = Tally()
+    for one in range(8):  # in eight micro-batches: the means are of the whole
+        part = slice(one, one + 1)
+        options = PolicyOptions(off_policy_mask_threshold=0.5)
+        sampled = golden("sampling_logp")[part]
+        _, facts = policy_loss(
+            golden("logp")[part], old_logprobs=golden("old_logp")[part], mask=golden("mask")[part],
+            advantages=torch.tensor(GOLDEN["advantages"]["group"][part], dtype=torch.float64), options=options,
+            size=StepSize(8, 25.0), sampling_logprobs=sampled, ref_logprobs=golden("ref_logp")[part],
+        )  # fmt: skip
+        tally_policy(tally, facts, golden("entropy_per_token")[part], golden("old_logp")[part], sampled)
+    metrics |= tally.result(ALONE)
+    metrics["reward_std_within_group_mean"] = metrics["reward_std_within_group"]
+    for name, value in GOLDEN["metrics"].items():
+        assert metrics[name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_a_row_without_any_reward_gets_no_advantage_and_stays_out_of_the_statistics():
+    rewards = torch.tensor([1.0, 0.0, math.nan, 0.5, math.nan, math.nan, 2.0, 2.0], dtype=torch.float64)
+    advantages, metrics = group_advantages(rewards, 4, "none")
+    assert advantages.tolist() == pytest.approx([0.5, -0.5, 0, 0, 0, 0, 0, 0])
+    assert metrics["reward"] == pytest.approx(5.5 / 5) and metrics["frac_reward_zero_std"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss does not depend on how a step is cut
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(loss_type, level):
+    generator = torch.Generator().manual_seed(3)
+    B, T = 8, 7
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    lengths = torch.tensor([7, 1, 3, 5, 2, 7, 6, 1])
+    mask = (torch.arange(T) < lengths[:, None]).double()
+    old, advantages = -draw(B, T).abs(), draw(B)
+    new = (old + 0.3 * draw(B, T)).requires_grad_()
+    options = PolicyOptions(
+        loss_type=loss_type, importance_sampling_level=level, beta=0.1, epsilon_high=5.0, max_completion_length=T,
+        mask_truncated_completions=True, off_policy_mask_threshold=0.1,
+    )  # fmt: skip
+    truncated = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0], dtype=torch.bool)
+    more = dict(sampling_logprobs=old + 0.1 * draw(B, T), ref_logprobs=old + 0.2 * draw(B, T))
+    size = StepSize(B, (mask * (~truncated)[:, None]).sum().item())
+    results = []
+    for cut in (8, 1, 3):
+        total = torch.zeros((), dtype=torch.float64)
+        for begin in range(0, B, cut):
+            part = slice(begin, begin + cut)
+            total = total + policy_loss(
+                new[part], old_logprobs=old[part], advantages=advantages[part], mask=mask[part], options=options,
+                size=size, truncated=truncated[part], **{k: v[part] for k, v in more.items()},
+            )[0]  # fmt: skip
+        results.append((total.item(), torch.autograd.grad(total, new)[0]))
+    for value, gradient in results[1:]:
+        assert value == pytest.approx(results[0][0], abs=1e-12)
+        assert (gradient - results[0][1]).abs().max() < 1e-12
+    assert torch.autograd.gradcheck(
+        lambda x: policy_loss(
+            x, old_logprobs=old, advantages=advantages, mask=mask, options=replace(options, loss_type="sapo"),
+            size=size, truncated=truncated, **more,
+        )[0], (new,),
+    )  # fmt: skip
+
+
+def test_a_token_without_a_sampling_logprob_counts_as_on_policy():
+    old, mask = torch.zeros(1, 3), torch.ones(1, 3)
+    sampled = torch.tensor([[-1.0, math.nan, -1.0]])
+    options = PolicyOptions(vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0)
+    raw, applied, known = sampler_ratio(old, sampled, mask, options)
+    assert applied.tolist() == [[2.0, 1.0, 2.0]] and known.tolist() == [[1.0, 0.0, 1.0]]
+    assert raw[0, 0].item() == pytest.approx(math.e)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs on recorded rollouts
+# ------------------------------------------------------------------------------------------------------------
+
+
+def record(path: Path, *, groups: int, n: int = 4, vocab: int = 500, longest: int = 9, logprobs: bool = True, seed=0):
+    """Rollouts of unequal lengths with random tokens and rewards, as another implementation would write them."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(groups):
+        prompt = [rng.randrange(3, vocab) for _ in range(rng.randrange(2, 8))]
+        for _ in range(n):
+            ids = [rng.randrange(3, vocab) for _ in range(rng.randrange(1, longest))]
+            if rng.random() < 0.7:
+                ids.append(2)  # <|im_end|>
+            row = {"step": 0, "prompt_ids": prompt, "completion_ids": ids, "rewards": {"score": rng.random()}}
+            if logprobs:
+                row["sampling_logprobs"] = [-6.0 - rng.random() for _ in ids]
+            rows.append(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def run_grpo(*options, ranks=1, code=0, **kwargs):
+    done = run_program(ROOT / "grpo.py", *options, ranks=ranks, **kwargs)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def metrics_of(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_weights(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "final" / "model.safetensors")
+
+
+REPLAY = ["rollout_engine=replay", "num_generations=4", "learning_rate=1e-3", "lr_scheduler=constant"]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoint, tmp_path):
+    record(tmp_path / "r.jsonl", groups=4)
+    results = []
+    for name, ranks, mb, accumulation in (("a", 1, 8, 1), ("b", 1, 2, 4), ("c", 2, 2, 2)):
+        run_grpo(
+            f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY, "beta=0.05",
+            f"loss_type={loss_type}", f"micro_batch_size={mb}", f"gradient_accumulation_steps={accumulation}",
+            f"output_dir={tmp_path / name}", "max_completion_length=10", ranks=ranks,
+        )  # fmt: skip
+        results.append((metrics_of(tmp_path / name), final_weights(tmp_path / name)))
+    (rows, weights), *others = results
+    assert len(rows) == 2
+    for other_rows, other in others:
+        for a, b in zip(rows, other_rows, strict=True):
+            for key in ("loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "reward_std",
+                        "sampling/importance_sampling_ratio/min", "sampling/sampling_logp_difference/max",
+                        "completions/mean_length", "num_tokens"):  # fmt: skip
+                assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), key
+        for name, weight in weights.items():
+            assert (other[name] - weight).abs().max() < 2e-5, name
+
+
+@pytest.mark.parametrize(
+    "loss_type, more, trl_more",
+    [
+        ("dapo", [], {}),
+        ("grpo", ["num_iterations=2", "beta=0.05"],
+         dict(num_iterations=2, beta=0.05, use_bias_correction_kl=False)),
+        ("dapo", ["num_iterations=3", "beta=0.05", "use_bias_correction_kl=true"], dict(num_iterations=3, beta=0.05)),
+        ("dr_grpo", ["temperature=0.7", "delta=1.5"], dict(temperature=0.7, delta=1.5)),
+        ("bnpo", ["importance_sampling_level=sequence"], dict(importance_sampling_level="sequence")),
+        ("cispo", ["epsilon_high=5.0"], dict(epsilon_high=5.0)),
+        ("sapo", ["scale_rewards=batch"], dict(scale_rewards="batch")),
+        ("dapo", ["top_entropy_quantile=0.5", "mask_truncated_completions=true"],
+         dict(top_entropy_quantile=0.5, mask_truncated_completions=True)),
+        ("dapo", ["gradient_accumulation_steps=2", "micro_batch_size=4"],
+         dict(gradient_accumulation_steps=2, per_device_train_batch_size=4)),
+    ],
+)  # fmt: skip
+def test_three_steps_agree_with_trl_on_the_same_rollouts(loss_type, more, trl_more, small_checkpoint, tmp_path):
+    rows = record(tmp_path / "r.jsonl", groups=6)
+    reference, logs = train_with_trl(small_checkpoint[0], rows, tmp_path, loss_type=loss_type, **trl_more)
+    steps = 3
+    run_grpo(
+        f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY,
+        f"loss_type={loss_type}", "micro_batch_size=8", f"output_dir={tmp_path / 'out'}", f"max_steps={steps}",
+        "max_completion_length=10", "weight_decay=0", "adam_beta2=0.999", *more,
+    )  # fmt: skip
+    ours = metrics_of(tmp_path / "out")
+    assert len(ours) == len(logs) == steps
+    shared = {"grad_norm", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+              "clip_ratio/low_min", "clip_ratio/high_max", "sampling/sampling_logp_difference/mean",
+              "sampling/sampling_logp_difference/max", "reward", "reward_std", "frac_reward_zero_std",
+              "completions/mean_length", "completions/clipped_ratio"}  # fmt: skip
+    if "gradient_accumulation_steps=2" in more:
+        shared -= {"entropy", "clip_ratio/low_mean"}  # TRL averages the means of micro-batches, whatever they hold
+    if "use_bias_correction_kl=true" in more:
+        shared -= {"kl"}  # TRL logs it after weighting
+    compared = set()
+    for a, b in zip(ours, logs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5), (a["loss"], b["loss"])
+        for key in shared & set(a) & set(b):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+            compared.add(key)
+    assert {"grad_norm", "reward", "sampling/sampling_logp_difference/mean"} <= compared
+    weights = final_weights(tmp_path / "out")
+    for name, parameter in reference.named_parameters():
+        assert (weights[name] - parameter).abs().max() < 1e-5, name
+
+
+def train_with_trl(checkpoint, rows, tmp_path, **options):
+    """TRL's GRPOTrainer on the same completions and log-probs: (trained model, its log of each step)."""
+    import datasets
+    import transformers
+    from trl import GRPOConfig, GRPOTrainer
+
+    arguments = GRPOConfig(**{
+        **dict(output_dir=str(tmp_path / "trl"), per_device_train_batch_size=8, num_generations=4, max_steps=3,
+               max_completion_length=10, learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
+               logging_steps=1, report_to="none", bf16=False, use_cpu=True, save_strategy="no", seed=1,
+               shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False, temperature=1.0,
+               beta=0.0, disable_dropout=True, vllm_importance_sampling_mode="sequence_mask"),
+        **options,
+    })  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    given = iter(rows)
+
+    def rollout(prompts, trainer):
+        taken = [next(given) for _ in prompts]
+        return {"prompt_ids": [r["prompt_ids"] for r in taken], "completion_ids": [r["completion_ids"] for r in taken],
+                "logprobs": [r["sampling_logprobs"] for r in taken],
+                "score": [r["rewards"]["score"] for r in taken]}  # fmt: skip
+
+    data = datasets.Dataset.from_list([{"prompt": f"p{i}"} for i in range(len(rows) // 4)])
+    trainer = GRPOTrainer(
+        model=model, args=arguments, processing_class=tokenizer, train_dataset=data, rollout_func=rollout,
+        reward_funcs=lambda completions, score, **_: score,
+    )  # fmt: skip
+    trainer.use_vllm = True  # its sampler correction is tied to this; the rollouts come from the function above
+    trainer._last_loaded_step, trainer.vllm_generation = -1, SimpleNamespace(sync_weights=lambda: None)
+    trainer.train()
+    return trainer.model, [entry for entry in trainer.state.log_history if "loss" in entry]
