@@ -738,7 +738,6 @@ def main(config: Config) -> None:
             seconds = dist.Timer()
             took = {"sync": 0.0, "logprob": 0.0, "train": 0.0}
             sync_metrics: dict[str, float] = {}
-            batch_metrics: dict[str, float] = {}
             sampler.seconds = {"generate": 0.0, "reward": 0.0}
             if used == 0:
                 # a. Roll out: num_generations completions of each prompt, scored. Token ids, never text.
@@ -770,6 +769,7 @@ def main(config: Config) -> None:
                 if config.replay_buffer_size:
                     rollouts, replaced = buffer.refill(rollouts, n)
                     batch_metrics["replayed_groups"] = float(replaced)
+                state["batch_metrics"] = batch_metrics  # every step that uses the batch reports them
 
             # The rows of this optimiser step, and this rank's micro-batches. Groups stay together: prompts
             # came in random order already, and a micro-batch of a flat group can be skipped.
@@ -875,7 +875,7 @@ def main(config: Config) -> None:
             state["entropy"] = policy_metrics.get("entropy", state.get("entropy", 0.0))
             took |= sampler.seconds
             metrics: dict[str, float] = {
-                **batch_metrics, **policy_metrics,
+                **state["batch_metrics"], **policy_metrics,
                 "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
                 "skipped_micro_batches": float(skipped), "entropy_coef": bonus,
                 "epoch": order.size * (generation + 1) / max(1, len(prompts)) if replay is None else 0.0,

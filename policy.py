@@ -325,8 +325,8 @@ def policy_loss(
 def entropy_threshold(
     micro: Sequence[Sequence[Rollout]], options: PolicyOptions, world: World
 ) -> tuple[float, float]:
-    """The entropy above which the top `top_entropy_quantile` of a step's tokens lie, over all micro-batches and
-    ranks; and how many those are."""
+    """The entropy above which the top `top_entropy_quantile` of a step's tokens lie, over all micro-batches
+    and ranks; and how many those are."""
     mine = [
         e
         for part in micro

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -29,7 +28,7 @@ from policy import (
     tally_policy,
     token_logprobs,
 )
-from rollout import Completion, EmbeddedEngine, EngineError, Rollout, as_rollouts, play, read_completions
+from rollout import EmbeddedEngine, EngineError, Rollout, play, read_completions
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]
@@ -111,7 +110,8 @@ def test_every_metric_meets_the_golden_number():
         sampled = golden("sampling_logp")[part]
         _, facts = policy_loss(
             golden("logp")[part], old_logprobs=golden("old_logp")[part], mask=golden("mask")[part],
-            advantages=torch.tensor(GOLDEN["advantages"]["group"][part], dtype=torch.float64), options=options,
+            advantages=torch.tensor(GOLDEN["advantages"]["group"][part], dtype=torch.float64),
+            options=options,
             size=StepSize(8, 25.0), sampling_logprobs=sampled, ref_logprobs=golden("ref_logp")[part],
         )  # fmt: skip
         tally_policy(tally, facts, golden("entropy_per_token")[part], golden("old_logp")[part], sampled)
@@ -144,7 +144,8 @@ def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(loss_type, level
     old, advantages = -draw(B, T).abs(), draw(B)
     new = (old + 0.3 * draw(B, T)).requires_grad_()
     options = PolicyOptions(
-        loss_type=loss_type, importance_sampling_level=level, beta=0.1, epsilon_high=5.0, max_completion_length=T,
+        loss_type=loss_type, importance_sampling_level=level, beta=0.1, epsilon_high=5.0,
+        max_completion_length=T,
         mask_truncated_completions=True, off_policy_mask_threshold=0.1,
     )  # fmt: skip
     truncated = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0], dtype=torch.bool)
@@ -156,7 +157,8 @@ def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(loss_type, level
         for begin in range(0, B, cut):
             part = slice(begin, begin + cut)
             total = total + policy_loss(
-                new[part], old_logprobs=old[part], advantages=advantages[part], mask=mask[part], options=options,
+                new[part], old_logprobs=old[part], advantages=advantages[part], mask=mask[part],
+                options=options,
                 size=size, truncated=truncated[part], **{k: v[part] for k, v in more.items()},
             )[0]  # fmt: skip
         results.append((total.item(), torch.autograd.grad(total, new)[0]))
@@ -174,7 +176,9 @@ def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(loss_type, level
 def test_a_token_without_a_sampling_logprob_counts_as_on_policy():
     old, mask = torch.zeros(1, 3), torch.ones(1, 3)
     sampled = torch.tensor([[-1.0, math.nan, -1.0]])
-    options = PolicyOptions(vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0)
+    options = PolicyOptions(
+        vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0
+    )
     raw, applied, known = sampler_ratio(old, sampled, mask, options)
     assert applied.tolist() == [[2.0, 1.0, 2.0]] and known.tolist() == [[1.0, 0.0, 1.0]]
     assert raw[0, 0].item() == pytest.approx(math.e)
@@ -185,8 +189,11 @@ def test_a_token_without_a_sampling_logprob_counts_as_on_policy():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def record(path: Path, *, groups: int, n: int = 4, vocab: int = 500, longest: int = 9, logprobs: bool = True, seed=0):
-    """Rollouts of unequal lengths with random tokens and rewards, as another implementation would write them."""
+def record(
+    path: Path, *, groups: int, n: int = 4, vocab: int = 500, longest: int = 9, logprobs: bool = True, seed=0
+):
+    """Rollouts of unequal lengths with random tokens and rewards, as another implementation would write
+    them."""
     rng = random.Random(seed)
     rows = []
     for _ in range(groups):
@@ -251,7 +258,8 @@ def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoin
         ("dapo", [], {}),
         ("grpo", ["num_iterations=2", "beta=0.05"],
          dict(num_iterations=2, beta=0.05, use_bias_correction_kl=False)),
-        ("dapo", ["num_iterations=3", "beta=0.05", "use_bias_correction_kl=true"], dict(num_iterations=3, beta=0.05)),
+        ("dapo", ["num_iterations=3", "beta=0.05", "use_bias_correction_kl=true"],
+        dict(num_iterations=3, beta=0.05)),
         ("dr_grpo", ["temperature=0.7", "delta=1.5"], dict(temperature=0.7, delta=1.5)),
         ("bnpo", ["importance_sampling_level=sequence"], dict(importance_sampling_level="sequence")),
         ("cispo", ["epsilon_high=5.0"], dict(epsilon_high=5.0)),
@@ -262,23 +270,28 @@ def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoin
          dict(gradient_accumulation_steps=2, per_device_train_batch_size=4)),
     ],
 )  # fmt: skip
-def test_three_steps_agree_with_trl_on_the_same_rollouts(loss_type, more, trl_more, small_checkpoint, tmp_path):
+def test_three_steps_agree_with_trl_on_the_same_rollouts(
+    loss_type, more, trl_more, small_checkpoint, tmp_path
+):
     rows = record(tmp_path / "r.jsonl", groups=6)
     reference, logs = train_with_trl(small_checkpoint[0], rows, tmp_path, loss_type=loss_type, **trl_more)
     steps = 3
     run_grpo(
         f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY,
-        f"loss_type={loss_type}", "micro_batch_size=8", f"output_dir={tmp_path / 'out'}", f"max_steps={steps}",
+        f"loss_type={loss_type}", "micro_batch_size=8", f"output_dir={tmp_path / 'out'}",
+        f"max_steps={steps}",
         "max_completion_length=10", "weight_decay=0", "adam_beta2=0.999", *more,
     )  # fmt: skip
     ours = metrics_of(tmp_path / "out")
     assert len(ours) == len(logs) == steps
-    shared = {"grad_norm", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+    shared = {"grad_norm", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
               "clip_ratio/low_min", "clip_ratio/high_max", "sampling/sampling_logp_difference/mean",
               "sampling/sampling_logp_difference/max", "reward", "reward_std", "frac_reward_zero_std",
               "completions/mean_length", "completions/clipped_ratio"}  # fmt: skip
     if "gradient_accumulation_steps=2" in more:
-        shared -= {"entropy", "clip_ratio/low_mean"}  # TRL averages the means of micro-batches, whatever they hold
+        # TRL averages the means of micro-batches, whatever they hold
+        shared -= {"entropy", "clip_ratio/low_mean"}
     if "use_bias_correction_kl=true" in more:
         shared -= {"kl"}  # TRL logs it after weighting
     compared = set()
@@ -300,7 +313,8 @@ def train_with_trl(checkpoint, rows, tmp_path, **options):
     from trl import GRPOConfig, GRPOTrainer
 
     arguments = GRPOConfig(**{
-        **dict(output_dir=str(tmp_path / "trl"), per_device_train_batch_size=8, num_generations=4, max_steps=3,
+        **dict(output_dir=str(tmp_path / "trl"), per_device_train_batch_size=8, num_generations=4,
+        max_steps=3,
                max_completion_length=10, learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
                logging_steps=1, report_to="none", bf16=False, use_cpu=True, save_strategy="no", seed=1,
                shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False, temperature=1.0,
@@ -313,7 +327,8 @@ def train_with_trl(checkpoint, rows, tmp_path, **options):
 
     def rollout(prompts, trainer):
         taken = [next(given) for _ in prompts]
-        return {"prompt_ids": [r["prompt_ids"] for r in taken], "completion_ids": [r["completion_ids"] for r in taken],
+        return {"prompt_ids": [r["prompt_ids"] for r in taken],
+        "completion_ids": [r["completion_ids"] for r in taken],
                 "logprobs": [r["sampling_logprobs"] for r in taken],
                 "score": [r["rewards"]["score"] for r in taken]}  # fmt: skip
 
@@ -322,7 +337,471 @@ def train_with_trl(checkpoint, rows, tmp_path, **options):
         model=model, args=arguments, processing_class=tokenizer, train_dataset=data, rollout_func=rollout,
         reward_funcs=lambda completions, score, **_: score,
     )  # fmt: skip
-    trainer.use_vllm = True  # its sampler correction is tied to this; the rollouts come from the function above
+    # Its sampler correction is tied to this; the rollouts come from the function above
+    trainer.use_vllm = True
     trainer._last_loaded_step, trainer.vllm_generation = -1, SimpleNamespace(sync_weights=lambda: None)
     trainer.train()
     return trainer.model, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Engines
+# ------------------------------------------------------------------------------------------------------------
+
+
+def options(**changes) -> Config:
+    given = dict(
+        base_model="x", datasets=[{"path": "x"}], reward_funcs=["exact_match"], num_generations=4,
+        micro_batch_size=4,
+    )  # fmt: skip
+    return Config(**{**given, **changes})
+
+
+PROMPTS = [[5, 9, 40, 77, 8], [300, 301], [17, 4, 4, 4, 90, 12, 44, 3, 200]]
+
+
+def test_log_probs_of_the_embedded_engine_equal_the_trainers(small_checkpoint):
+    model, tokenizer = (
+        load_pretrained(str(small_checkpoint[0]), dtype=torch.float32),
+        Tokenizer.load(small_checkpoint[0]),
+    )
+    engine = EmbeddedEngine(model, options(temperature=0.8, max_completion_length=24), tokenizer, ALONE)
+    groups = engine.generate(PROMPTS, 4, seed=(0, 1))
+    rollouts = [Rollout(p, c.ids, c.logprobs) for p, g in zip(PROMPTS, groups, strict=True) for c in g]
+    assert len({tuple(r.completion_ids) for r in rollouts}) > 4
+    batch = collate(rollouts, torch.device("cpu"))
+    with torch.no_grad():
+        logprobs, _, _, bad = token_logprobs(model, batch, 0.8)
+    assert bad == 0 and batch.sampling_logprobs is not None
+    gap = (logprobs - batch.sampling_logprobs).abs()[batch.mask > 0]
+    assert gap.max() < 1e-5  # products of other shapes sum in another order; 2e-6 here
+    again = engine.generate(PROMPTS, 4, seed=(0, 1))
+    assert again == groups and engine.generate(PROMPTS, 4, seed=(0, 2)) != groups
+
+
+def test_limits_and_batches_of_the_embedded_engine(small_checkpoint):
+    model, tokenizer = (
+        load_pretrained(str(small_checkpoint[0]), dtype=torch.float32),
+        Tokenizer.load(small_checkpoint[0]),
+    )
+    engine = EmbeddedEngine(model, options(max_completion_length=24, rollout_batch_size=2), tokenizer, ALONE)
+    groups = engine.generate(PROMPTS, 2, seed=(1,), limits=[1, 5, 9])
+    for group, limit in zip(groups, (1, 5, 9), strict=True):
+        for c in group:
+            assert len(c.ids) == len(c.logprobs) <= limit
+            assert (c.finish_reason == "length") == (c.ids[-1] not in tokenizer.stop_ids)
+
+
+def answer(**changes):
+    choice = {
+        "index": 0,
+        "token_ids": [5, 6],
+        "finish_reason": "stop",
+        "logprobs": {"token_logprobs": [-1.0, -2.0]},
+    }
+    return {"choices": [{**choice, **changes}]}
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        ({"choices": []}, "0 completions, asked for 1"), ({}, "not understood"), (None, "not understood"),
+        (answer(token_ids=[]), "0 token ids"), (answer(token_ids=[5] * 9), "9 token ids"),
+        (answer(token_ids=[5, "x"]), "token ids"), (answer(token_ids=[5, -1]), "token ids"),
+        (answer(logprobs={"token_logprobs": [-1.0]}), "2 tokens with 1 log-probs"),
+        (answer(logprobs=None), "not understood"),
+    ],
+)  # fmt: skip
+def test_a_server_that_answers_wrongly_is_refused(given, named):
+    with pytest.raises(EngineError, match=named):
+        read_completions(given, 1, 8, "http://x")
+
+
+def test_missing_log_probs_are_kept_as_unknown():
+    made = read_completions(answer(logprobs={"token_logprobs": [None, float("nan")]}), 1, 8, "http://x")
+    assert made[0].logprobs == [None, None]
+
+
+class Guess:
+    """An environment: says `higher` twice, then rewards; counts what it was told."""
+
+    def reset(self, prompt, **columns):
+        self.turns = 0
+        return None
+
+    def step(self, text, ids):
+        assert isinstance(text, str) and ids
+        self.turns += 1
+        return " higher", 0.5, self.turns == 3
+
+
+def test_what_an_environment_says_is_read_but_not_trained_on(small_checkpoint):
+    from data import Prompt
+
+    model, tokenizer = (
+        load_pretrained(str(small_checkpoint[0]), dtype=torch.float32),
+        Tokenizer.load(small_checkpoint[0]),
+    )
+    config = options(max_completion_length=60, max_turns=8, environment="x.Guess")
+    engine = EmbeddedEngine(model, config, tokenizer, ALONE)
+    engine.stop_ids = list(range(0, 500, 8))  # a random model hardly ever ends its turn
+    prompts = [Prompt(ids, "a question", {}, f"f:{i}") for i, ids in enumerate(PROMPTS)]
+    rollouts = play(
+        engine,
+        Guess,
+        prompts,
+        [0, 1, 2],
+        2,
+        step=0,
+        seed=(3,),
+        options=config,
+        tokenizer=tokenizer,
+        world=ALONE,
+    )
+    said = tokenizer.encode(" higher")
+    spoke = 0
+    for r in rollouts:
+        assert r.completion_mask is not None and r.sampling_logprobs is not None
+        assert len(r.completion_mask) == len(r.completion_ids) == len(r.sampling_logprobs) <= 60
+        theirs = [t for t, m in zip(r.completion_ids, r.completion_mask, strict=True) if not m]
+        assert theirs == said * (len(theirs) // len(said))
+        assert all(
+            (x is None) == (m == 0) for x, m in zip(r.sampling_logprobs, r.completion_mask, strict=True)
+        )
+        spoke += len(theirs) > 0
+    assert spoke and max(r.rewards["environment"] for r in rollouts) <= 1.5
+    batch = collate(rollouts, torch.device("cpu"))
+    with torch.no_grad():
+        logprobs, _, _, _ = token_logprobs(model, batch, 1.0)
+    assert batch.sampling_logprobs is not None
+    gap = (logprobs - batch.sampling_logprobs).abs()[batch.mask > 0]
+    assert gap.max() < 1e-5 and (logprobs[batch.mask == 0] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rewards
+# ------------------------------------------------------------------------------------------------------------
+
+
+REWARDS = """
+import asyncio, time
+def good(completions, answer, **_): return [float(a in c) for c, a in zip(completions, answer)]
+async def patient(completions, **_):
+    await asyncio.sleep(0.01)
+    return [1.0] * len(completions)
+def sometimes(completions, **_): return [None if i % 2 else 2.0 for i, _ in enumerate(completions)]
+def short(completions, **_): return [1.0]
+def nan(completions, **_): return [float("nan")] * len(completions)
+def words(completions, **_): return ["much"] * len(completions)
+def raises(completions, answer, **_):
+    if "b" in answer: raise ValueError("no b please")
+    return [0.0] * len(completions)
+def wants(completions, solution): return [0.0] * len(completions)
+def slow(completions, **_):
+    time.sleep(30)
+"""
+
+
+@pytest.fixture(scope="module")
+def scoring(tmp_path_factory, tokenizer_directory):
+    from data import Prompt
+
+    directory = tmp_path_factory.mktemp("rewards")
+    (directory / "rewards_of_test.py").write_text(REWARDS)
+    tokenizer = Tokenizer.load(tokenizer_directory("chatml"))
+    prompts = [Prompt([5], "p", {"answer": a}, f"rows.jsonl:{i + 1}") for i, a in enumerate("abc")]
+    ids = [tokenizer.encode(text) for text in ("a cat", "none", "c")]
+
+    def score(*names, **changes):
+        config = options(reward_funcs=list(names), output_dir=str(directory / "out"), **changes)
+        config.config_directory = str(directory)
+        scorer = grpo.Scorer(config, tokenizer)
+        return scorer.finish(scorer.begin(prompts, ids))
+
+    return score, directory
+
+
+def test_reward_functions_sync_and_async_score_by_name(scoring):
+    score, _ = scoring
+    names = [f"rewards_of_test.{n}" for n in ("good", "patient", "sometimes")]
+    assert score(*names, "length") == {
+        "good": [1.0, 0.0, 1.0], "patient": [1.0] * 3, "sometimes": [2.0, None, 2.0], "length": [0.0] * 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("short", "returned 1, wanted a list of 3"),
+        ("nan", r"returned nan for rows.jsonl:1, completion 'a cat'"),
+        ("words", "returned 'much' for rows.jsonl:1"),
+        ("raises", r"ValueError: no b please, on rows.jsonl:2, completion 'none'"),
+        ("wants", "it gets the columns answer"), ("slow", r"no answer within 0.2 s \(reward_timeout\)"),
+    ],
+)  # fmt: skip
+def test_a_reward_function_that_fails_is_named_with_row_and_completion(name, named, scoring):
+    score, directory = scoring
+    with pytest.raises(RewardError, match=named):
+        score(f"rewards_of_test.{name}", reward_timeout=0.2)
+    if name == "raises":
+        assert "no b please" in (directory / "out" / "incidents" / "reward-raises.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["nowhere.f", "rewards_of_test.absent", "no_such_builtin"])
+def test_a_reward_function_that_cannot_be_imported_says_where_it_was_looked_for(name, scoring):
+    score, directory = scoring
+    with pytest.raises(ConfigError) as caught:
+        score(name)
+    if "." in name:
+        assert str(directory) in str(caught.value) and "python -c" in str(caught.value)
+    else:
+        assert "exact_match" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, expected, right",
+    [
+        ("so it is 1,234", "1234", 1), ("#### 18", "steps … #### 18", 1), ("the answer is 1/2.", "0.5", 1),
+        ("-3", "3", 0), ("no number", "3", 0), ("3 then 4", "3", 0), ("7.0", "7", 1),
+    ],
+)  # fmt: skip
+def test_numeric_match_reads_the_last_number(text, expected, right):
+    assert grpo.numeric_match([text], [expected]) == [float(right)]
+
+
+def test_built_in_rewards_on_text_and_messages():
+    assert grpo.exact_match([" 5 ", [{"role": "assistant", "content": "6"}]], ["5", "5"]) == [1.0, 0.0]
+    built_in = grpo.built_in_rewards(options(max_completion_length=10))
+    assert built_in["length"](completion_ids=[[1] * 8, [1] * 9, [1] * 10, [1] * 12]) == [
+        0.0,
+        -0.5,
+        -1.0,
+        -1.0,
+    ]
+    assert built_in["format"](completions=["<think>a</think> <answer>b</answer>", "b"]) == [1.0, 0.0]
+
+
+def test_the_reasoning_gym_scorer_uses_the_tasks_own_verifier():
+    gym = pytest.importorskip("reasoning_gym")
+    entry = gym.create_dataset("chain_sum", size=1, seed=0)[0]
+    columns = {k: [entry[k]] * 2 for k in ("answer", "metadata", "question")}
+    assert grpo.reasoning_gym([entry["answer"], "x"], **columns)[0] == 1.0
+
+
+def test_pass_at_k_equals_counting():
+    import itertools
+
+    for n, right, k in ((5, 2, 3), (4, 0, 2), (4, 4, 1), (6, 1, 6)):
+        flags = [1] * right + [0] * (n - right)
+        draws = list(itertools.combinations(flags, k))
+        assert pass_at_k(right, n, k) == pytest.approx(sum(any(d) for d in draws) / len(draws))
+
+
+def test_the_order_of_prompts_is_a_permutation_of_each_epoch_and_depends_on_the_seed_only():
+    order = PromptOrder(10, 4, seed=3)
+    drawn = [i for b in range(5) for i in order.batch(b)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
+    assert PromptOrder(10, 4, seed=3).batch(3) == drawn[12:16]
+    assert PromptOrder(10, 4, seed=4).batch(0) != drawn[:4]
+
+
+def test_the_replay_buffer_stands_in_for_flat_groups_newest_first():
+    def group(name, advantage):
+        return [Rollout([1], [2], row=name, advantage=a) for a in (advantage, -advantage)]
+
+    buffer = grpo.ReplayBuffer(2)
+    first, replaced = buffer.refill(group("a", 1.0) + group("b", 0.0), 2)
+    assert [r.row for r in first] == ["a", "a", "b", "b"] and replaced == 0
+    second, replaced = buffer.refill(group("c", 0.0) + group("d", 1.0), 2)
+    assert [r.row for r in second] == ["a", "a", "d", "d"] and replaced == 1
+    assert [g[0].row for g in buffer.groups] == ["d"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The recipe as a user runs it
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """Prompts, and a reward that is higher the more often a completion has the letter g."""
+    directory = tmp_path_factory.mktemp("task")
+    rows = [{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": str(i)}]}
+            for i in range(30)]  # fmt: skip
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "letters.py").write_text(
+        "def many_g(completions, answer, **_):\n"
+        "    return [min(1.0, c[0]['content'].count('g') / 2) for c in completions]\n"
+    )
+    return directory
+
+
+def embedded(task, checkpoint, out, *more):
+    (task / "c.yaml").write_text(
+        f"base_model: {checkpoint}\ndatasets: [{{path: {task / 'rows.jsonl'}, type: chat}}]\n"
+        "reward_funcs: [letters.many_g]\nval_set_size: 6\nnum_generations: 4\nmicro_batch_size: 8\n"
+        "max_completion_length: 12\nlearning_rate: 2.0e-3\nlr_scheduler: constant\nmax_steps: 6\n"
+    )
+    return ["--config", str(task / "c.yaml"), f"output_dir={out}", *more]
+
+
+@pytest.mark.parametrize("more", [[], ["adapter=lora", "lora_r=4", "learning_rate=1e-2"], ["num_iterations=2", "beta=0.01"]])
+def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoint, tmp_path):
+    run_grpo(
+        *embedded(task, small_checkpoint[0], tmp_path / "out", "max_steps=30", "micro_batch_size=32",
+        "num_epochs=50", "eval_num_generations=8", *more)
+    )
+    rows = metrics_of(tmp_path / "out")
+    before, after = rows[0]["eval/reward"], rows[-1]["eval/reward"]
+    assert after > before + 0.1, (before, after)
+    for key in (
+        "reward",
+        "entropy",
+        "grad_norm",
+        "rewards/many_g/mean",
+        "completions/clipped_ratio",
+        "step_time/generate",
+    ):
+        assert math.isfinite(rows[-1][key])
+    assert ("kl" in rows[-1]) == bool(more)  # LoRA always has a reference, full fine-tuning with beta
+    assert rows[-1]["sampling/sampling_logp_difference/max"] < 1e-4 or "num_iterations=2" in more
+    files = sorted((tmp_path / "out" / "rollouts").glob("step-*.jsonl"))
+    assert len(files) == (15 if "num_iterations=2" in more else 30)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["save_steps=3"],
+        ["save_steps=3", "num_iterations=2", "steps_per_generation=2", "beta=0.05", "ref_model_sync_steps=2",
+         "replay_buffer_size=3", "micro_batch_size=4"],
+    ],
+)  # fmt: skip
+def test_a_resumed_run_ends_with_the_same_bytes(more, task, small_checkpoint, tmp_path):
+    import shutil
+
+    arguments = embedded(task, small_checkpoint[0], tmp_path / "whole", *more)
+    run_grpo(*arguments)
+    whole = (tmp_path / "whole" / "final" / "model.safetensors").read_bytes()
+    last = metrics_of(tmp_path / "whole")[-1]
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-6")
+    run_grpo(*embedded(task, small_checkpoint[0], tmp_path / "again", *more))
+    assert (tmp_path / "again" / "final" / "model.safetensors").read_bytes() == whole
+    resumed = metrics_of(tmp_path / "again")
+    assert [r["step"] for r in resumed] == list(range(7))
+    for key in ("loss", "grad_norm", "reward", "entropy", "num_tokens", "eval/reward"):
+        assert resumed[-1][key] == last[key], key
+
+
+def test_a_run_can_be_replayed_from_what_it_recorded(task, small_checkpoint, tmp_path):
+    run_grpo(*embedded(task, small_checkpoint[0], tmp_path / "a"))
+    run_grpo(
+        f"base_model={small_checkpoint[0]}", "rollout_engine=replay",
+        f"replay_path={tmp_path / 'a' / 'rollouts'}",
+        "num_generations=4", "micro_batch_size=8", "max_completion_length=12", "learning_rate=2e-3",
+        "lr_scheduler=constant", f"output_dir={tmp_path / 'b'}",
+    )  # fmt: skip
+    a, b = metrics_of(tmp_path / "a")[1:], metrics_of(tmp_path / "b")
+    assert len(a) == len(b) == 6
+    for x, y in zip(a, b, strict=True):
+        for key in ("loss", "grad_norm", "entropy", "reward", "sampling/sampling_logp_difference/max"):
+            assert x[key] == y[key], key
+    weights = [(tmp_path / d / "final" / "model.safetensors").read_bytes() for d in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_step_whose_groups_are_all_flat_changes_nothing(small_checkpoint, tmp_path):
+    rows = record(tmp_path / "r.jsonl", groups=2)
+    for row in rows:
+        row["rewards"] = {"score": 1.0}
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_grpo(
+        f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY,
+        "micro_batch_size=4",
+        "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'out'}", "weight_decay=0.1",
+    )  # fmt: skip
+    (row,) = metrics_of(tmp_path / "out")
+    assert (
+        row["grad_norm"] == 0.0 and row["skipped_micro_batches"] == 2 and row["frac_reward_zero_std"] == 1.0
+    )
+    before = load_pretrained(str(small_checkpoint[0]), dtype=torch.float32).state_dict()
+    after = load_pretrained(str(tmp_path / "out" / "final"), dtype=torch.float32).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("{", "r.jsonl:3: is not JSON"), ("[]", "must be an object"),
+        ('{"prompt_ids": [], "completion_ids": [1]}', "prompt_ids must be"),
+        ('{"prompt_ids": [1], "completion_ids": [1.5]}', "completion_ids must be"),
+        ('{"prompt_ids": [1], "completion_ids": [1], "sampling_logprobs": [0.1, 2]}', "1 entries"),
+        ('{"prompt_ids": [1], "completion_ids": [1], "rewards": {"a": "x"}}', "rewards must be"),
+        ('{"prompt_ids": [1], "completion_ids": [1], "rewards": {"a": 1}}', "in a row"),
+    ],
+)  # fmt: skip
+def test_a_faulty_rollout_is_named_by_file_and_line(line, named, small_checkpoint, tmp_path):
+    rows = record(tmp_path / "r.jsonl", groups=2)
+    lines = [json.dumps(row) for row in rows]
+    lines[2] = line
+    (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n")
+    done = run_grpo(
+        f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY,
+        "micro_batch_size=8",
+        f"output_dir={tmp_path / 'out'}", code=2,
+    )  # fmt: skip
+    assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(top_p=0.9), "renormalises"), (dict(reward_funcs=[]), "reward_funcs"),
+        (dict(async_prefetch=True), "needs rollout_engine: vllm"), (dict(loss_type="cispo"), "epsilon_high"),
+        (dict(steps_per_generation=3, gradient_accumulation_steps=2), "multiple of gradient_accumulation"),
+        (dict(num_generations=1), "at least 2"), (dict(reward_weights=[1.0, 2.0]), "1 entries"),
+        (dict(replay_path="x"), "rollout_engine: replay"), (dict(temperature=0.0), "above 0"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_work_are_refused(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        options(**changes)
+
+
+def test_a_batch_that_tears_groups_names_sizes_that_would_do():
+    with pytest.raises(ConfigError) as caught:
+        grpo.generation_batch_size(options(num_generations=8, micro_batch_size=6), 2)
+    assert "12 completions" in str(caught.value) and "4, 8" in str(caught.value)
+
+
+def test_test_rewards_shows_columns_and_scores(task, small_checkpoint, tmp_path):
+    arguments = embedded(task, small_checkpoint[0], tmp_path / "out", "rows=2")
+    done = run_program(ROOT / "grpo.py", "test-rewards", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "answer" in done.stdout and "many_g 0" in done.stdout
+    done = run_program(ROOT / "grpo.py", "test-rewards", *arguments, "completions=[gggg, g]")
+    assert "many_g 1" in done.stdout and "many_g 0.5" in done.stdout, done.stderr
+    done = run_program(ROOT / "grpo.py", "test-rewards", *arguments, "source=generate")
+    assert done.returncode == 0 and "scores of 2 completions" in done.stdout
+
+
+def test_serve_shows_the_command_of_this_config(task, small_checkpoint, tmp_path):
+    arguments = embedded(task, small_checkpoint[0], tmp_path / "out", "rollout_engine=vllm", "adapter=lora",
+    "lora_r=12",
+                         "vllm_server_base_url=[http://127.0.0.1:8123]", "vllm_python=/bin/echo")  # fmt: skip
+    done = run_program(ROOT / "grpo.py", "serve", *arguments)
+    assert done.returncode == 0, done.stderr
+    command = done.stdout.splitlines()[-1]
+    for part in (f"--model {small_checkpoint[0].resolve()}", "--port 8123", "--max-lora-rank 16",
+                 "--logprobs-mode processed_logprobs", "vllm_worker.WeightReceiver",
+                 "--host 127.0.0.1"):  # fmt: skip
+        assert part in command
+
+
+def test_a_server_that_is_not_there_ends_the_run_with_one_line(task, small_checkpoint, tmp_path):
+    arguments = embedded(task, small_checkpoint[0], tmp_path / "out", "rollout_engine=vllm", "vllm_timeout=1",
+                         "vllm_server_base_url=[http://127.0.0.1:9]")  # fmt: skip
+    done = run_grpo(*arguments, code=2)
+    assert "http://127.0.0.1:9: no healthy answer for 1 s" in done.stderr and "grpo.py serve" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
