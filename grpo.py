@@ -53,6 +53,7 @@ from policy import (
     PolicyOptions,
     StepSize,
     Tally,
+    can_share_prompts,
     check_policy_options,
     collate,
     completion_metrics,
@@ -255,7 +256,7 @@ def reasoning_gym(completions: list, answer: list, metadata: list, **columns: An
     questions = columns.get("question") or [""] * len(answer)
     scores = []
     for completion, a, meta, question in zip(completions, answer, metadata, questions, strict=True):
-        score = gym.get_score_answer_fn(meta["source_dataset"])
+        score: Any = gym.get_score_answer_fn(meta["source_dataset"])
         entry = {"question": question, "answer": a, "metadata": meta}
         scores.append(float(score(completion_text(completion).strip(), entry)))
     return scores
@@ -674,6 +675,7 @@ def main(config: Config) -> None:
     reference = None  # LoRA: the model itself with its adapters off, no second copy
     if config.beta and not config.adapter:
         reference = dist.build_model(arch, checkpoint, config, world).eval().requires_grad_(False)
+    share = can_share_prompts(model, config.share_prompts)
     has_reference = reference is not None or config.adapter is not None
     aux_coef = (
         arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
@@ -781,7 +783,7 @@ def main(config: Config) -> None:
             # c. π_old where the weights will move before the batch is used up, and π_ref: no gradients.
             if used < slices and (updates > 1 or has_reference or config.top_entropy_quantile < 1):
                 for part in micro:
-                    batch = collate(part, world.device)
+                    batch = collate(part, world.device, share)
                     with torch.no_grad(), world.autocast(config.bf16):
                         if updates > 1 or config.top_entropy_quantile < 1:
                             old, entropy, _, _ = token_logprobs(model, batch, config.temperature)
@@ -813,7 +815,7 @@ def main(config: Config) -> None:
                     if not any(r.advantage for r in across) and not config.beta and not bonus:
                         skipped += 1
                         continue
-                    batch = collate(part, world.device)
+                    batch = collate(part, world.device, share)
                     with world.autocast(config.bf16):
                         logprobs, entropy, router_logits, bad = token_logprobs(
                             model, batch, config.temperature, entropy_gradient=bool(bonus)
@@ -838,9 +840,10 @@ def main(config: Config) -> None:
                         loss = loss - bonus * (entropy * counted).sum() / bonus_tokens
                     losses.append(loss.detach())
                     if aux_coef and router_logits:
-                        real = batch.document_ids.flatten() >= 0
-                        share = len(part) / len(in_step)
-                        loss = loss + aux_coef * share * load_balancing_loss(router_logits, arch, real)
+                        real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=world.device)
+                        loss = loss + aux_coef * len(part) / len(in_step) * load_balancing_loss(
+                            router_logits, arch, real
+                        )
                     (loss * world.size).backward()
                     batches_used.append(batch)
                     tally_policy(tally, facts, entropy.detach(), old, batch.sampling_logprobs)

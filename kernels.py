@@ -122,6 +122,111 @@ class Documents:
         return torch.stack([first, last]).to(torch.int32)
 
 
+class SharedPrompts:
+    """Prompts with several completions each, in one packed row: prompt, its completions, the next prompt, ….
+
+    A completion's tokens see their whole prompt and what stands before them in their own completion; the
+    prompt goes through the model once, not once a completion. `groups` are (prompt length, lengths of its
+    completions).
+    """
+
+    def __init__(self, groups: list[tuple[int, list[int]]], device: torch.device):
+        self.device = device
+        # Found: (P, L, first token of prompt, of completion)
+        found, prompt_ids, positions, kinds = [], [], [], []
+        at = 0
+        for number, (P, lengths) in enumerate(groups):
+            prompt = at
+            prompt_ids += [number] * P
+            positions += range(P)
+            kinds += [(number, -1)] * P
+            at += P
+            for place, L in enumerate(lengths):
+                found.append((P, L, prompt, at))
+                prompt_ids += [-1] * L
+                positions += range(P, P + L)
+                kinds += [(number, place)] * L
+                at += L
+        self.position_ids = torch.tensor([positions], device=device)
+        self.prompts = Documents(torch.tensor([prompt_ids], device=device))  # completions are padding to it
+        self._kinds = torch.tensor(kinds, device=device)
+        self._block_masks: dict[int | None, Any] = {}
+        # Completions of similar shape side by side: (their tokens [n, L], their keys [n, P + L], visible).
+        self.buckets: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        found.sort(reverse=True)
+        i = 0
+        while i < len(found):
+            P_most, L_most = found[i][0], found[i][1]
+            n = 1
+            while i + n < len(found):
+                P, L = found[i + n][:2]
+                alike = 0.75 * P_most <= P and 0.5 * L_most <= L <= L_most
+                if not alike and not (P_most <= 64 and max(L, L_most) <= 32):
+                    break
+                L_most = max(L, L_most)
+                n += 1
+            P, L, prompt, start = torch.tensor(found[i : i + n]).unbind(1)
+            column, key = torch.arange(L_most), torch.arange(P_most + L_most)
+            inside = column[None] < L[:, None]
+            token = start[:, None] + torch.minimum(column[None], L[:, None] - 1)
+            # Keys: the prompt, then the completion, then repeats that nothing sees.
+            past = (key[None] - P[:, None]).clamp(min=0)
+            keys = torch.where(
+                key[None] < P[:, None], prompt[:, None] + key[None],
+                start[:, None] + torch.minimum(past, L[:, None] - 1),
+            )  # fmt: skip
+            query = P[:, None] + column[None]  # position of each query; a key's position is its column
+            self.buckets.append(tuple(x.to(device) for x in (token, keys, query, inside)))  # type: ignore[arg-type]
+            i += n
+
+    def visible(self, query: Tensor, window: int | None) -> Tensor:
+        """[n, 1, L, S] for the bucket whose queries stand at positions `query` [n, L]."""
+        key = torch.arange(int(query.max()) + 1, device=query.device)
+        seen = key <= query[..., None]
+        if window is not None:
+            seen &= key > query[..., None] - window
+        return seen[:, None]
+
+    def predicate(self, window: int | None) -> tuple[Callable, Any]:
+        """The same rule for flex_attention, on flat token indices, and its block mask, made once."""
+        group, completion = self._kinds.unbind(1)
+        position = self.position_ids[0]
+
+        def sees(b, h, q, k):
+            mine = (group[q] == group[k]) & ((completion[k] == -1) | (completion[q] == completion[k]))
+            seen = mine & (position[k] <= position[q])
+            return seen if window is None else seen & (position[k] > position[q] - window)
+
+        if window not in self._block_masks:
+            N = position.numel()
+            self._block_masks[window] = make_block_mask(sees, 1, 1, N, N, self.device)
+        return sees, self._block_masks[window]
+
+
+def _shared_prompt_attention(
+    q: Tensor, k: Tensor, v: Tensor, shared: SharedPrompts, scale: float, window: int | None,
+    softcap: float | None
+) -> Tensor:  # fmt: skip
+    """q [1, N, H, E], k and v [1, N, K, E] → [1, N, H, E]."""
+    if q.is_cuda:
+        assert softcap is None, "flex_attention here has no soft cap: do not share prompts"
+        sees, mask = shared.predicate(window)
+        return predicate_attention(q, k, v, sees, scale=scale, block_mask=mask)
+    out = attention(q, k, v, scale=scale, documents=shared.prompts, window=window, softcap=softcap)[0]
+    for token, keys, query, inside in shared.buckets:
+        n, L = token.shape
+        mine = q[0].index_select(0, token.flatten()).view(n, L, *q.shape[2:]).transpose(1, 2)
+        seen = shared.visible(query, window)
+        keys = keys[:, : seen.shape[-1]]
+        kb, vb = (
+            x[0].index_select(0, keys.flatten()).view(*keys.shape, *x.shape[2:]).transpose(1, 2)
+            for x in (k, v)
+        )
+        made = _masked(mine, kb, vb, seen, scale, softcap).transpose(1, 2)
+        out = out.index_copy(0, token[inside], made[inside])
+    return out[None]
+
+
 class _ToSlots(torch.autograd.Function):
     """x [N, …] → [slots, …]. Backward is a gather too: each real token has one slot, and repeats get no
     gradient."""
@@ -384,7 +489,7 @@ def attention(
     v: Tensor,
     *,
     scale: float,
-    documents: Documents | None = None,
+    documents: Documents | SharedPrompts | None = None,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
@@ -395,6 +500,8 @@ def attention(
     score s by c·tanh(s/c) (Gemma 2, arXiv 2408.00118, §2). Padding gets zeros.
     """
     B, T, H, E = q.shape
+    if isinstance(documents, SharedPrompts):
+        return _shared_prompt_attention(q, k, v, documents, scale, window, softcap)
     if _fits_triton_attention(q):
         k, v = k.to(q.dtype), v.to(q.dtype)
         if documents is None:

@@ -593,7 +593,7 @@ class Pass:
     """What every block of one forward pass needs to know."""
 
     rope_tables: dict[str, tuple[Tensor, Tensor]]
-    documents: kernels.Documents | None
+    documents: kernels.Documents | kernels.SharedPrompts | None
     cache: "KVCache | None"
     decoding: bool  # one new token a row against the cache
 
@@ -790,17 +790,23 @@ class Transformer(nn.Module):
         *,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        shared_prompts: kernels.SharedPrompts | None = None,
         cache: "KVCache | None" = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [B, T, D] after the last norm, and each expert layer's router logits [N, X].
 
         `document_ids` [B, T]: a run of equal ids is one document, attention stays inside it, a negative id is
         padding. `position_ids` [B, T] default to counting from 0 in each document (each row). With a `cache`
-        the keys and values are stored: a prefill of packed prompts first, then one token a row.
+        the keys and values are stored: a prefill of packed prompts first, then one token a row. With
+        `shared_prompts` the one row holds prompts and their completions, which see their prompt.
         """
         B, T = input_ids.shape
         decoding = cache is not None and cache.length > 0
-        documents = kernels.Documents(document_ids) if document_ids is not None and not decoding else None
+        documents: kernels.Documents | kernels.SharedPrompts | None = shared_prompts
+        if shared_prompts is not None:
+            position_ids = shared_prompts.position_ids
+        elif document_ids is not None and not decoding:
+            documents = kernels.Documents(document_ids)
         if position_ids is None:
             if decoding:
                 position_ids = cache.next_positions()[:, None]  # type: ignore[union-attr]
@@ -813,7 +819,10 @@ class Transformer(nn.Module):
             if decoding:
                 lengths = position_ids + 1
             else:
-                lengths = documents.lengths if documents is not None else torch.full_like(position_ids, T)
+                assert shared_prompts is None, "dynamic rope depends on the length of each whole document"
+                lengths = torch.full_like(position_ids, T)
+                if isinstance(documents, kernels.Documents):
+                    lengths = documents.lengths
         x = self.embed_tokens(input_ids)
         if self.arch.family.scale_embeddings:
             x = x * torch.tensor(

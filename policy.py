@@ -20,7 +20,7 @@ import dist
 from config import ConfigError
 from dist import World
 from health import log
-from kernels import linear_logprobs
+from kernels import SharedPrompts, linear_logprobs
 from model import Transformer
 from rollout import Rollout, RolloutOptions, check_rollout_options
 
@@ -62,6 +62,9 @@ class PolicyOptions(RolloutOptions):
     """Lower end of that ratio."""
     vllm_importance_sampling_clip_max: float = 3.0
     """Upper end of that ratio."""
+    share_prompts: bool | None = None
+    """Send each prompt through the model once for all of its completions in a micro-batch. Unset: on CPUs; on
+    GPUs it takes compiled flex_attention."""
     mask_truncated_completions: bool = False
     """Leave completions that hit the length limit out of the loss."""
     top_entropy_quantile: float = 1.0
@@ -108,9 +111,11 @@ class PolicyBatch:
     """B completions for one forward pass: packed in one row for the model, padded to [B, T] for the loss."""
 
     input_ids: Tensor  # [1, N], prompts and completions one after the other
-    document_ids: Tensor  # [1, N]
-    labels: Tensor  # [N]: the token that follows, where the policy wrote it; else −100
-    places: Tensor  # [tokens that the policy wrote]: where they stand in a flat [B·T]
+    document_ids: Tensor | None  # [1, N], where each completion has a copy of its prompt
+    shared_prompts: SharedPrompts | None  # otherwise: each prompt stands once, before its completions
+    sources: Tensor  # [M]: for each token that the policy wrote, the place in N that predicts it
+    targets: Tensor  # [M]: that token
+    places: Tensor  # [M]: where it stands in a flat [B·T]
     mask: Tensor  # [B, T] in fp32: 1 where the policy wrote the token
     advantages: Tensor  # [B]
     sampling_logprobs: Tensor | None  # [B, T], NaN where the sampler gave none
@@ -141,35 +146,68 @@ class PolicyBatch:
         return out.index_copy(0, self.places, flat).view_as(self.mask)
 
 
-def collate(rollouts: Sequence[Rollout], device: torch.device) -> PolicyBatch:
+def collate(rollouts: Sequence[Rollout], device: torch.device, share_prompts: bool = False) -> PolicyBatch:
+    """With `share_prompts` rollouts of one prompt that stand in a row go through the model behind one copy of
+    it."""
     T = max(len(r.completion_ids) for r in rollouts)
-    ids, documents, labels, places = [], [], [], []
+    ids: list[int] = []
+    documents, sources, targets, places = [], [], [], []
+    groups: list[tuple[int, list[int]]] = []
     mask = torch.zeros(len(rollouts), T)
     reported = torch.full((len(rollouts), T), math.nan)
+    last = 0  # place of the prompt's last token
     for row, r in enumerate(rollouts):
-        sequence = r.prompt_ids + r.completion_ids
-        written = r.written()
-        start = len(r.prompt_ids)
-        following = [-100] * len(sequence)
+        if not (share_prompts and row and r.prompt_ids == rollouts[row - 1].prompt_ids):
+            ids += r.prompt_ids
+            last = len(ids) - 1
+            groups.append((len(r.prompt_ids), []))
+            documents += [row] * len(r.prompt_ids)
+        begin, written = len(ids), r.written()
         for t, (token, ours) in enumerate(zip(r.completion_ids, written, strict=True)):
             if ours:
-                following[start + t - 1] = token
+                sources.append(begin + t - 1 if t else last)
+                targets.append(token)
                 places.append(row * T + t)
-        ids += sequence
-        documents += [row] * len(sequence)
-        labels += following
+        ids += r.completion_ids
+        documents += [row] * len(r.completion_ids)
+        groups[-1][1].append(len(r.completion_ids))
         mask[row, : len(written)] = torch.tensor(written, dtype=torch.float32)
         if r.sampling_logprobs is not None:
             given = [math.nan if x is None else x for x in r.sampling_logprobs]
             reported[row, : len(given)] = torch.tensor(given)
     known = any(r.sampling_logprobs is not None for r in rollouts)
     return PolicyBatch(
-        torch.tensor([ids], device=device), torch.tensor([documents], device=device),
-        torch.tensor(labels, device=device), torch.tensor(places, device=device), mask.to(device),
+        torch.tensor([ids], device=device),
+        None if share_prompts else torch.tensor([documents], device=device),
+        SharedPrompts(groups, device) if share_prompts else None,
+        torch.tensor(sources, device=device), torch.tensor(targets, device=device),
+        torch.tensor(places, device=device), mask.to(device),
         torch.tensor([r.advantage for r in rollouts], device=device),
         reported.to(device) if known else None,
         torch.tensor([r.truncated for r in rollouts], device=device), rollouts,
     )  # fmt: skip
+
+
+def hidden_states(model: Transformer, batch: PolicyBatch) -> tuple[Tensor, list[Tensor]]:
+    return model.hidden_states(
+        batch.input_ids, document_ids=batch.document_ids, shared_prompts=batch.shared_prompts
+    )
+
+
+def can_share_prompts(model: Transformer, wanted: bool | None) -> bool:
+    """Whether completions may stand behind one copy of their prompt; ConfigError where it is asked for and
+    cannot be."""
+    device = model.embed_tokens.weight.device
+    dynamic = any(rope.kind == "dynamic" for rope in model.arch.ropes.values())
+    capped = device.type == "cuda" and model.arch.attention_softcap is not None
+    if wanted and (dynamic or capped):
+        reason = (
+            "dynamic rope makes a prompt depend on its completion"
+            if dynamic
+            else "flex_attention has no soft cap here"
+        )
+        raise ConfigError("share_prompts", True, f"does not work with this model: {reason}; leave it out")
+    return not dynamic and not capped if wanted is None and device.type == "cpu" else bool(wanted)
 
 
 def token_logprobs(
@@ -177,14 +215,13 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, list[Tensor], int]:
     """(log π [B, T], entropy [B, T], router logits, number of non-finite hidden states) of the tempered
     policy, zeros where m is 0."""
-    hidden, router_logits = model.hidden_states(batch.input_ids, document_ids=batch.document_ids)
-    wanted = (batch.labels != -100).nonzero().flatten()
-    hidden = hidden[0].index_select(0, wanted)
+    hidden, router_logits = hidden_states(model, batch)
+    hidden = hidden[0].index_select(0, batch.sources)
     bad = int((~torch.isfinite(hidden)).any(-1).sum())
     if bad:  # the safety net: replaced so that one bad token does not end the step, but counted and named
         hidden = torch.nan_to_num(hidden, nan=0.0, posinf=0.0, neginf=0.0)
     made = linear_logprobs(
-        hidden, model.head_weight, batch.labels.index_select(0, wanted),
+        hidden, model.head_weight, batch.targets,
         temperature=temperature, softcap=model.arch.final_softcap,
     )  # fmt: skip
     entropy = made.entropy if entropy_gradient else made.entropy.detach()
@@ -206,7 +243,7 @@ def first_nonfinite_module(model: Transformer, batch: PolicyBatch) -> str:
 
     hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
     try:
-        model.hidden_states(batch.input_ids, document_ids=batch.document_ids)
+        hidden_states(model, batch)
     finally:
         for handle in hooks:
             handle.remove()

@@ -574,23 +574,17 @@ class VllmEngine:
     def _send_nccl(self, step: int) -> int:
         """GPU to GPU through vLLM's own sender: rank 0 joins a group with each server's workers and
         broadcasts while the HTTP call that makes them receive is on its way."""
-        # Pyright: ignore[reportMissingImports]
-        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-        # Pyright: ignore[reportMissingImports]
-        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
-        from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
-            NCCLTrainerInitInfo,
-            NCCLTrainerWeightTransferEngine,
-        )
-
+        transfer = "vllm.distributed.weight_transfer."  # installed on GPU machines only
+        base = importlib.import_module(transfer + "base")
+        clients = importlib.import_module(transfer + "clients")
+        nccl = importlib.import_module(transfer + "nccl_engine")
         engine, dtype = self, self._server_dtype()
 
-        class Source(WeightSource):
+        class Source(base.WeightSource):
             """Every rank iterates it (a gather is a collective); only rank 0's tensors travel."""
 
             def metadata(self) -> list:
-                return [ParamMeta(name, dtype, tuple(shape)) for name, shape in engine._shapes]
+                return [base.ParamMeta(name, dtype, tuple(shape)) for name, shape in engine._shapes]
 
             def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
                 merge = engine.options.adapter is not None
@@ -604,15 +598,15 @@ class VllmEngine:
             for server in self.servers:
                 workers = self._on_main(lambda s=server: int(s.ask("GET", "/get_world_size")["world_size"]))
                 port = self._on_main(_free_port)
-                info = NCCLTrainerInitInfo(
+                info = nccl.NCCLTrainerInitInfo(
                     rank=self.world.rank, master_address=address, master_port=port, world_size=1 + workers
                 )
-                client = HTTPVLLMWeightSyncClient(server.url, timeout=self.options.vllm_timeout)
+                client = clients.HTTPVLLMWeightSyncClient(server.url, timeout=self.options.vllm_timeout)
                 self._transfers.append(
-                    NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=Source())
+                    nccl.NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=Source())
                 )
-        for transfer in self._transfers:
-            transfer.send_weights()
+        for sender in self._transfers:
+            sender.send_weights()
         return sum(math.prod(shape) for _, shape in self._shapes) * dtype.itemsize
 
     @torch.no_grad()

@@ -280,7 +280,7 @@ def test_three_steps_agree_with_trl_on_the_same_rollouts(
         f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY,
         f"loss_type={loss_type}", "micro_batch_size=8", f"output_dir={tmp_path / 'out'}",
         f"max_steps={steps}",
-        "max_completion_length=10", "weight_decay=0", "adam_beta2=0.999", *more,
+        "max_completion_length=10", "weight_decay=0", "adam_beta2=0.999", "learning_rate=2e-4", *more,
     )  # fmt: skip
     ours = metrics_of(tmp_path / "out")
     assert len(ours) == len(logs) == steps
@@ -315,7 +315,7 @@ def train_with_trl(checkpoint, rows, tmp_path, **options):
     arguments = GRPOConfig(**{
         **dict(output_dir=str(tmp_path / "trl"), per_device_train_batch_size=8, num_generations=4,
         max_steps=3,
-               max_completion_length=10, learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
+               max_completion_length=10, learning_rate=2e-4, lr_scheduler_type="constant", weight_decay=0.0,
                logging_steps=1, report_to="none", bf16=False, use_cpu=True, save_strategy="no", seed=1,
                shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False, temperature=1.0,
                beta=0.0, disable_dropout=True, vllm_importance_sampling_mode="sequence_mask"),
@@ -377,6 +377,28 @@ def test_log_probs_of_the_embedded_engine_equal_the_trainers(small_checkpoint):
     assert gap.max() < 1e-5  # products of other shapes sum in another order; 2e-6 here
     again = engine.generate(PROMPTS, 4, seed=(0, 1))
     assert again == groups and engine.generate(PROMPTS, 4, seed=(0, 2)) != groups
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma2", "gemma3", "qwen2", "mixtral"])
+def test_completions_behind_one_copy_of_their_prompt_get_the_same_log_probs_and_gradients(name, references):
+    model = load_pretrained(str(references(name)[1]), dtype=torch.float64)
+    rng = random.Random(5)
+    rollouts = []
+    for P, lengths in ((5, [3, 1, 9]), (12, [2]), (2, [11, 11]), (20, [1, 6, 6, 2])):
+        prompt = [rng.randrange(3, 96) for _ in range(P)]
+        rollouts += [Rollout(prompt, [rng.randrange(3, 96) for _ in range(n)]) for n in lengths]
+    rollouts[2].completion_mask = [1, 1, 0, 0, 0, 1, 1, 1, 1]
+    results, sizes = [], []
+    for shared in (False, True):
+        batch = collate(rollouts, torch.device("cpu"), shared)
+        sizes.append(batch.input_ids.numel())
+        model.zero_grad()
+        logprobs, entropy, _, _ = token_logprobs(model, batch, 0.7, entropy_gradient=True)
+        ((logprobs * batch.mask).sin().sum() + entropy.square().sum()).backward()
+        results.append([logprobs.detach(), entropy.detach(), *[p.grad.clone() for p in model.parameters()]])
+    assert sizes == [52 + 2 * 5 + 2 + 3 * 20 + 39, 91] and sizes[0] > sizes[1]
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * max(1.0, a.abs().max().item())
 
 
 def test_limits_and_batches_of_the_embedded_engine(small_checkpoint):
@@ -645,11 +667,21 @@ def embedded(task, checkpoint, out, *more):
     return ["--config", str(task / "c.yaml"), f"output_dir={out}", *more]
 
 
-@pytest.mark.parametrize("more", [[], ["adapter=lora", "lora_r=4", "learning_rate=1e-2"], ["num_iterations=2", "beta=0.01"]])
+@pytest.mark.parametrize(
+    "more", [[], ["adapter=lora", "lora_r=4", "learning_rate=1e-2"], ["num_iterations=2", "beta=0.01"]]
+)
 def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoint, tmp_path):
     run_grpo(
-        *embedded(task, small_checkpoint[0], tmp_path / "out", "max_steps=30", "micro_batch_size=32",
-        "num_epochs=50", "eval_num_generations=8", *more)
+        *embedded(
+            task,
+            small_checkpoint[0],
+            tmp_path / "out",
+            "max_steps=30",
+            "micro_batch_size=32",
+            "num_epochs=50",
+            "eval_num_generations=8",
+            *more,
+        )
     )
     rows = metrics_of(tmp_path / "out")
     before, after = rows[0]["eval/reward"], rows[-1]["eval/reward"]
