@@ -287,8 +287,10 @@ class Server:
                 hint = "; start the server with `python grpo.py serve`, which switches these routes on"
             words = " ".join(response.text[:300].split())
             raise EngineError(f"{self.url}{path}: answered {response.status_code}: {words}{hint}")
+        if not response.headers.get("content-type", "").startswith("application/json"):
+            return response.text or None  # some routes answer nothing, or a sentence
         try:
-            return response.json() if response.content else None
+            return response.json()
         except ValueError:
             raise EngineError(f"{self.url}{path}: answered something that is not JSON") from None
 
@@ -299,10 +301,14 @@ class Server:
             return False
 
     def models(self) -> dict[str, dict]:
-        return {str(entry["id"]): entry for entry in self.ask("GET", "/v1/models")["data"]}
+        answer = self.ask("GET", "/v1/models")
+        if not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
+            raise EngineError(f"{self.url}/v1/models: no list of models; is it a vLLM server?")
+        return {str(entry["id"]): entry for entry in answer["data"]}
 
     def version(self) -> str:
-        return str(self.ask("GET", "/weight_info")["weight_version"])
+        answer = self.ask("GET", "/weight_info")
+        return str(answer.get("weight_version")) if isinstance(answer, dict) else "unknown"
 
     def set_version(self, version: str) -> None:
         self.ask("POST", "/update_weight_version", {"new_version": version})
@@ -324,7 +330,6 @@ class VllmEngine:
         self.name = options.vllm_model_name or options.base_model
         self.servers = [Server(url, options.vllm_timeout) for url in options.vllm_server_base_url]
         self.run_id = dist.from_main(lambda: secrets.token_hex(4), world)
-        self.probe = probe
         self.sent: int | None = None  # optimiser steps of the weights on the servers
         self.adapter: str | None = None  # name of the adapter that they serve
         self.method = options.vllm_sync_method
@@ -343,12 +348,14 @@ class VllmEngine:
         self._requests = ThreadPoolExecutor(64, thread_name_prefix="vllm") if world.main else None
         self._pending: Future | None = None
         self.gap_told = False
-        dist.from_main(self._meet, world)
+        room = dist.from_main(self._meet, world)
+        self.probe = probe if room is None else probe[: room - 1]
 
     # -- before the first step -------------------------------------------------------------------------------
 
-    def _meet(self) -> None:
-        """Wait for every server, and compare its model with the config's."""
+    def _meet(self) -> int | None:
+        """Wait for every server, and compare its model with the config's. The most tokens that all take."""
+        rooms = []
         self._wait_until_healthy()
         for server in self.servers:
             served = server.models()
@@ -364,7 +371,9 @@ class VllmEngine:
                     f"{server.url}: takes {room} tokens, max_prompt_length + max_completion_length is {need}"
                     f"; start it with --max-model-len {need}"
                 )
+            rooms += [room] if room is not None else []
             server.version()  # 404 without the development routes
+        return min(rooms, default=None)
 
     def _wait_until_healthy(self) -> None:
         deadline, pause = time.monotonic() + self.options.vllm_timeout, 0.5
@@ -477,14 +486,17 @@ class VllmEngine:
             return {}
         if self.sent == step:
             return {}
+        last = ""
         for tries in range(5):
             try:
                 return self._send(step)
             except ServerLost as problem:
-                log.warning("%s (sync %d)", problem, tries + 1)
+                last = str(problem)
+                log.warning("%s (sync %d)", last, tries + 1)
                 dist.from_main(self._wait_until_healthy, self.world)
         raise EngineError(
-            f"step {step}: the weights could not be sent in five attempts; see the server's log"
+            f"step {step}: the weights could not be sent in five attempts: {last}; was the server started with "
+            "`python grpo.py serve`?"
         )
 
     def _send(self, step: int) -> dict[str, float]:

@@ -1,8 +1,10 @@
-"""The recipe with a probe in it, for tests: `python worker.py PROBE FILE key=value …`, also under torchrun.
+"""A recipe (RECIPE=grpo; else sft) with a probe in it, for tests: `python worker.py PROBE FILE key=value …`,
+also under torchrun.
 
 gradients FILE: save the gradients before clipping of the first step (whole tensors, by name) and stop.
-kill-in-save STEP: SIGKILL this process in the middle of publishing step STEP's checkpoint.
-slow SECONDS: wait so long in every step, so that a test can hit it.
+kill-in-save STEP: SIGKILL this process in the middle of publishing step STEP's checkpoint. silent-sync -:
+send weights with vLLM's own reload_weights. slow SECONDS: wait so long in every step, so that a test can hit
+it.
 """
 
 import os
@@ -17,7 +19,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import dist
+import grpo
 import health
+import rollout
 import sft
 from config import parse_config
 
@@ -64,8 +68,22 @@ def slow(seconds: str) -> None:
     dist.learning_rate = wait
 
 
+def silent_sync(way: str) -> None:
+    def reload(engine, server, folder):
+        if way == "reload_weights":
+            how = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            server.ask("POST", "/collective_rpc", how)
+
+    rollout.VllmEngine._load_file = reload
+
+
 if __name__ == "__main__":
-    {"gradients": gradients, "kill-in-save": kill_in_save, "slow": slow, "plain": lambda _: None}[
-        sys.argv[1]
-    ](sys.argv[2])
-    health.run(sft.main, lambda: parse_config(sft.Config, sys.argv[3:]))
+    recipe = grpo if os.environ.get("RECIPE") == "grpo" else sft
+    {
+        "gradients": gradients,
+        "silent-sync": silent_sync,
+        "kill-in-save": kill_in_save,
+        "slow": slow,
+        "plain": lambda _: None,
+    }[sys.argv[1]](sys.argv[2])
+    health.run(recipe.main, lambda: parse_config(recipe.Config, sys.argv[3:]))

