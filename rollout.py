@@ -495,8 +495,8 @@ class VllmEngine:
                 log.warning("%s (sync %d)", last, tries + 1)
                 dist.from_main(self._wait_until_healthy, self.world)
         raise EngineError(
-            f"step {step}: the weights could not be sent in five attempts: {last}; was the server started with "
-            "`python grpo.py serve`?"
+            f"step {step}: the weights could not be sent in five attempts: {last}; was the server started "
+            "with `python grpo.py serve`?"
         )
 
     def _send(self, step: int) -> dict[str, float]:

@@ -43,7 +43,8 @@ def setup(tmp_path_factory):
     )
     (directory / "c.yaml").write_text(
         f"base_model: {checkpoint}\ndatasets: [{{path: rows.jsonl, type: chat}}]\n"
-        "reward_funcs: [letters.many_g]\nnum_generations: 4\nmicro_batch_size: 8\nmax_completion_length: 12\nmax_prompt_length: 40\n"
+        "reward_funcs: [letters.many_g]\nnum_generations: 4\nmicro_batch_size: 8\n"
+        "max_completion_length: 12\nmax_prompt_length: 40\n"
         "learning_rate: 2.0e-3\nlr_scheduler: constant\nmax_steps: 5\nrollout_engine: vllm\n"
         "vllm_model_name: policy\nvllm_timeout: 180\nnum_epochs: 50\n"
     )
