@@ -23,6 +23,7 @@ from policy import (
     Tally,
     collate,
     completion_metrics,
+    first_nonfinite_module,
     policy_loss,
     sampler_ratio,
     tally_policy,
@@ -401,6 +402,16 @@ def test_completions_behind_one_copy_of_their_prompt_get_the_same_log_probs_and_
         assert (a - b).abs().max() <= 1e-10 * max(1.0, a.abs().max().item())
 
 
+def test_a_non_finite_hidden_state_is_counted_and_its_module_named(small_checkpoint):
+    model = load_pretrained(str(small_checkpoint[0]), dtype=torch.float32)
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
+    batch = collate([Rollout([5, 6], [7, 8, 2])], torch.device("cpu"))
+    logprobs, _, _, bad = token_logprobs(model, batch, 1.0)
+    assert bad == 3 and torch.isfinite(logprobs).all()
+    assert first_nonfinite_module(model, batch) == "layers.1.mlp.up_proj"
+
+
 def test_limits_and_batches_of_the_embedded_engine(small_checkpoint):
     model, tokenizer = (
         load_pretrained(str(small_checkpoint[0]), dtype=torch.float32),
@@ -699,6 +710,27 @@ def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoin
     assert rows[-1]["sampling/sampling_logp_difference/max"] < 1e-4 or "num_iterations=2" in more
     files = sorted((tmp_path / "out" / "rollouts").glob("step-*.jsonl"))
     assert len(files) == (15 if "num_iterations=2" in more else 30)
+
+
+def test_two_processes_sample_and_train_together(task, small_checkpoint, tmp_path):
+    run_grpo(*embedded(task, small_checkpoint[0], tmp_path / "out", "max_steps=3", "beta=0.01"), ranks=2)
+    rows = metrics_of(tmp_path / "out")[1:]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4 and math.isfinite(row["kl"])
+    samples = (tmp_path / "out" / "rollouts" / "step-0.jsonl").read_text().splitlines()
+    assert len(samples) == 16 and len({json.loads(s)["row"] for s in samples}) == 4
+    assert (tmp_path / "out" / "rollouts" / "eval-3.jsonl").exists()
+
+
+def test_completions_are_logged_as_a_table_to_wandb_and_the_console(task, small_checkpoint, tmp_path):
+    done = run_grpo(
+        *embedded(task, small_checkpoint[0], tmp_path / "out", "max_steps=1", "log_completions=true"),
+        "wandb_project=x", env={"WANDB_MODE": "offline"},
+    )  # fmt: skip
+    assert done.stdout.count("advantage") == 4
+    tables = list((tmp_path / "out" / "wandb").rglob("completions*.table.json"))
+    assert len(json.loads(tables[0].read_text())["data"]) == 8
 
 
 @pytest.mark.parametrize(

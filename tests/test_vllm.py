@@ -163,7 +163,8 @@ def test_a_server_with_another_model_is_refused_by_name(server, setup, tmp_path)
 
 def test_two_processes_with_async_prefetch_do_not_hang(server, setup, tmp_path):
     grpo(
-        setup, server.url, tmp_path, "async_prefetch=true", "max_steps=20", "micro_batch_size=4",
+        setup, f"{server.url}, {server.url}/", tmp_path, "async_prefetch=true", "max_steps=20",
+        "micro_batch_size=4",
         "streaming_partial_batch=true", "save_steps=7", ranks=2, timeout=300,
     )  # fmt: skip
     rows = metrics_of(tmp_path)
