@@ -1,9 +1,9 @@
-"""Energy-based fine-tuning: sample completions, and reward those whose features match the features of the true
-completion (Jelassi et al., "Matching Features, Not Tokens", arXiv 2603.12248).
+"""Energy-based fine-tuning: sample completions, and reward those whose features match the features of the
+true completion (Jelassi et al., "Matching Features, Not Tokens", arXiv 2603.12248).
 
-Cross-entropy trains on true prefixes; at use a model reads its own output. Here the policy is trained on what it
-writes itself, without a verifier: the reward is how well the hidden states of a frozen copy of the starting model
-agree with those on the true completion, less how alike the samples are.
+Cross-entropy trains on true prefixes; at use a model reads its own output. Here the policy is trained on what
+it writes itself, without a verifier: the reward is how well the hidden states of a frozen copy of the
+starting model agree with those on the true completion, less how alike the samples are.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class FeatureOptions:
     feature_layers: list[float] = None  # type: ignore[assignment]
     """Depths whose hidden states make the features, as shares of the layers."""
     embed_method: Literal["last_token", "mean_pooling", "completion_mean", "concat"] = "last_token"
-    """How a sequence's hidden states become one vector: of the last token, the mean, the mean over the completion,
-    or those at 25, 50 and 75 % of the length."""
+    """How a sequence's hidden states become one vector: of the last token, the mean, the mean over the
+    completion, or those at 25, 50 and 75 % of the length."""
     use_whitening: bool = False
     """Whiten the features of the samples of a prompt (`whitening: feature`)."""
     alignment_coef: float = 1.0
@@ -36,13 +36,13 @@ class FeatureOptions:
 
 
 def whiten(samples: Tensor, truth: Tensor, form: str) -> tuple[Tensor, Tensor, int]:
-    """samples X [P, n, D] and truth [P, D] → whitened X, the truth of each sample [P, n, D], and how many prompts
-    had to fall back.
+    """samples X [P, n, D] and truth [P, D] → whitened X, the truth of each sample [P, n, D], and how many
+    prompts had to fall back.
 
-    With the thin SVD X = U S Vᵀ, singular values below 1e-5 of the largest dropped: `feature` multiplies by
-    V S⁻¹ Vᵀ on the right (never as a D × D matrix), `sample` by U S⁻¹ Uᵀ on the left. Both turn X into U Vᵀ; the truth
-    differs. Where the SVD fails it is tried once with noise of 1e-6 · mean|X|, else the features are only
-    L2-normalised.
+    With the thin SVD X = U S Vᵀ, singular values below 1e-5 of the largest dropped: `feature` multiplies by V
+    S⁻¹ Vᵀ on the right (never as a D × D matrix), `sample` by U S⁻¹ Uᵀ on the left. Both turn X into U Vᵀ;
+    the truth differs. Where the SVD fails it is tried once with noise of 1e-6 · mean|X|, else the features
+    are only L2-normalised.
     """
     fallback = 0
 
@@ -64,7 +64,7 @@ def whiten(samples: Tensor, truth: Tensor, form: str) -> tuple[Tensor, Tensor, i
             unit = torch.nn.functional.normalize
             x, g = (torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0) for t in (samples, truth))
             return unit(x, dim=-1), unit(g, dim=-1)[:, None].expand_as(samples), fallback
-    kept = S > 1e-5 * S.amax(-1, keepdim=True)
+    kept = 1e-5 * S.amax(-1, keepdim=True) < S
     inverse = torch.where(kept, 1 / torch.where(kept, S, 1.0), 0.0)
     flat = (U * kept[..., None, :]) @ Vt
     if form == "feature":
@@ -100,9 +100,9 @@ def advantages(
 ) -> Tensor:
     """alignment and diversity [P, n] → advantages [P, n].
 
-    `rloo`: the reward less a baseline that does not depend on the sample itself. For alignment that is the mean
-    of the others; the diversity of the others holds their pairs with j, which are taken out:
-    (Σ_k d_k − 2 d_j)/(n − 2). The plain mean of the other rewards, as elsewhere, is biased. `group_norm`: (reward −
+    `rloo`: the reward less a baseline that does not depend on the sample itself. For alignment that is the
+    mean of the others; the diversity of the others holds their pairs with j, which are taken out: (Σ_k d_k −
+    2 d_j)/(n − 2). The plain mean of the other rewards, as elsewhere, is biased. `group_norm`: (reward −
     mean)/(std + 1e-8). `reinforce`: the reward.
     """
     n = align.shape[-1]

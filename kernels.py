@@ -954,11 +954,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if need_weight else None
         total = torch.zeros((), dtype=precise, device=hidden.device)
         fused = use_triton(hidden) and hidden.dtype != torch.float64
+        buffer = _logits_buffer(hidden, weight, chunk)
         for begin in range(0, N, chunk):
             rows = slice(begin, begin + chunk)
             x, target = hidden[rows], labels[rows, None]
             if fused:
-                d_logits = x @ weight.T  # [c, V], in hidden's own precision
+                d_logits = torch.mm(x, weight.T, out=buffer[: len(x)])  # [c, V], in hidden's own precision
                 nll = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
                 _cross_entropy_kernel[(x.shape[0],)](
                     d_logits, target, nll, weight.shape[0], softcap or 1.0, SOFTCAP=softcap is not None,
@@ -967,7 +968,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += nll.sum()
                 _add_gradients(d_logits, x, weight, d_hidden, d_weight, rows)
                 continue
-            logits, slope = (x @ weight.T).to(precise), None  # [c, V]
+            logits, slope = torch.mm(x, weight.T, out=buffer[: len(x)]).to(precise), None  # [c, V]
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
                 slope = 1 - (logits / softcap).square()
@@ -1033,16 +1034,24 @@ class TokenStatistics:
 
 
 def _chunk_logits(
-    x: Tensor, weight: Tensor, temperature: float, softcap: float | None
+    x: Tensor, weight: Tensor, temperature: float, softcap: float | None, buffer: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Tempered logits [c, V] in fp32 or better, and d(capped)/d(raw) where there is a soft cap."""
-    logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
+    """Tempered logits [c, V] in fp32 or better, in `buffer` where its type allows, and d(capped)/d(raw) where
+    there is a soft cap."""
+    raw = torch.mm(x, weight.T, out=buffer[: x.shape[0]])
+    logits = raw.to(torch.promote_types(x.dtype, torch.float32))
     slope = None
     if softcap is not None:
         logits = logits.div_(softcap).tanh_()
         slope = 1 - logits.square()
         logits.mul_(softcap)
     return logits.div_(temperature) if temperature != 1 else logits, slope
+
+
+def _logits_buffer(x: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    """Room for the logits of a chunk, used by all: fresh memory of that size costs more than the
+    arithmetic."""
+    return torch.empty(min(chunk, x.shape[0]), weight.shape[0], dtype=x.dtype, device=x.device)
 
 
 def _partial_statistics_reference(
@@ -1052,16 +1061,21 @@ def _partial_statistics_reference(
     logit (−inf where the label is none of these rows) and the index of the maximum: [N, 5]. Parts of a
     vocabulary can be merged."""
     parts = []
+    buffer = _logits_buffer(hidden, weight, chunk)
+    # On a CPU a few rows at a time, which stay in cache from one pass over them to the next.
+    few = chunk if hidden.is_cuda else max(1, 2**19 // weight.shape[0])
     for begin in range(0, hidden.shape[0], chunk):
-        logits, _ = _chunk_logits(hidden[begin : begin + chunk], weight, temperature, softcap)
-        label = labels[begin : begin + chunk]
-        here = (label >= 0) & (label < weight.shape[0])
-        chosen = logits.gather(-1, label.clamp(0, weight.shape[0] - 1)[:, None])[:, 0].where(here, -torch.inf)
-        top, index = logits.max(-1)
-        weights = (logits - top[:, None]).exp()
-        parts.append(
-            torch.stack([top, weights.sum(-1), (weights * logits).sum(-1), chosen, index.to(top.dtype)], -1)
-        )
+        chunk_logits, _ = _chunk_logits(hidden[begin : begin + chunk], weight, temperature, softcap, buffer)
+        chunk_labels = labels[begin : begin + chunk]
+        for logits, label in zip(chunk_logits.split(few), chunk_labels.split(few), strict=True):
+            here = (label >= 0) & (label < weight.shape[0])
+            chosen = logits.gather(-1, label.clamp(0, weight.shape[0] - 1)[:, None])[:, 0]
+            top, index = logits.max(-1)
+            weights = logits.sub_(top[:, None]).exp()
+            total = weights.sum(-1)
+            weighted = torch.linalg.vecdot(weights, logits) + top * total
+            chosen = chosen.where(here, -torch.inf)
+            parts.append(torch.stack([top, total, weighted, chosen, index.to(top.dtype)], -1))
     return (
         torch.cat(parts)
         if parts
@@ -1181,6 +1195,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, labels, logsumexp, entropy)
         ctx.how = (temperature, softcap, chunk, group, first)
         ctx.mark_non_differentiable(argmax)
+        ctx.set_materialize_grads(False)  # an entropy that nobody differentiates costs nothing
         return chosen - logsumexp, entropy, logsumexp, argmax
 
     @staticmethod
@@ -1192,20 +1207,29 @@ class _LinearLogprobs(torch.autograd.Function):
         precise = logsumexp.dtype
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if need_weight else None
+        buffer = _logits_buffer(hidden, weight, chunk)
         for begin in range(0, hidden.shape[0], chunk):
             rows = slice(begin, begin + chunk)
             x, label = hidden[rows], labels[rows] - first
-            logits, slope = _chunk_logits(x, weight, temperature, softcap)
+            logits, slope = _chunk_logits(x, weight, temperature, softcap, buffer)
             logp = logits.sub_(logsumexp[rows, None])
-            p = logp.exp()
             # d logprob = onehot − p;  d entropy = −p (log p + H);  d logsumexp = p
-            d_logits = p * (g_logsumexp[rows, None] - g_logprobs[rows, None])
-            if g_entropy is not None:
+            scale = torch.zeros_like(logsumexp[rows])
+            if g_logsumexp is not None:
+                scale += g_logsumexp[rows]
+            if g_logprobs is not None:
+                scale -= g_logprobs[rows]
+            if g_entropy is None:
+                d_logits = logp.exp_().mul_((scale / temperature)[:, None])
+            else:
+                p = logp.exp()
+                d_logits = p * scale[:, None]
                 d_logits -= g_entropy[rows, None] * p * (logp + entropy[rows, None]).where(p > 0, 0.0)
-            here = (label >= 0) & (label < weight.shape[0])
-            add = g_logprobs[rows].where(here, 0.0)[:, None]
-            d_logits.scatter_add_(-1, label.clamp(0, weight.shape[0] - 1)[:, None], add)
-            d_logits.div_(temperature)
+                d_logits.div_(temperature)
+            if g_logprobs is not None:
+                here = (label >= 0) & (label < weight.shape[0])
+                add = g_logprobs[rows].where(here, 0.0)[:, None] / temperature
+                d_logits.scatter_add_(-1, label.clamp(0, weight.shape[0] - 1)[:, None], add)
             if slope is not None:
                 d_logits.mul_(slope)
             _add_gradients(d_logits.to(hidden.dtype), x, weight, d_hidden, d_weight, rows)
