@@ -780,7 +780,18 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] → logits [..., V], with Gemma 2's final soft cap where the model has it."""
-        out = F.linear(hidden, self.head_weight.to(hidden.dtype))
+        weight = self.head_weight.to(hidden.dtype)
+        if (
+            hidden.device.type == "cpu"
+            and hidden.dim() == 2
+            and len(hidden) <= 64
+            and not torch.is_grad_enabled()
+        ):
+            # A few rows against a large head: CPU libraries read the head 1.5 to 3 times as fast from this
+            # side.
+            out = (weight @ hidden.T).T.contiguous()
+        else:
+            out = F.linear(hidden, weight)
         cap = self.arch.final_softcap
         return out if cap is None else cap * torch.tanh(out / cap)
 
