@@ -230,6 +230,7 @@ def final_weights(directory: Path) -> dict[str, torch.Tensor]:
 REPLAY = ["rollout_engine=replay", "num_generations=4", "learning_rate=1e-3", "lr_scheduler=constant"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
 def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoint, tmp_path):
     record(tmp_path / "r.jsonl", groups=4)
@@ -253,6 +254,7 @@ def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoin
             assert (other[name] - weight).abs().max() < 2e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss_type, more, trl_more",
     [
