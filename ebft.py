@@ -6,28 +6,125 @@ it writes itself, without a verifier: the reward is how well the hidden states o
 starting model agree with those on the true completion, less how alike the samples are.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+import math
+import random
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from health import log
+import dist
+import health
+from config import ConfigError, parse_config, resolve_checkpoint
+from data import IGNORE, DataOptions, Dataset, PromptOrder, load_tokenizer, prepare, split_held_out
+from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions
+from health import LogOptions, MetricLogger, log
+from kernels import SharedPrompts, linear_cross_entropy, linear_logprobs
+from model import (
+    BlockCache,
+    ModelOptions,
+    Transformer,
+    adapters_disabled,
+    check_model_options,
+    read_architecture,
+    resized,
+    sample,
+    sampling_logprobs,
+)
+from policy import Tally
 
 
 @dataclass
 class FeatureOptions:
-    feature_layers: list[float] = None  # type: ignore[assignment]
+    feature_layers: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
     """Depths whose hidden states make the features, as shares of the layers."""
     embed_method: Literal["last_token", "mean_pooling", "completion_mean", "concat"] = "last_token"
-    """How a sequence's hidden states become one vector: of the last token, the mean, the mean over the
-    completion, or those at 25, 50 and 75 % of the length."""
+    """How a sequence's hidden states become one vector: of the last token, the mean of prefix and completion,
+    the mean of the completion, or those at 25, 50 and 75 % of the completion."""
     use_whitening: bool = False
-    """Whiten the features of the samples of a prompt (`whitening: feature`)."""
+    """The same as `whitening: feature`."""
+    whitening: Literal["none", "feature", "sample"] = "none"
+    """Whiten the features of the samples of a prefix, in feature or in sample space. Whitened samples that
+    are linearly independent have diversity 0 by construction: watch ebft/pairwise_cosine."""
     alignment_coef: float = 1.0
     """Weight of the agreement with the true completion."""
     diversity_coef: float = 1.0
     """Weight of the penalty on samples that are alike."""
+    advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = "rloo"
+    """Reward less a baseline that does not depend on the sample; over the group's standard deviation; or as
+    it is."""
+    rl_coef: float = 1.0
+    """Weight of the policy gradient."""
+    ce_coef: float = 0.0
+    """Weight of the cross-entropy on the true tokens; 0.03 to 0.1 in the paper."""
+
+
+@dataclass
+class Config(
+    ModelOptions, DataOptions, FeatureOptions, OptimizerOptions, CheckpointOptions, DistOptions, LogOptions
+):
+    mode: Literal["strided"] = "strided"
+    """strided: many short rollouts that branch off the prefixes of a document, in one forward pass, without a
+    server."""
+    stride: int = 8
+    """Tokens from one block's beginning to the next."""
+    context_length: int = 8
+    """Tokens of a document before its first block."""
+    min_completion_prefix: int = 0
+    """Where a row has a prompt: so many tokens of the answer stand before its first block."""
+    generate_max_len: int = 8
+    """Tokens of a block."""
+    n_samples_per_prompt: int = 4
+    """Samples of each block."""
+    temperature: float = 0.6
+    """Of sampling and of the log-probabilities that are trained."""
+    samples_a_pass: int = 1
+    """How many of these go through the model together in training: more is faster, 1 takes least memory."""
+    micro_batch_size: int = 1
+    """Documents in one forward pass of one process."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of each process in one optimiser step."""
+    num_epochs: float = 1.0
+    """Passes over the documents."""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps, whatever num_epochs says."""
+    eval_steps: int | None = None
+    """Evaluate on held-out documents every so many steps, and at the start and the end."""
+    seed: int = 42
+    """Seed of the order of documents, of sampling, dropout and random initialisation."""
+
+    def __post_init__(self):
+        check_model_options(self)
+        dist.check_optimizer_options(self)
+        if not self.datasets:
+            raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: text}]")
+        for key in ("stride", "context_length", "generate_max_len", "n_samples_per_prompt", "samples_a_pass",
+                    "micro_batch_size", "gradient_accumulation_steps", "logging_steps"):  # fmt: skip
+            if getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be at least 1")
+        if not self.feature_layers or not all(0 <= f <= 1 for f in self.feature_layers):
+            raise ConfigError(
+                "feature_layers", self.feature_layers, "must be shares of the depth, from 0 to 1"
+            )
+        if self.temperature <= 0:
+            raise ConfigError("temperature", self.temperature, "must be above 0")
+        if self.use_whitening and self.whitening == "none":
+            self.whitening = "feature"
+        if self.n_samples_per_prompt == 1 and (
+            self.advantage_estimator != "reinforce" or self.diversity_coef
+        ):
+            log.warning(
+                "n_samples_per_prompt is 1: without siblings only reinforce without diversity is defined"
+            )
+            self.advantage_estimator, self.diversity_coef = "reinforce", 0.0
+        if self.random_init or self.tokenizer_vocab_size:
+            raise ConfigError("random_init", True, "makes no sense here: train with sft.py first")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -61,9 +158,8 @@ def whiten(samples: Tensor, truth: Tensor, form: str) -> tuple[Tensor, Tensor, i
         except RuntimeError:
             fallback = samples.shape[0]
             log.warning("whitening failed: the features of this batch are only normalised")
-            unit = torch.nn.functional.normalize
             x, g = (torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0) for t in (samples, truth))
-            return unit(x, dim=-1), unit(g, dim=-1)[:, None].expand_as(samples), fallback
+            return normalize(x, dim=-1), normalize(g, dim=-1)[:, None].expand_as(samples), fallback
     kept = 1e-5 * S.amax(-1, keepdim=True) < S
     inverse = torch.where(kept, 1 / torch.where(kept, S, 1.0), 0.0)
     flat = (U * kept[..., None, :]) @ Vt
@@ -117,3 +213,449 @@ def advantages(
     if n > 2:
         apart = (diverse.sum(-1, keepdim=True) - 2 * diverse) / (n - 2)
     return reward - (alignment_coef * others - diversity_coef * apart)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Blocks: many rollouts from nested prefixes of a document
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Document:
+    """A document and the places where blocks branch off it."""
+
+    ids: list[int]
+    anchors: list[int]  # block b continues ids[:anchors[b]]; its truth is the next generate_max_len tokens
+    counted: list[bool]  # which tokens the cross-entropy is over
+    name: str
+
+
+def block_anchors(length: int, offset: int, generate_max_len: int, stride: int) -> list[int]:
+    """a_b = offset + b · stride, for the ⌊(length − generate_max_len − offset)/stride⌋ + 1 blocks that have
+    their whole truth in the document; none where it is too short."""
+    return list(range(offset, length - generate_max_len + 1, stride)) if offset > 0 else []
+
+
+def read_document(dataset: Dataset, row: int, config: Config) -> Document:
+    """Where the row has a prompt (untrained tokens at its beginning), blocks begin after it."""
+    tokens, labels = dataset.row(row)
+    trained = labels != IGNORE
+    prompt = int(trained.argmax()) if trained.any() and not trained[0] else 0
+    offset = max(prompt + config.min_completion_prefix if prompt else 0, config.context_length)
+    anchors = block_anchors(len(tokens), offset, config.generate_max_len, config.stride)
+    return Document(tokens.tolist(), anchors, trained.tolist(), dataset.name(row))
+
+
+def packed(documents: list[Document], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """(input_ids [1, N], document_ids [1, N], where each document begins)."""
+    starts, at = [], 0
+    for document in documents:
+        starts.append(at)
+        at += len(document.ids)
+    ids = [token for d in documents for token in d.ids]
+    which = [i for i, d in enumerate(documents) for _ in d.ids]
+    return torch.tensor([ids], device=device), torch.tensor([which], device=device), starts
+
+
+@torch.no_grad()
+def sample_blocks(
+    model: Transformer, documents: list[Document], n: int, length: int, temperature: float,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`n` samples of `length` tokens for every block, all of them a token a step: (tokens, log-probs) [R,
+    length], rows in the order document, block, sample. The documents' keys and values are made once."""
+    device = model.embed_tokens.weight.device
+    ids, which, starts = packed(documents, device)
+    rows = [(i, a) for i, d in enumerate(documents) for a in d.anchors for _ in range(n)]
+    of, prefixes = (torch.tensor(column, device=device) for column in zip(*rows, strict=True))
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    dtype = dtype if torch.is_autocast_enabled(device.type) else model.embed_tokens.weight.dtype
+    cache = BlockCache(model.arch, which, of, prefixes, length, dtype)
+    hidden, _ = model.hidden_states(ids, document_ids=which, cache=cache)  # type: ignore[arg-type]
+    logits = model.logits(hidden[0, torch.tensor(starts, device=device)[of] + prefixes - 1])
+    tokens, logprobs = [], []
+    for step in range(length):
+        distribution = sampling_logprobs(logits, temperature)
+        chosen = sample(distribution, generator)
+        tokens.append(chosen)
+        logprobs.append(distribution.gather(-1, chosen[:, None])[:, 0])
+        if step + 1 < length:
+            hidden, _ = model.hidden_states(chosen[:, None], cache=cache)  # type: ignore[arg-type]
+            logits = model.logits(hidden[:, 0])
+    return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+
+
+@dataclass
+class BlockPass:
+    """One forward pass over documents and some samples of all their blocks."""
+
+    input_ids: Tensor  # [1, N]
+    shared: SharedPrompts
+    document_rows: Tensor  # places in N of the documents' tokens, in order
+    block_rows: Tensor  # [R', G] places in N of the blocks' tokens
+    sources: Tensor  # [R', G] places in N that predict them
+    truth_rows: Tensor  # [blocks, G] places in N of the true tokens of each block
+
+    @staticmethod
+    def make(documents: list[Document], tokens: Tensor) -> "BlockPass":
+        """`tokens` [blocks · m, G]: m samples of every block, in the order document, block, sample."""
+        device, G = tokens.device, tokens.shape[1]
+        blocks = sum(len(d.anchors) for d in documents)
+        m = tokens.shape[0] // blocks
+        given = tokens.tolist()
+        ids, groups, document_rows, block_rows, sources, truths = [], [], [], [], [], []
+        row = 0
+        for document in documents:
+            start = len(ids)
+            ids += document.ids
+            document_rows += range(start, start + len(document.ids))
+            groups.append((len(document.ids), [(a, G) for a in document.anchors for _ in range(m)]))
+            for a in document.anchors:
+                truths.append(list(range(start + a, start + a + G)))
+                for _ in range(m):
+                    own = list(range(len(ids), len(ids) + G))
+                    block_rows.append(own)
+                    # The first token is predicted by the prefix's last, each other one by the one before it.
+                    sources.append([start + a - 1, *own[:-1]])
+                    ids += given[row]
+                    row += 1
+        made = (torch.tensor(x, device=device) for x in (document_rows, block_rows, sources, truths))
+        return BlockPass(torch.tensor([ids], device=device), SharedPrompts(groups, device), *made)
+
+
+def block_features(
+    network: Transformer, batch: BlockPass, documents: list[Document], config: Config
+) -> tuple[Tensor, Tensor]:
+    """(features of the blocks [R', D'], of the true tokens of each block [blocks, D']), of the frozen
+    network."""
+    depths = tuple(int(share * network.arch.num_layers) for share in config.feature_layers)
+    with torch.no_grad():
+        states = network.hidden_states(batch.input_ids, shared_prompts=batch.shared, layers=depths)[0][0]
+
+    def pooled(rows: Tensor, prefix_sums: Tensor, prefixes: Tensor) -> Tensor:
+        own = states[rows]  # [r, G, D']
+        if config.embed_method == "last_token":
+            return own[:, -1]
+        if config.embed_method == "completion_mean":
+            return own.mean(1)
+        if config.embed_method == "concat":
+            G = own.shape[1]
+            return torch.cat([own[:, min(G - 1, int(share * G))] for share in (0.25, 0.5, 0.75)], dim=-1)
+        return (prefix_sums + own.sum(1)) / (prefixes + own.shape[1])[:, None]
+
+    sums, prefixes, start = [], [], 0
+    for document in documents:  # running sums of a document's states serve every prefix of it
+        places = batch.document_rows[start : start + len(document.ids)]
+        running = states[places].cumsum(0)
+        sums += [running[a - 1] for a in document.anchors]
+        prefixes += document.anchors
+        start += len(document.ids)
+    m = batch.block_rows.shape[0] // len(prefixes)
+    sums, lengths = torch.stack(sums), torch.tensor(prefixes, device=states.device)
+    return (
+        pooled(batch.block_rows, sums.repeat_interleave(m, 0), lengths.repeat_interleave(m)),
+        pooled(batch.truth_rows, sums, lengths),
+    )
+
+
+def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Features of the samples [P, n, D] and of the truth [P, D] → advantages [P, n], and what to report by
+    prefix."""
+    if config.whitening == "none":
+        x, fallback = normalize(samples, dim=-1), 0
+        g = normalize(truth, dim=-1)[:, None].expand_as(samples)
+    else:
+        x, g, fallback = whiten(samples, truth, config.whitening)
+    align, diverse = alignment(x, g), diversity(x)
+    n = samples.shape[1]
+    facts = {
+        "alignment": align.mean(-1), "diversity": diverse.mean(-1), "cfm_loss": cfm_loss(x, g),
+        "reward": (config.alignment_coef * align - config.diversity_coef * diverse).mean(-1),
+        "alignment_cosine": torch.nn.functional.cosine_similarity(samples, truth[:, None], dim=-1).mean(-1),
+        "pairwise_cosine": diversity(normalize(samples,
+        dim=-1)).mean(-1) / 2 if n > 1 else torch.zeros(len(x)),
+        "whitening_fallbacks": torch.full((len(x),), float(fallback > 0)),
+    }  # fmt: skip
+    estimator = config.advantage_estimator
+    return advantages(align, diverse, estimator, config.alignment_coef, config.diversity_coef), facts
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------------------
+
+
+def main(config: Config) -> None:
+    # 1. Set up.
+    output_dir, directory = Path(config.output_dir), Path(config.config_directory)
+    world = dist.init(config)
+    health.start_log(output_dir, world.main)
+    dist.seed_everything(config.seed, world.rank)
+    interrupt = dist.Interrupt()
+
+    # 2. Documents.
+    checkpoint = dist.main_first(
+        lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
+    )
+    arch = read_architecture(checkpoint, config.ignore_config_fields)
+    cache = Path(config.dataset_prepared_path or output_dir / "prepared")
+    tokenizer = dist.main_first(lambda: load_tokenizer(checkpoint, config, directory, cache), world)
+
+    def encoded(specs: list[dict]) -> Dataset:
+        return dist.main_first(lambda: prepare(specs, tokenizer, config, directory, cache), world)
+
+    dataset = encoded(config.datasets)
+    rows, held_rows = split_held_out(len(dataset), config.val_set_size, config.seed)
+    held_out = encoded(config.test_datasets) if config.test_datasets else dataset
+    held_rows = np.arange(len(held_out)) if config.test_datasets else held_rows
+    documents = [read_document(dataset, int(row), config) for row in rows]
+    skipped = sum(not d.anchors for d in documents)
+    documents = [d for d in documents if d.anchors]
+    judged = [d for d in (read_document(held_out, int(row), config) for row in held_rows) if d.anchors]
+    if skipped:
+        log.info("data: %d of %d documents are too short for a block", skipped, skipped + len(documents))
+    a_step = config.micro_batch_size * config.gradient_accumulation_steps * world.size
+    if len(documents) < a_step:
+        raise ConfigError(
+            "context_length", config.context_length,
+            f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, a step "
+            f"takes {a_step}",
+        )  # fmt: skip
+    order = PromptOrder(len(documents), a_step, config.seed)
+    total_steps = math.ceil(len(documents) * config.num_epochs / a_step)
+    total_steps = min(total_steps, config.max_steps or total_steps)
+    checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
+    keys = ("base_model", "adapter", "lora_r", "optimizer", "seed", "stride", "context_length",
+    "generate_max_len",
+            "n_samples_per_prompt", "sequence_len", "val_set_size")  # fmt: skip
+    identity = {
+        **{k: asdict(config)[k] for k in keys},
+        "documents a step": a_step,
+        "data": dataset.fingerprint,
+    }
+    resume_from, saved = checkpointer.to_resume(identity)
+
+    # 3. Model, optimiser, and the frozen network of the features: with LoRA the model without its adapters.
+    size = max(arch.vocab_size, tokenizer.vocab_size)
+    arch = resized(arch, -(-size // config.pad_vocab_to_multiple_of) * config.pad_vocab_to_multiple_of)
+    model = dist.build_model(arch, checkpoint, config, world)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = dist.make_optimizers(model, config)
+    frozen = None
+    if not config.adapter:
+        frozen = dist.build_model(arch, checkpoint, config, world).eval().requires_grad_(False)
+    log.info(
+        "%s: %s parameters, %s trained; %s documents, %s held out; %d steps of %d documents on %d × %s",
+        arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
+        f"{len(documents):,}",
+        f"{len(judged):,}", total_steps, a_step, world.size, world.device.type,
+    )  # fmt: skip
+
+    # 4. Resume.
+    state: dict[str, Any] = {"num_tokens": 0, "eval_before": None, "identity": identity}
+    step = 0
+    if resume_from is not None:
+        step, state = saved["step"], {**saved, "identity": identity}
+        log.info("resuming from %s", resume_from)
+        if not checkpointer.load(resume_from, model, optimizers, config.seed):
+            log.info("made by %d processes: numbers go on to rounding, not to the bit", saved["world"])
+    logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
+
+    def rollout(part: list[Document], *seed: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """(tokens [blocks, n, G], log-probs, advantages [blocks, n], facts by block) of a micro-batch."""
+        n, G = config.n_samples_per_prompt, config.generate_max_len
+        drawn = random.Random(repr((config.seed, *seed))).getrandbits(62)
+        generator = torch.Generator(world.device).manual_seed(drawn)
+        model.eval()
+        with world.autocast(config.bf16):
+            tokens, logprobs = sample_blocks(model, part, n, G, config.temperature, generator)
+            batch = BlockPass.make(part, tokens)
+            if frozen is not None:
+                features, truth = block_features(frozen, batch, part, config)
+            else:
+                with adapters_disabled(model):
+                    features, truth = block_features(model, batch, part, config)
+        model.train()
+        advantage, facts = energy(features.view(len(truth), n, -1).double(), truth.double(), config)
+        return tokens.view(len(truth), n, G), logprobs.view(len(truth), n, G), advantage.float(), facts
+
+    def evaluated(step: int) -> dict[str, float]:
+        """Energy of fresh samples, and cross-entropy, on held-out documents."""
+        tally = Tally()
+        mine = judged[world.rank :: world.size] or judged[:1]
+        most = math.ceil(math.ceil(len(judged) / world.size) / config.micro_batch_size)
+        for k in range(most):  # as many on every rank: each is a collective
+            part = mine[k * config.micro_batch_size : (k + 1) * config.micro_batch_size] or mine[:1]
+            _, _, _, facts = rollout(part, -1, k, world.rank)
+            with torch.no_grad(), world.autocast(config.bf16):
+                nll, count = document_nll(model, part)
+            for name in ("alignment_cosine", "cfm_loss", "reward", "pairwise_cosine"):
+                tally.mean(f"eval/{name}", facts[name].sum().item(), len(facts[name]))
+            tally.mean("eval/loss", nll.item(), count)
+        return tally.result(world)
+
+    # 5. The loop.
+    if judged and state["eval_before"] is None:
+        state["eval_before"] = evaluated(step)
+        logger.log(step, state["eval_before"])
+    seconds = dist.Timer()
+    while step < total_steps:
+        # a. This step's documents, the same on every rank, and this rank's micro-batches.
+        chosen = [documents[i] for i in order.batch(step)]
+        parts = [
+            chosen[(k * world.size + world.rank) * config.micro_batch_size :][: config.micro_batch_size]
+            for k in range(config.gradient_accumulation_steps)
+        ]
+        blocks = sum(len(d.anchors) for d in chosen)
+        rollout_tokens = blocks * config.n_samples_per_prompt * config.generate_max_len
+        counted = max(1, sum(sum(d.counted[1:]) for d in chosen))
+
+        # b. Samples of every block, their energy, and advantages over the siblings of a block.
+        tally, records, losses = Tally(), [], []
+        for k, part in enumerate(parts):
+            tokens, sampled, advantage, facts = rollout(part, step, k, world.rank)
+            for name, values in facts.items():
+                tally.mean(f"ebft/{name}", values.sum().item(), len(values))
+            tally.mean(
+                "ebft/advantages_std",
+                advantage.std(-1).sum().item() if advantage.shape[1] > 1 else 0.0,
+                len(advantage),
+            )
+            records.append((part, tokens, sampled, advantage))
+
+            # c. REINFORCE on the samples, a few at a time so that memory stays near one sample's;
+            # cross-entropy on the true tokens with the first. Sums over the whole step: × world.size undoes
+            # FSDP's mean.
+            n = config.n_samples_per_prompt
+            for first in range(0, n, config.samples_a_pass):
+                now = slice(first, min(n, first + config.samples_a_pass))
+                batch = BlockPass.make(part, tokens[:, now].flatten(0, 1))
+                with world.autocast(config.bf16):
+                    hidden, _ = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
+                    made = linear_logprobs(
+                        hidden[0].index_select(0, batch.sources.flatten()), model.head_weight,
+                        batch.input_ids[0, batch.block_rows.flatten()], temperature=config.temperature,
+                        softcap=arch.final_softcap,
+                    )  # fmt: skip
+                    weight = advantage[:, now].reshape(-1, 1).expand(-1, config.generate_max_len).flatten()
+                    rl_loss = -(weight * made.logprobs).sum() / rollout_tokens
+                    loss = config.rl_coef * rl_loss
+                    if config.ce_coef and first == 0:
+                        nll, _ = document_nll(model, part, hidden[0].index_select(0, batch.document_rows))
+                        loss = loss + config.ce_coef * nll / counted
+                        tally.mean("ebft/ce_loss", nll.item(), sum(sum(d.counted[1:]) for d in part))
+                (loss * world.size).backward()
+                losses.append(loss.detach())
+                gap = (made.logprobs.detach() - sampled[:, now].flatten()).abs()
+                tally.mean("entropy", made.entropy.sum().item(), len(gap))
+                tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), len(gap))
+                tally.max("sampling/sampling_logp_difference/max", gap.max().item())
+                tally.mean("ebft/rl_loss", rl_loss.item(), 1.0 / world.size if k + first == 0 else 0.0)
+
+        # d. The norm before clipping; nothing that is not finite may reach the weights.
+        norm, with_gradient = dist.gradient_norm(trained)
+        if not math.isfinite(norm.item()) or not all(math.isfinite(loss.item()) for loss in losses):
+            names = ", ".join(d.name for d in chosen[:4])
+            raise health.NonFinite(
+                step + 1, "loss or gradient norm", f"documents {names}", "lower learning_rate"
+            )
+        dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
+        rate = dist.learning_rate(step, config, total_steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # e. Metrics, evaluation, checkpoint.
+        tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
+        metrics = tally.result(world)
+        state["num_tokens"] += sum(len(d.ids) for d in chosen) + rollout_tokens
+        metrics |= {
+            "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
+            "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(skipped),
+            "step_time": seconds(),
+            "epoch": step * a_step / len(documents), **health.memory(world.device),
+        }  # fmt: skip
+        write_blocks(
+            output_dir / "rollouts", step - 1, dist.gather(block_records(records), world), world.main
+        )
+        logger.advance()
+        stopping = dist.all_reduce([float(interrupt.signal is not None)], world)[0] > 0
+        if judged and (
+            step == total_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
+        ):
+            metrics |= evaluated(step)
+            state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+        if step % config.logging_steps == 0 or step == total_steps or "eval/loss" in metrics:
+            logger.log(step, metrics)
+        if stopping or (
+            config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
+        ):
+            checkpointer.save(step, model, optimizers, state)
+        seconds()
+        if stopping and step < total_steps:
+            checkpointer.finish()
+            logger.close()
+            log.info("stopped by a signal after step %d; the same command goes on from here", step)
+            dist.finish()
+            return
+    checkpointer.finish()
+
+    # 6. Final save and report.
+    final = dist.save_final(model, tokenizer, config, world)
+    logger.close()
+    if judged:
+        before, after = state["eval_before"], state.get("eval_after", state["eval_before"])
+        for name in before:
+            log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
+    log.info("saved               %s", final)
+    dist.finish()
+
+
+def document_nll(
+    model: Transformer, part: list[Document], hidden: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """(Σ −log p of the counted true tokens, how many), from hidden states [tokens, D] of the documents in a
+    row, or from a pass of its own."""
+    ids, which, _ = packed(part, model.embed_tokens.weight.device)
+    if hidden is None:
+        hidden = model.hidden_states(ids, document_ids=which)[0][0]
+    labels = torch.full_like(ids[0], IGNORE)
+    labels[:-1] = ids[0, 1:]
+    keep = torch.tensor([c for d in part for c in [*d.counted[1:], False]], device=ids.device)
+    labels = labels.where(keep, IGNORE)
+    return linear_cross_entropy(hidden, model.head_weight, labels, softcap=model.arch.final_softcap), int(
+        keep.sum()
+    )
+
+
+def block_records(records: list) -> list[dict]:
+    """One sample of one block a line: what was sampled after which tokens, and what it was worth."""
+    lines = []
+    for part, tokens, sampled, advantage in records:
+        block = 0
+        for document in part:
+            for anchor in document.anchors:
+                for j in range(tokens.shape[1]):
+                    lines.append({
+                        "row": document.name, "anchor": anchor,
+                        "document_ids": document.ids if j == 0 else None,
+                        "block_ids": tokens[block, j].tolist(),
+                        "sampling_logprobs": sampled[block, j].tolist(),
+                        "advantage": advantage[block, j].item(),
+                    })  # fmt: skip
+                block += 1
+    return lines
+
+
+def write_blocks(directory: Path, step: int, everyone: list[list[dict]], main: bool) -> None:
+    if main:
+        directory.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(line) + "\n" for part in everyone for line in part]
+        dist.write_atomically(directory / f"step-{step}.jsonl", "".join(lines))
+
+
+if __name__ == "__main__":
+    health.run(main, lambda: parse_config(Config, sys.argv[1:], description=(__doc__ or "").splitlines()[0]))

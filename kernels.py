@@ -123,35 +123,38 @@ class Documents:
 
 
 class SharedPrompts:
-    """Prompts with several completions each, in one packed row: prompt, its completions, the next prompt, ….
+    """Documents with continuations, in one packed row: document, its continuations, the next document, ….
 
-    A completion's tokens see their whole prompt and what stands before them in their own completion; the
-    prompt goes through the model once, not once a completion. `groups` are (prompt length, lengths of its
-    completions).
+    A continuation is (P, L): L tokens after the first P tokens of its document. Its tokens see those P and
+    what stands before them in the continuation; the document goes through the model once, however many
+    continue it. `groups` are (length of a document, its continuations): a prompt and its completions, or a
+    document and the blocks that branch off it.
     """
 
-    def __init__(self, groups: list[tuple[int, list[int]]], device: torch.device):
+    def __init__(self, groups: list[tuple[int, list[tuple[int, int]]]], device: torch.device):
         self.device = device
-        # Found: (P, L, first token of prompt, of completion)
-        found, prompt_ids, positions, kinds = [], [], [], []
+        # Found: (P, L, first of document, first of its own)
+        found, document_ids, positions, kinds = [], [], [], []
         at = 0
-        for number, (P, lengths) in enumerate(groups):
-            prompt = at
-            prompt_ids += [number] * P
-            positions += range(P)
-            kinds += [(number, -1)] * P
-            at += P
-            for place, L in enumerate(lengths):
-                found.append((P, L, prompt, at))
-                prompt_ids += [-1] * L
+        for number, (length, continuations) in enumerate(groups):
+            document = at
+            document_ids += [number] * length
+            positions += range(length)
+            kinds += [(number, -1, length)] * length
+            at += length
+            for place, (P, L) in enumerate(continuations):
+                assert 0 < P <= length and L > 0
+                found.append((P, L, document, at))
+                document_ids += [-1] * L
                 positions += range(P, P + L)
-                kinds += [(number, place)] * L
+                kinds += [(number, place, P)] * L
                 at += L
         self.position_ids = torch.tensor([positions], device=device)
-        self.prompts = Documents(torch.tensor([prompt_ids], device=device))  # completions are padding to it
+        # Continuations are padding to it
+        self.prompts = Documents(torch.tensor([document_ids], device=device))
         self._kinds = torch.tensor(kinds, device=device)
         self._block_masks: dict[int | None, Any] = {}
-        # Completions of similar shape side by side: (their tokens [n, L], their keys [n, P + L], visible).
+        # Continuations of similar shape side by side: (their tokens [n, L], their keys [n, P + L], visible).
         self.buckets: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         found.sort(reverse=True)
         i = 0
@@ -189,12 +192,12 @@ class SharedPrompts:
 
     def predicate(self, window: int | None) -> tuple[Callable, Any]:
         """The same rule for flex_attention, on flat token indices, and its block mask, made once."""
-        group, completion = self._kinds.unbind(1)
+        group, own, prefix = self._kinds.unbind(1)
         position = self.position_ids[0]
 
         def sees(b, h, q, k):
-            mine = (group[q] == group[k]) & ((completion[k] == -1) | (completion[q] == completion[k]))
-            seen = mine & (position[k] <= position[q])
+            reached = (own[k] == own[q]) | ((own[k] == -1) & (position[k] < prefix[q]))
+            seen = (group[q] == group[k]) & reached & (position[k] <= position[q])
             return seen if window is None else seen & (position[k] > position[q] - window)
 
         if window not in self._block_masks:

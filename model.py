@@ -594,7 +594,7 @@ class Pass:
 
     rope_tables: dict[str, tuple[Tensor, Tensor]]
     documents: kernels.Documents | kernels.SharedPrompts | None
-    cache: "KVCache | None"
+    cache: "KVCache | BlockCache | None"
     decoding: bool  # one new token a row against the cache
 
 
@@ -802,14 +802,17 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         shared_prompts: kernels.SharedPrompts | None = None,
-        cache: "KVCache | None" = None,
+        cache: "KVCache | BlockCache | None" = None,
+        layers: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [B, T, D] after the last norm, and each expert layer's router logits [N, X].
 
         `document_ids` [B, T]: a run of equal ids is one document, attention stays inside it, a negative id is
         padding. `position_ids` [B, T] default to counting from 0 in each document (each row). With a `cache`
         the keys and values are stored: a prefill of packed prompts first, then one token a row. With
-        `shared_prompts` the one row holds prompts and their completions, which see their prompt.
+        `shared_prompts` the one row holds prompts and their completions, which see their prompt. With
+        `layers` the result is instead those layers' outputs side by side, each token's L2-normalised: [B, T,
+        D · layers]; 0 is the embedding, the last one is taken after the norm, and no deeper layer is run.
         """
         B, T = input_ids.shape
         decoding = cache is not None and cache.length > 0
@@ -842,10 +845,18 @@ class Transformer(nn.Module):
         tables = {key: rope.tables(position_ids, lengths, x.dtype) for key, rope in self.arch.ropes.items()}
         now = Pass(tables, documents, cache, decoding)
         all_router_logits = []
-        for block in self.layers:
+        features = {0: x}
+        for depth, block in enumerate(self.layers, 1):
+            if layers is not None and depth > max(layers):
+                break
             x, router_logits = block(x, now)
             if router_logits is not None:
                 all_router_logits.append(router_logits)
+            if layers is not None:
+                features[depth] = x if depth < len(self.layers) else self.norm(x)
+        # Each layer to unit length first: one with large norms must not drown the rest
+        if layers is not None:
+            return torch.cat([F.normalize(features[i].float(), dim=-1) for i in layers], dim=-1), []
         if cache is not None:
             cache.advance(T)
         return self.norm(x), all_router_logits
@@ -1489,6 +1500,78 @@ class KVCache:
         for layer in range(len(self.k)):
             self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
         self.starts = self.starts[rows]
+
+
+class BlockCache:
+    """Keys and values of packed documents, stored once, and of R continuations that branch off them: row r
+    goes on after the first `prefixes[r]` tokens of document `documents[r]`, `steps` tokens at most.
+
+    `document_ids` [1, N] are those of the packed row, counted from 0; its keys are shared by every row.
+    """
+
+    def __init__(
+        self, arch: Architecture, document_ids: Tensor, documents: Tensor, prefixes: Tensor, steps: int,
+        dtype: torch.dtype,
+    ):  # fmt: skip
+        device, R = document_ids.device, len(prefixes)
+        self.prefixes = prefixes
+        self.positions = count_positions(document_ids)[0]  # of the documents' tokens
+        same = document_ids[0][None] == documents[:, None]
+        self.visible = same & (self.positions[None] < prefixes[:, None])  # [R, N]
+        shape = (R, arch.num_kv_heads, steps, arch.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
+        self.shared: list[tuple[Tensor, Tensor]] = []  # [K, N, E] a layer
+        self.length = 0  # 0 before the documents' own pass, then 1 + tokens of the continuations
+
+    def next_positions(self) -> Tensor:
+        return self.prefixes + self.length - 1
+
+    def advance(self, T: int) -> None:
+        self.length += 1
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, now: Pass, window: int | None, *, scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As KVCache.attend. One softmax over the documents' keys, one product for all rows, and a row's
+        own."""
+        if self.length == 0:
+            self.shared.append((k[0].transpose(0, 1).contiguous(), v[0].transpose(0, 1).contiguous()))
+            return kernels.attention(
+                q, k, v, documents=now.documents, window=window, scale=scale, softcap=softcap
+            )
+        step = self.length - 1
+        self.k[layer][:, :, step], self.v[layer][:, :, step] = k[:, 0], v[:, 0]
+        own_k, own_v = self.k[layer][:, :, : step + 1], self.v[layer][:, :, : step + 1]
+        shared_k, shared_v = self.shared[layer]
+        R, _, H, E = q.shape
+        K, N = shared_k.shape[:2]
+        grouped = q[:, 0].view(R, K, H // K, E)
+        by_head = grouped.transpose(0, 1).reshape(K, R * (H // K), E)
+        scores = (
+            torch.cat(
+                [
+                    torch.matmul(by_head, shared_k.transpose(1, 2)).view(K, R, H // K, N).transpose(0, 1),
+                    torch.matmul(grouped, own_k.transpose(2, 3)),
+                ],
+                dim=-1,
+            ).to(torch.promote_types(q.dtype, torch.float32))
+            * scale
+        )  # [R, K, H/K, N + step + 1]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = self.visible
+        own = torch.ones(R, step + 1, dtype=torch.bool, device=q.device)
+        if window is not None:
+            oldest = self.next_positions()[:, None] - window
+            visible = visible & (self.positions[None] > oldest)
+            own &= self.prefixes[:, None] + torch.arange(step + 1, device=q.device)[None] > oldest
+        seen = torch.cat([visible, own], dim=-1)[:, None, None]
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(q.dtype)
+        from_shared = weights[..., :N].transpose(0, 1).reshape(K, R * (H // K), N) @ shared_v
+        out = from_shared.view(K, R, H // K, E).transpose(0, 1) + weights[..., N:] @ own_v
+        return out.reshape(R, 1, H, E)
 
 
 @dataclass

@@ -152,7 +152,7 @@ def collate(rollouts: Sequence[Rollout], device: torch.device, share_prompts: bo
     T = max(len(r.completion_ids) for r in rollouts)
     ids: list[int] = []
     documents, sources, targets, places = [], [], [], []
-    groups: list[tuple[int, list[int]]] = []
+    groups: list[tuple[int, list[tuple[int, int]]]] = []
     mask = torch.zeros(len(rollouts), T)
     reported = torch.full((len(rollouts), T), math.nan)
     last = 0  # place of the prompt's last token
@@ -170,7 +170,7 @@ def collate(rollouts: Sequence[Rollout], device: torch.device, share_prompts: bo
                 places.append(row * T + t)
         ids += r.completion_ids
         documents += [row] * len(r.completion_ids)
-        groups[-1][1].append(len(r.completion_ids))
+        groups[-1][1].append((len(r.prompt_ids), len(r.completion_ids)))
         mask[row, : len(written)] = torch.tensor(written, dtype=torch.float32)
         if r.sampling_logprobs is not None:
             given = [math.nan if x is None else x for x in r.sampling_logprobs]

@@ -1,0 +1,379 @@
+"""EBFT: whitening, reward and advantage against golden numbers; blocks against ordinary causal passes; the
+recipe."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ebft
+from conftest import ROOT, run_program
+from ebft import (
+    BlockPass,
+    Config,
+    Document,
+    advantages,
+    alignment,
+    block_anchors,
+    block_features,
+    cfm_loss,
+    diversity,
+    energy,
+    sample_blocks,
+    whiten,
+)
+from kernels import linear_logprobs
+from model import load_pretrained
+
+GOLDEN = json.loads((Path(__file__).parent / "ebft_golden.json").read_text())
+
+
+def golden(case: str, name: str) -> torch.Tensor:
+    return torch.tensor(GOLDEN[case][name], dtype=torch.float64)[None]
+
+
+@pytest.mark.parametrize("case", [name for name, value in GOLDEN.items() if isinstance(value, dict)])
+def test_reward_and_advantage_meet_the_golden_numbers(case):
+    samples, truth = golden(case, "gen"), golden(case, "gt")
+    if "whiten" in case:
+        if case.startswith("n4"):
+            raw, target = golden("n4_plain", "gen"), golden("n4_plain", "gt")[:, 0]
+        else:
+            raw = torch.tensor(GOLDEN["gen"], dtype=torch.float64)[None]
+            target = torch.tensor(GOLDEN["gt"], dtype=torch.float64)[None]
+        white, its_truth, fallback = whiten(raw, target, "feature" if "feature" in case else "sample")
+        assert (
+            (white - samples).abs().max() < 1e-9 and (its_truth - truth).abs().max() < 1e-9 and not fallback
+        )
+        samples, truth = white, its_truth
+    align, diverse = alignment(samples, truth), diversity(samples)
+    made = {
+        "alignment": align, "diversity": diverse, "reward": align - diverse,
+        "advantage_rloo": advantages(align, diverse, "rloo"),
+        "group_norm": advantages(align, diverse, "group_norm"),
+    }  # fmt: skip
+    for name, value in made.items():
+        assert (value - golden(case, name)).abs().max() < 1e-9, name
+    # In sample space the truth has a row a sample, and the golden number is for the first row alone: it would
+    # change with the order of the samples. Ours is for their mean.
+    expected = (
+        (samples.mean(1) - truth[:, 0]).square().sum() if "sample_space" in case else cfm_loss(samples, truth)
+    )
+    assert expected.item() == pytest.approx(GOLDEN[case]["cfm_loss"], abs=1e-9)
+
+
+@pytest.mark.parametrize("n, D, rank", [(4, 9, 4), (4, 9, 2), (6, 3, 3), (5, 8, 1), (3, 5, 0)])
+def test_whitening_equals_the_pseudo_inverse_square_root(n, D, rank):
+    generator = torch.Generator().manual_seed(n * D + rank)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, g = draw(2, n, rank) @ draw(2, rank, D), draw(2, D)
+
+    def inverse_root(gram: torch.Tensor) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(gram)
+        kept = values > 1e-10 * values.max().clamp(min=1e-300)
+        return vectors @ torch.diag(torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)) @ vectors.T
+
+    for form in ("feature", "sample"):
+        white, truth, _ = whiten(x, g, form)
+        assert torch.isfinite(white).all() and torch.isfinite(truth).all()
+        for i in range(2):
+            if form == "feature":
+                W = inverse_root(x[i].T @ x[i])
+                expected, its = x[i] @ W, (g[i] @ W).expand(n, D)
+            else:
+                W = inverse_root(x[i] @ x[i].T)
+                expected, its = W @ x[i], W @ g[i].expand(n, D)
+            assert (white[i] - expected).abs().max() < 1e-7 and (truth[i] - its).abs().max() < 1e-7
+
+
+def test_independent_samples_have_no_diversity_after_whitening_and_repeated_ones_do():
+    x = torch.randn(1, 4, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert diversity(whiten(x, x[:, 0], "feature")[0]).abs().max() < 1e-9
+    x[0, 1] = x[0, 0]
+    assert diversity(whiten(x, x[:, 0], "feature")[0])[0, :2].min() > 0.1
+
+
+def test_features_that_are_not_finite_fall_back_and_never_give_nan():
+    x = torch.randn(2, 3, 5)
+    x[0, 0, 0] = float("nan")
+    white, truth, fallback = whiten(x, torch.randn(2, 5), "feature")
+    assert torch.isfinite(white).all() and torch.isfinite(truth).all() and fallback == 2
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_baseline_of_a_sample_does_not_depend_on_the_sample(n):
+    generator = torch.Generator().manual_seed(n)
+    x, g = torch.randn(1, n, 7, generator=generator), torch.randn(1, 1, 7, generator=generator)
+
+    def baseline(x: torch.Tensor) -> float:
+        x = F.normalize(x, dim=-1)
+        align, diverse = alignment(x, g.expand_as(x)), diversity(x)
+        return (align - diverse - advantages(align, diverse, "rloo"))[0, 0].item()
+
+    before = baseline(x)
+    x[0, 0] = torch.randn(7, generator=generator) * 5
+    assert baseline(x) == pytest.approx(before, abs=1e-6)
+
+
+def test_the_policy_gradient_is_unbiased_for_the_feature_matching_objective():
+    """A policy over six outcomes, whose exact gradient of E[alignment] − ½·E[x·x′·2] can be written down."""
+    torch.manual_seed(0)
+    features = F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=-1)
+    truth = F.normalize(torch.randn(4, dtype=torch.float64), dim=-1)
+    logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    p = logits.softmax(-1)
+    pairs = features @ features.T
+    # A sample's own diversity term: half of the pair's gradient each
+    objective = 2 * p @ (features @ truth) - p @ pairs @ p
+    (exact,) = torch.autograd.grad(objective, logits)
+    n, draws = 4, 60000
+    chosen = torch.multinomial(p.detach().expand(draws, 6), n, replacement=True)
+    x = features[chosen]
+    weights = advantages(alignment(x, truth.expand_as(x)), diversity(x), "rloo")
+    score = F.one_hot(chosen, 6).double() - p.detach()  # ∇ log p
+    estimate = (weights[..., None] * score).mean(1)
+    error = estimate.std(0) / draws**0.5
+    assert ((estimate.mean(0) - exact).abs() < 4 * error).all(), (estimate.mean(0), exact, error)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Blocks
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_have_their_whole_truth_in_the_document():
+    assert block_anchors(20, 4, 8, 3) == [4, 7, 10]  # ⌊(20 − 8 − 4)/3⌋ + 1 = 3
+    assert block_anchors(12, 4, 8, 3) == [4] and block_anchors(11, 4, 8, 3) == []
+
+
+def documents(seed: int, vocab: int = 96) -> list[Document]:
+    rng = random.Random(seed)
+    made = []
+    for i in range(3):
+        length = rng.randrange(14, 40)
+        ids = [rng.randrange(3, vocab) for _ in range(length)]
+        anchors = block_anchors(length, rng.randrange(1, 6), 5, rng.randrange(2, 7))
+        made.append(Document(ids, anchors, [True] * length, f"d:{i}"))
+    return made
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma2", "gemma3", "qwen3"])
+def test_blocks_equal_ordinary_causal_passes_over_prefix_and_rollout(name, seed, references):
+    model = load_pretrained(str(references(name)[1]), dtype=torch.float64)
+    docs, n, G, temperature = documents(seed), 2, 5, 0.7
+    generator = torch.Generator().manual_seed(seed)
+    tokens, sampled = sample_blocks(model, docs, n, G, temperature, generator)
+    batch = BlockPass.make(docs, tokens)
+    hidden, _ = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
+    trained = linear_logprobs(
+        hidden[0][batch.sources.flatten()], model.head_weight, tokens.flatten(), temperature=temperature,
+        softcap=model.arch.final_softcap,
+    ).logprobs.view_as(sampled)  # fmt: skip
+    weights = torch.randn(sampled.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad((weights * trained).sum(), parameters)
+
+    one_by_one, row, total = [], 0, torch.zeros((), dtype=torch.float64)
+    for document in docs:
+        for anchor in document.anchors:
+            for _ in range(n):
+                whole = torch.tensor([document.ids[:anchor] + tokens[row].tolist()])
+                alone, _ = model.hidden_states(whole)
+                assert (alone[0, anchor:] - hidden[0][batch.block_rows[row]]).abs().max() < 1e-9
+                logp = (model.logits(alone[0, anchor - 1 : -1]) / temperature).log_softmax(-1)
+                logp = logp.gather(-1, tokens[row][:, None])[:, 0]
+                one_by_one.append(logp.detach())
+                total = total + (weights[row] * logp).sum()
+                row += 1
+    expected = torch.stack(one_by_one)
+    assert row == len(tokens)
+    assert (sampled - expected).abs().max() < 1e-9 and (trained - expected).abs().max() < 1e-9
+    for a, b in zip(gradients, torch.autograd.grad(total, parameters), strict=True):
+        assert (a - b).abs().max() <= 1e-8 * max(1.0, b.abs().max().item())
+    # The two mistakes of other code: hidden states one place off, and rows in another order.
+    off = linear_logprobs(
+        hidden[0][batch.block_rows.flatten()], model.head_weight, tokens.flatten(), temperature=temperature,
+        softcap=model.arch.final_softcap,
+    ).logprobs.view_as(sampled)  # fmt: skip
+    assert (off - expected).abs().max() > 1e-2
+    assert (trained.detach() - expected.flatten().view(G, -1).T).abs().max() > 1e-2
+
+
+def test_the_sampler_draws_what_an_ordinary_sampler_would_under_the_same_random_numbers(references):
+    model = load_pretrained(str(references("qwen3")[1]), dtype=torch.float64)
+    docs, G = documents(3), 4
+    tokens, _ = sample_blocks(model, docs, 1, G, 0.9, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    rows = [d.ids[:a] for d in docs for a in d.anchors]
+    for step in range(G):
+        with torch.no_grad():
+            logits = torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
+        drawn = ebft.sample((logits / 0.9).log_softmax(-1), generator).tolist()
+        assert drawn == tokens[:, step].tolist()
+        rows = [[*row, token] for row, token in zip(rows, drawn, strict=True)]
+
+
+@pytest.mark.parametrize("method", ["last_token", "mean_pooling", "completion_mean", "concat"])
+def test_features_equal_those_of_each_sequence_alone(method, references):
+    model = load_pretrained(str(references("llama2")[1]), dtype=torch.float32)
+    docs, G, n = documents(4), 5, 2
+    tokens, _ = sample_blocks(model, docs, n, G, 1.0, torch.Generator().manual_seed(0))
+    config = Config(base_model="x", datasets=[{"path": "x"}], embed_method=method, feature_layers=[0.5, 1.0])
+    made, truth = block_features(model, BlockPass.make(docs, tokens), docs, config)
+
+    def alone(ids: list[int], anchor: int) -> torch.Tensor:
+        with torch.no_grad():
+            states = model.hidden_states(torch.tensor([ids]), layers=(2, 4))[0][0]
+        own = states[anchor:]
+        pooled = {
+            "last_token": own[-1], "mean_pooling": states.mean(0), "completion_mean": own.mean(0),
+            "concat": torch.cat([own[1], own[2], own[3]]),
+        }  # fmt: skip
+        return pooled[method]
+
+    row = block = 0
+    for document in docs:
+        for anchor in document.anchors:
+            expected = alone(document.ids[: anchor + G], anchor)
+            assert (truth[block] - expected).abs().max() < 1e-4
+            for _ in range(n):
+                expected = alone(document.ids[:anchor] + tokens[row].tolist(), anchor)
+                assert (made[row] - expected).abs().max() < 1e-4
+                row += 1
+            block += 1
+
+
+def test_feature_layers_equal_transformers_hidden_states(references):
+    reference, directory = references("qwen3")
+    model = load_pretrained(str(directory), dtype=torch.float32)
+    ids = torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = reference(ids, output_hidden_states=True).hidden_states
+        ours = model.hidden_states(ids, layers=(0, 1, 3, 4))[0]
+    expected = torch.cat([F.normalize(theirs[i], dim=-1) for i in (0, 1, 3, 4)], dim=-1)
+    assert (ours - expected).abs().max() < 1e-5
+
+
+def test_energy_rewards_the_sample_whose_features_are_the_truths():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(1, 6, generator=generator)
+    samples = torch.randn(1, 4, 6, generator=generator)
+    samples[0, 2] = truth[0]
+    config = Config(base_model="x", datasets=[{"path": "x"}])
+    advantage, facts = energy(samples, truth, config)
+    assert advantage[0].argmax() == 2 and facts["cfm_loss"].item() > 0
+    exact, facts = energy(truth[:, None].expand(1, 4, 6), truth, config)
+    assert exact.abs().max() < 1e-5 and facts["cfm_loss"].item() < 1e-10 and facts["diversity"].item() > 1.99
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The recipe
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "the",
+        "dog",
+        "run",
+        "far",
+        "away",
+        "from",
+        "home",
+    ]
+    rng = random.Random(0)
+    path.write_text(
+        "".join(
+            json.dumps({"text": " ".join(rng.choice(words) for _ in range(12 + i % 9))}) + "\n"
+            for i in range(40)
+        )
+    )
+    return path
+
+
+def run_ebft(checkpoint, texts, out, *options, ranks=1, code=0):
+    done = run_program(
+        ROOT / "ebft.py", f"base_model={checkpoint}", f"datasets=[{{path: {texts}, type: text}}]",
+        f"output_dir={out}",
+        "val_set_size=4", "micro_batch_size=2", "max_steps=4", "learning_rate=1e-3", "stride=4",
+        "generate_max_len=4",
+        "n_samples_per_prompt=3", "temperature=1.0", "sequence_len=64", *options, ranks=ranks,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("more",
+[["ce_coef=0.1"], ["adapter=lora", "lora_r=4", "gradient_checkpointing=true"],
+                                  ["use_whitening=true", "gradient_checkpointing=true",
+                                   "gradient_checkpointing_kwargs={use_reentrant: true}"]])  # fmt: skip
+def test_a_run_reports_its_energy_and_records_its_blocks(more, small_checkpoint, texts, tmp_path):
+    rows = run_ebft(small_checkpoint[0], texts, tmp_path, *more)
+    assert [r["step"] for r in rows] == [0, 1, 2, 3, 4]
+    last = rows[-1]
+    for name in ("alignment", "diversity", "cfm_loss", "reward", "rl_loss", "advantages_std", "num_blocks",
+                 "skipped_documents", "alignment_cosine", "pairwise_cosine"):  # fmt: skip
+        assert abs(last[f"ebft/{name}"]) < 1e4, name
+    assert last["grad_norm"] > 0 and last["sampling/sampling_logp_difference/max"] < 1e-4
+    assert (
+        last["ebft/alignment"] == pytest.approx(2 * last["ebft/alignment_cosine"], abs=1e-5)
+        or "whitening" in more[0]
+    )
+    lines = [json.loads(x) for x in (tmp_path / "rollouts" / "step-0.jsonl").read_text().splitlines()]
+    assert len(lines) == rows[1]["ebft/num_blocks"] * 3 and all(len(x["block_ids"]) == 4 for x in lines)
+
+
+def test_runs_do_not_depend_on_how_samples_and_documents_are_cut(small_checkpoint, texts, tmp_path):
+    """The same samples: one micro-batch, so the same random numbers; one, two or three of them a pass."""
+    results = []
+    for m in (1, 2, 3):
+        rows = run_ebft(
+            small_checkpoint[0], texts, tmp_path / str(m), f"samples_a_pass={m}", "ce_coef=0.1", "max_steps=2"
+        )
+        results.append(
+            [
+                {k: r.get(k) for k in ("loss", "grad_norm", "entropy", "ebft/reward", "ebft/ce_loss")}
+                for r in rows[1:]
+            ]
+        )
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            for key, value in a.items():
+                assert b[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(small_checkpoint, texts, tmp_path):
+    run_ebft(small_checkpoint[0], texts, tmp_path / "a", "save_steps=2")
+    whole = (tmp_path / "a" / "final" / "model.safetensors").read_bytes()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-4")
+    run_ebft(small_checkpoint[0], texts, tmp_path / "b", "save_steps=2")
+    assert (tmp_path / "b" / "final" / "model.safetensors").read_bytes() == whole
+
+
+def test_two_processes_train_together(small_checkpoint, texts, tmp_path):
+    rows = run_ebft(small_checkpoint[0], texts, tmp_path, "micro_batch_size=1", ranks=2)
+    assert len(rows) == 5 and rows[-1]["grad_norm"] > 0
+
+
+def test_documents_that_are_too_short_for_a_block_are_told(small_checkpoint, texts, tmp_path):
+    done = run_program(
+        ROOT / "ebft.py", f"base_model={small_checkpoint[0]}", f"datasets=[{{path: {texts}, type: text}}]",
+        f"output_dir={tmp_path}", "context_length=500",
+    )  # fmt: skip
+    assert done.returncode == 2 and "context_length" in done.stderr and "leave 0 documents" in done.stderr
