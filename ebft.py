@@ -418,8 +418,8 @@ def main(config: Config) -> None:
     if len(documents) < a_step:
         raise ConfigError(
             "context_length", config.context_length,
-            f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, a step "
-            f"takes {a_step}",
+            f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
+            f"a step takes {a_step}",
         )  # fmt: skip
     order = PromptOrder(len(documents), a_step, config.seed)
     total_steps = math.ceil(len(documents) * config.num_epochs / a_step)

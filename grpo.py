@@ -41,27 +41,14 @@ from config import BallastError, ConfigError, parse_config, resolve_checkpoint
 from data import DataOptions, Prompt, PromptOrder, Tokenizer, load_tokenizer, read_prompts, split_held_out
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
 from health import LogOptions, MetricLogger, log
-from model import (
-    ModelOptions,
-    adapters_disabled,
-    check_model_options,
-    load_balancing_loss,
-    read_architecture,
-    resized,
-)
+from model import ModelOptions, check_model_options, read_architecture, resized
 from policy import (
     PolicyOptions,
-    StepSize,
-    Tally,
+    accumulate_gradients,
     can_share_prompts,
     check_policy_options,
-    collate,
     completion_metrics,
-    entropy_threshold,
-    log_nonfinite,
-    policy_loss,
-    tally_policy,
-    token_logprobs,
+    keep_logprobs,
 )
 from rollout import (
     Completion,
@@ -676,7 +663,6 @@ def main(config: Config) -> None:
     if config.beta and not config.adapter:
         reference = dist.build_model(arch, checkpoint, config, world).eval().requires_grad_(False)
     share = can_share_prompts(model, config.share_prompts)
-    has_reference = reference is not None or config.adapter is not None
     aux_coef = (
         arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
     )
@@ -778,77 +764,22 @@ def main(config: Config) -> None:
             begin = (used % slices) * accumulation * world.size * mb
             in_step = rollouts[begin : begin + accumulation * world.size * mb]
             micro = [in_step[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
-            size = StepSize.of(in_step, config)
 
             # c. π_old where the weights will move before the batch is used up, and π_ref: no gradients.
-            if used < slices and (updates > 1 or has_reference or config.top_entropy_quantile < 1):
-                for part in micro:
-                    batch = collate(part, world.device, share)
-                    with torch.no_grad(), world.autocast(config.bf16):
-                        if updates > 1 or config.top_entropy_quantile < 1:
-                            old, entropy, _, _ = token_logprobs(model, batch, config.temperature)
-                            batch.keep("old_logprobs", old)
-                            batch.keep("entropies", entropy)
-                        if reference is not None:
-                            batch.keep(
-                                "ref_logprobs", token_logprobs(reference, batch, config.temperature)[0]
-                            )
-                        elif has_reference:
-                            with adapters_disabled(model):
-                                batch.keep(
-                                    "ref_logprobs", token_logprobs(model, batch, config.temperature)[0]
-                                )
+            if used < slices:
+                keep_logprobs(model, reference, micro, config, world, share, old=updates > 1)
                 took["logprob"] += seconds()
-            threshold, bonus_tokens = None, size.tokens
-            if config.top_entropy_quantile < 1:
-                threshold, bonus_tokens = entropy_threshold(micro, config, world)
 
-            # d. Loss and backward. Every rank knows all advantages, so all skip the same micro-batches; FSDP
-            # averages gradients over ranks, the loss is a sum over them: × world.size.
-            tally, losses, batches_used, skipped = Tally(), [], [], 0
+            # d. Loss and backward, over this rank's micro-batches: policy_loss in policy.py.
             bonus = config.entropy_coef
             if config.entropy_target is not None and state.get("entropy", 0.0) > config.entropy_target:
                 bonus = 0.0
             with health.profiled(step + 1, config, output_dir, world.rank, world.device):
-                for k, part in enumerate(micro):
-                    across = in_step[k * world.size * mb : (k + 1) * world.size * mb]
-                    if not any(r.advantage for r in across) and not config.beta and not bonus:
-                        skipped += 1
-                        continue
-                    batch = collate(part, world.device, share)
-                    with world.autocast(config.bf16):
-                        logprobs, entropy, router_logits, bad = token_logprobs(
-                            model, batch, config.temperature, entropy_gradient=bool(bonus)
-                        )
-                    if bad:
-                        log_nonfinite(model if world.size == 1 else None, batch, bad, step + 1)
-                    old = batch.stored("old_logprobs")
-                    old = logprobs.detach() if old is None or updates == 1 else old
-                    entropy_mask = None
-                    if threshold is not None:
-                        entropies = batch.stored("entropies")
-                        assert entropies is not None
-                        entropy_mask = entropies >= threshold
-                    loss, facts = policy_loss(
-                        logprobs, old_logprobs=old, advantages=batch.advantages, mask=batch.mask,
-                        options=config,
-                        size=size, sampling_logprobs=batch.sampling_logprobs, truncated=batch.truncated,
-                        ref_logprobs=batch.stored("ref_logprobs"), entropy_mask=entropy_mask,
-                    )  # fmt: skip
-                    if bonus:
-                        counted = facts["mask"] if entropy_mask is None else facts["mask"] * entropy_mask
-                        loss = loss - bonus * (entropy * counted).sum() / bonus_tokens
-                    losses.append(loss.detach())
-                    if aux_coef and router_logits:
-                        real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=world.device)
-                        loss = loss + aux_coef * len(part) / len(in_step) * load_balancing_loss(
-                            router_logits, arch, real
-                        )
-                    (loss * world.size).backward()
-                    batches_used.append(batch)
-                    tally_policy(tally, facts, entropy.detach(), old, batch.sampling_logprobs)
-                    if bad:
-                        tally.max("nonfinite_hidden_states", float(bad))
+                tally, losses, batches_used, skipped = accumulate_gradients(
+                    model, in_step, micro, config, world, share, step=step + 1, reused=updates > 1,
+                    bonus=bonus,
+                    aux_coef=aux_coef,
+                )  # fmt: skip
 
                 # e. The norm before clipping; nothing that is not finite may reach the weights. A step
                 # without any signal leaves the optimiser alone: its momentum would move the weights on

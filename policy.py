@@ -21,7 +21,7 @@ from config import ConfigError
 from dist import World
 from health import log
 from kernels import SharedPrompts, linear_logprobs
-from model import Transformer
+from model import Transformer, adapters_disabled, load_balancing_loss
 from rollout import Rollout, RolloutOptions, check_rollout_options
 
 
@@ -491,3 +491,92 @@ def log_nonfinite(model: Transformer | None, batch: PolicyBatch, count: int, ste
         "step %d: %d hidden states are not finite and were replaced by 0; first module: %s; rows %s",
         step, count, where, ", ".join(batch.rows[:4]),
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One optimiser step's forward and backward passes
+# ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def keep_logprobs(
+    model: Transformer, reference: Transformer | None, micro: Sequence[Sequence[Rollout]], options: Any,
+    world: World,
+    share: bool, *, old: bool,
+) -> None:  # fmt: skip
+    """Keep with this rank's rollouts what passes without gradients tell: log π_old and entropies where the
+    weights will move before the batch is used up (`old`) or tokens are chosen by entropy, and log π_ref where
+    there is a reference: a frozen copy, or with LoRA the model with its adapters off."""
+    old = old or options.top_entropy_quantile < 1
+    if not old and reference is None and options.adapter is None:
+        return
+    for part in micro:
+        batch = collate(part, world.device, share)
+        with world.autocast(options.bf16):
+            if old:
+                logprobs, entropy, _, _ = token_logprobs(model, batch, options.temperature)
+                batch.keep("old_logprobs", logprobs)
+                batch.keep("entropies", entropy)
+            if reference is not None:
+                batch.keep("ref_logprobs", token_logprobs(reference, batch, options.temperature)[0])
+            elif options.adapter is not None:
+                with adapters_disabled(model):
+                    batch.keep("ref_logprobs", token_logprobs(model, batch, options.temperature)[0])
+
+
+def accumulate_gradients(
+    model: Transformer, in_step: Sequence[Rollout], micro: Sequence[Sequence[Rollout]], options: Any,
+    world: World,
+    share: bool, *, step: int, reused: bool, bonus: float, aux_coef: float,
+) -> tuple[Tally, list[Tensor], list[PolicyBatch], int]:  # fmt: skip
+    """Forward and backward over this rank's micro-batches of an optimiser step: (metrics, losses, batches,
+    skipped micro-batches).
+
+    Micro-batches without any advantage are skipped, by all ranks alike: every rank knows all advantages. FSDP
+    averages gradients over ranks, the loss is a sum over them: × world.size. `reused`: the batch serves
+    several steps, its π_old was kept.
+    """
+    size = StepSize.of(in_step, options)
+    threshold, bonus_tokens = None, size.tokens
+    if options.top_entropy_quantile < 1:
+        threshold, bonus_tokens = entropy_threshold(micro, options, world)
+    tally, losses, used, skipped = Tally(), [], [], 0
+    rows = world.size * max(len(part) for part in micro)
+    for k, part in enumerate(micro):
+        across = in_step[k * rows : (k + 1) * rows]
+        if not any(r.advantage for r in across) and not options.beta and not bonus:
+            skipped += 1
+            continue
+        batch = collate(part, world.device, share)
+        with world.autocast(options.bf16):
+            logprobs, entropy, router_logits, bad = token_logprobs(
+                model, batch, options.temperature, entropy_gradient=bool(bonus)
+            )
+        if bad:
+            log_nonfinite(model if world.size == 1 else None, batch, bad, step)
+            tally.max("nonfinite_hidden_states", float(bad))
+        old = batch.stored("old_logprobs") if reused else None
+        old = logprobs.detach() if old is None else old
+        entropy_mask = None
+        if threshold is not None:
+            entropies = batch.stored("entropies")
+            assert entropies is not None
+            entropy_mask = entropies >= threshold
+        loss, facts = policy_loss(
+            logprobs, old_logprobs=old, advantages=batch.advantages, mask=batch.mask, options=options,
+            size=size,
+            sampling_logprobs=batch.sampling_logprobs, truncated=batch.truncated, entropy_mask=entropy_mask,
+            ref_logprobs=batch.stored("ref_logprobs"),
+        )  # fmt: skip
+        if bonus:
+            counted = facts["mask"] if entropy_mask is None else facts["mask"] * entropy_mask
+            loss = loss - bonus * (entropy * counted).sum() / bonus_tokens
+        losses.append(loss.detach())
+        if aux_coef and router_logits:
+            real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=world.device)
+            balance = load_balancing_loss(router_logits, model.arch, real)
+            loss = loss + aux_coef * len(part) / len(in_step) * balance
+        (loss * world.size).backward()
+        used.append(batch)
+        tally_policy(tally, facts, entropy.detach(), old, batch.sampling_logprobs)
+    return tally, losses, used, skipped
