@@ -37,7 +37,7 @@ from model import (
     sample,
     sampling_logprobs,
 )
-from policy import Tally
+from policy import Tally, cannot_share_prompts
 
 
 @dataclass
@@ -372,6 +372,7 @@ def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict
         "alignment": align.mean(-1), "diversity": diverse.mean(-1), "cfm_loss": cfm_loss(x, g),
         "reward": (config.alignment_coef * align - config.diversity_coef * diverse).mean(-1),
         "alignment_cosine": torch.nn.functional.cosine_similarity(samples, truth[:, None], dim=-1).mean(-1),
+        "cfm_unwhitened": cfm_loss(*(normalize(t, dim=-1) for t in (samples, truth[:, None]))),
         "pairwise_cosine": diversity(normalize(samples,
         dim=-1)).mean(-1) / 2 if n > 1 else torch.zeros(len(x)),
         "whitening_fallbacks": torch.full((len(x),), float(fallback > 0)),
@@ -439,6 +440,8 @@ def main(config: Config) -> None:
     size = max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, -(-size // config.pad_vocab_to_multiple_of) * config.pad_vocab_to_multiple_of)
     model = dist.build_model(arch, checkpoint, config, world)
+    if reason := cannot_share_prompts(model):
+        raise ConfigError("base_model", config.base_model, f"cannot be trained in blocks: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = dist.make_optimizers(model, config)
     frozen = None
@@ -486,10 +489,14 @@ def main(config: Config) -> None:
         most = math.ceil(math.ceil(len(judged) / world.size) / config.micro_batch_size)
         for k in range(most):  # as many on every rank: each is a collective
             part = mine[k * config.micro_batch_size : (k + 1) * config.micro_batch_size] or mine[:1]
-            _, _, _, facts = rollout(part, -1, k, world.rank)
+            tokens, _, _, facts = rollout(part, -1, k, world.rank)
+            G = config.generate_max_len
+            truth = torch.tensor([d.ids[a : a + G] for d in part for a in d.anchors], device=tokens.device)
+            right = (tokens == truth[:, None]).all(-1)
+            tally.mean("eval/exact", right.sum().item(), right.numel())  # samples equal to the true tokens
             with torch.no_grad(), world.autocast(config.bf16):
                 nll, count = document_nll(model, part)
-            for name in ("alignment_cosine", "cfm_loss", "reward", "pairwise_cosine"):
+            for name in ("alignment_cosine", "cfm_unwhitened", "reward", "pairwise_cosine"):
                 tally.mean(f"eval/{name}", facts[name].sum().item(), len(facts[name]))
             tally.mean("eval/loss", nll.item(), count)
         return tally.result(world)

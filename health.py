@@ -215,6 +215,9 @@ FORMATS = {
     "kl": ("kl", ".4f"), "grad_norm": ("norm", ".3f"), "clip_ratio/region_mean": ("clipped", ".3f"),
     "completions/mean_length": ("length", ".1f"), "step_time": ("s", ".2f"),
     "tokens_per_second": ("tok/s", ",.0f"), "memory/max_alloc": ("GiB", ".2f"), "mfu": ("mfu", ".1%"),
+    "ebft/alignment_cosine": ("alignment", ".4f"), "ebft/cfm_unwhitened": ("cfm", ".5f"),
+    "ebft/pairwise_cosine": ("alike", ".4f"), "eval/exact": ("exact", ".1%"),
+    "eval/cfm_unwhitened": ("held-out cfm", ".5f"),
     "eval/accuracy": ("right", ".1%"), "eval/reward": ("held-out reward", ".3f"),
     "eval/pass@1": ("pass@1", ".1%"), "eval/greedy": ("greedy", ".1%"),
 }  # fmt: skip

@@ -194,20 +194,21 @@ def hidden_states(model: Transformer, batch: PolicyBatch) -> tuple[Tensor, list[
     )
 
 
+def cannot_share_prompts(model: Transformer) -> str | None:
+    """Why completions of this model cannot stand behind one copy of their prompt, or None."""
+    if any(rope.kind == "dynamic" for rope in model.arch.ropes.values()):
+        return "its dynamic rope makes a prompt depend on what follows it"
+    if model.embed_tokens.weight.is_cuda and model.arch.attention_softcap is not None:
+        return "flex_attention has no soft cap here"
+    return None
+
+
 def can_share_prompts(model: Transformer, wanted: bool | None) -> bool:
-    """Whether completions may stand behind one copy of their prompt; ConfigError where it is asked for and
-    cannot be."""
-    device = model.embed_tokens.weight.device
-    dynamic = any(rope.kind == "dynamic" for rope in model.arch.ropes.values())
-    capped = device.type == "cuda" and model.arch.attention_softcap is not None
-    if wanted and (dynamic or capped):
-        reason = (
-            "dynamic rope makes a prompt depend on its completion"
-            if dynamic
-            else "flex_attention has no soft cap here"
-        )
+    """Whether to: as asked for, else on CPUs. ConfigError where it is asked for and cannot be."""
+    reason = cannot_share_prompts(model)
+    if wanted and reason:
         raise ConfigError("share_prompts", True, f"does not work with this model: {reason}; leave it out")
-    return not dynamic and not capped if wanted is None and device.type == "cpu" else bool(wanted)
+    return reason is None and model.embed_tokens.weight.device.type == "cpu" if wanted is None else wanted
 
 
 def token_logprobs(

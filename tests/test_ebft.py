@@ -338,6 +338,7 @@ def test_a_run_reports_its_energy_and_records_its_blocks(more, small_checkpoint,
     assert len(lines) == rows[1]["ebft/num_blocks"] * 3 and all(len(x["block_ids"]) == 4 for x in lines)
 
 
+@pytest.mark.slow
 def test_runs_do_not_depend_on_how_samples_and_documents_are_cut(small_checkpoint, texts, tmp_path):
     """The same samples: one micro-batch, so the same random numbers; one, two or three of them a pass."""
     results = []

@@ -135,3 +135,52 @@ def test_deterministic_runs_on_the_device_give_the_same_bytes(small_checkpoint, 
         assert done.returncode == 0, done.stdout + done.stderr
         finals.append((tmp_path / name / "final" / "model.safetensors").read_bytes())
     assert finals[0] == finals[1]
+
+
+def test_completions_behind_one_copy_of_their_prompt_on_the_device_equal_the_cpu(references):
+    from policy import collate, token_logprobs
+    from rollout import Rollout
+
+    directory = str(references("qwen3")[1])
+    rollouts = [
+        Rollout(p, c) for p, cs in (([5, 6, 7], ([8, 9], [10])), ([11] * 30, ([12] * 9,))) for c in cs
+    ]
+    results = []
+    for device, share in (("cpu", False), ("cuda", True), ("cuda", False)):
+        model = load_pretrained(directory, dtype=torch.float32, device=device)
+        batch = collate(rollouts, torch.device(device), share)
+        logprobs, entropy, _, _ = token_logprobs(model, batch, 0.8)
+        logprobs.sum().backward()
+        results.append([logprobs, entropy, model.layers[0].self_attn.q_proj.weight.grad])
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            close(a, b, 5e-3)
+
+
+@pytest.mark.parametrize("options", [[], ["share_prompts=true"], ["adapter=lora", "bf16=true"]])
+def test_grpo_samples_and_trains_on_the_device(options, small_checkpoint, tmp_path):
+    rows = [{"prompt": f"Say {i}.", "completion": str(i)} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_program(
+        ROOT / "grpo.py", f"base_model={small_checkpoint[0]}", "reward_funcs=[length]", "num_generations=4",
+        f"datasets=[{{path: {tmp_path / 'rows.jsonl'}, type: prompt_completion}}]", "micro_batch_size=8",
+        f"output_dir={tmp_path / 'out'}", "max_completion_length=16", "max_steps=3", "learning_rate=1e-3",
+        *options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    gap = last.get("sampling/sampling_logp_difference/mean", 0.0)
+    assert gap < (5e-2 if "bf16=true" in options else 1e-3)
+
+
+def test_blocks_of_ebft_train_on_the_device(small_checkpoint, tmp_path):
+    rows = [{"text": f"number {i} and number {i + 1} and some more words here"} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_program(
+        ROOT / "ebft.py", f"base_model={small_checkpoint[0]}", "micro_batch_size=2", "max_steps=3",
+        f"datasets=[{{path: {tmp_path / 'rows.jsonl'}, type: text}}]", f"output_dir={tmp_path / 'out'}",
+        "learning_rate=1e-3", "generate_max_len=4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["sampling/sampling_logp_difference/max"] < 1e-2

@@ -871,3 +871,15 @@ def test_a_server_that_is_not_there_ends_the_run_with_one_line(task, small_check
     done = run_grpo(*arguments, code=2)
     assert "http://127.0.0.1:9: no healthy answer for 1 s" in done.stderr and "grpo.py serve" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_file_is_read_by_its_recipe(file):
+    import ebft
+    import sft
+    from config import parse_config
+
+    text = file.read_text()
+    recipe = grpo if "reward_funcs:" in text else ebft if "\nmode:" in text else sft
+    config = parse_config(recipe.Config, ["--config", str(file)])
+    assert config.output_dir.startswith("outputs/")
