@@ -665,4 +665,9 @@ def write_blocks(directory: Path, step: int, everyone: list[list[dict]], main: b
 
 
 if __name__ == "__main__":
-    health.run(main, lambda: parse_config(Config, sys.argv[1:], description=(__doc__ or "").splitlines()[0]))
+    health.run(
+        main,
+        lambda: parse_config(
+            Config, sys.argv[1:], description=" ".join((__doc__ or "").split("\n\n")[0].split())
+        ),
+    )

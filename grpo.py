@@ -1011,4 +1011,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["serve"]:
         health.run(serve, lambda: sys.argv[2:])
     else:
-        health.run(main, lambda: parse_config(Config, description=(__doc__ or "").splitlines()[0]))
+        health.run(
+            main, lambda: parse_config(Config, description=" ".join((__doc__ or "").split("\n\n")[0].split()))
+        )

@@ -427,4 +427,9 @@ def run_identity(config: Config, global_batch: int, dataset: Dataset) -> dict:
 
 
 if __name__ == "__main__":
-    health.run(main, lambda: parse_config(Config, sys.argv[1:], description=(__doc__ or "").splitlines()[0]))
+    health.run(
+        main,
+        lambda: parse_config(
+            Config, sys.argv[1:], description=" ".join((__doc__ or "").split("\n\n")[0].split())
+        ),
+    )
