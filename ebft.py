@@ -123,6 +123,11 @@ class Config(
                 "n_samples_per_prompt is 1: without siblings only reinforce without diversity is defined"
             )
             self.advantage_estimator, self.diversity_coef = "reinforce", 0.0
+        if self.lora_dropout:
+            raise ConfigError(
+                "lora_dropout", self.lora_dropout,
+                "makes the trained policy another one than the one that samples: set it to 0 here",
+            )  # fmt: skip
         if self.random_init or self.tokenizer_vocab_size:
             raise ConfigError("random_init", True, "makes no sense here: train with sft.py first")
 

@@ -164,6 +164,11 @@ class Config(
             raise ConfigError(
                 "eval_steps", self.eval_steps, "needs held-out data: set val_set_size or test_datasets"
             )
+        if self.lora_dropout:
+            raise ConfigError(
+                "lora_dropout", self.lora_dropout,
+                "makes the trained policy another one than the one that samples: set it to 0 here",
+            )  # fmt: skip
         if self.random_init or self.tokenizer_vocab_size:
             raise ConfigError("random_init", True, "makes no sense here: train with sft.py first")
 

@@ -828,6 +828,7 @@ def test_a_faulty_rollout_is_named_by_file_and_line(line, named, small_checkpoin
         (dict(steps_per_generation=3, gradient_accumulation_steps=2), "multiple of gradient_accumulation"),
         (dict(num_generations=1), "at least 2"), (dict(reward_weights=[1.0, 2.0]), "1 entries"),
         (dict(replay_path="x"), "rollout_engine: replay"), (dict(temperature=0.0), "above 0"),
+        (dict(adapter="lora", lora_dropout=0.1), "the one that samples"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_work_are_refused(changes, named):
