@@ -6,6 +6,7 @@ it writes itself, without a verifier: the reward is how well the hidden states o
 starting model agree with those on the true completion, less how alike the samples are.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -22,7 +23,19 @@ from torch.nn.functional import normalize
 import dist
 import health
 from config import ConfigError, parse_config, resolve_checkpoint
-from data import IGNORE, DataOptions, Dataset, PromptOrder, load_tokenizer, prepare, split_held_out
+from data import (
+    IGNORE,
+    DataError,
+    DataOptions,
+    Dataset,
+    Prompt,
+    PromptOrder,
+    Tokenizer,
+    load_tokenizer,
+    prepare,
+    read_prompts,
+    split_held_out,
+)
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions
 from health import LogOptions, MetricLogger, log
 from kernels import SharedPrompts, linear_cross_entropy, linear_logprobs
@@ -37,7 +50,28 @@ from model import (
     sample,
     sampling_logprobs,
 )
-from policy import Tally, cannot_share_prompts
+from policy import (
+    PolicyOptions,
+    Tally,
+    accumulate_gradients,
+    can_share_prompts,
+    cannot_share_prompts,
+    check_policy_options,
+    collate,
+    completion_metrics,
+    keep_logprobs,
+    token_logprobs,
+)
+from rollout import (
+    EmbeddedEngine,
+    Engine,
+    EngineError,
+    ReplayEngine,
+    Rollout,
+    VllmEngine,
+    as_rollouts,
+    write_rollouts,
+)
 
 
 @dataclass
@@ -67,11 +101,22 @@ class FeatureOptions:
 
 @dataclass
 class Config(
-    ModelOptions, DataOptions, FeatureOptions, OptimizerOptions, CheckpointOptions, DistOptions, LogOptions
-):
-    mode: Literal["strided"] = "strided"
-    """strided: many short rollouts that branch off the prefixes of a document, in one forward pass, without a
-    server."""
+    ModelOptions, DataOptions, FeatureOptions, PolicyOptions, OptimizerOptions, CheckpointOptions,
+    DistOptions,
+    LogOptions,
+):  # fmt: skip
+    mode: Literal["structured", "strided"] = "structured"
+    """structured: prompts with a true completion, sampled by a rollout engine. strided: many short rollouts
+    that branch off the prefixes of a document, in one forward pass, without a server."""
+    adaptive_max_tokens: bool = True
+    """structured: sample at most gt_length_multiplier times the longest true completion of the batch, 64 at
+    least."""
+    gt_length_multiplier: float = 1.5
+    """structured: how much longer than the truth a completion may become."""
+    log_completions: bool = False
+    """structured: show a few samples beside their truths at every logged step."""
+    eval_num_generations: int = 4
+    """structured: completions of each held-out prompt."""
     stride: int = 8
     """Tokens from one block's beginning to the next."""
     context_length: int = 8
@@ -87,7 +132,7 @@ class Config(
     samples_a_pass: int = 1
     """How many of these go through the model together in training: more is faster, 1 takes least memory."""
     micro_batch_size: int = 1
-    """Documents in one forward pass of one process."""
+    """Documents (strided) or completions (structured) in one forward pass of one process."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of each process in one optimiser step."""
     num_epochs: float = 1.0
@@ -101,9 +146,19 @@ class Config(
 
     def __post_init__(self):
         check_model_options(self)
+        check_policy_options(self)
         dist.check_optimizer_options(self)
-        if not self.datasets:
+        if not self.datasets and self.rollout_engine != "replay":
             raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: text}]")
+        if self.mode == "strided" and self.rollout_engine != "embedded":
+            raise ConfigError("rollout_engine", self.rollout_engine, "is of mode: structured")
+        if self.mode == "structured" and self.ce_coef:
+            raise ConfigError("ce_coef", self.ce_coef, "is of mode: strided")
+        if self.mode == "structured" and self.environment:
+            raise ConfigError("environment", self.environment, "has no true completion to match; use grpo.py")
+        if self.gt_length_multiplier <= 0 or self.eval_num_generations < 1:
+            raise ConfigError("gt_length_multiplier", self.gt_length_multiplier, "must be above 0, and "
+                              "eval_num_generations at least 1")  # fmt: skip
         for key in ("stride", "context_length", "generate_max_len", "n_samples_per_prompt", "samples_a_pass",
                     "micro_batch_size", "gradient_accumulation_steps", "logging_steps"):  # fmt: skip
             if getattr(self, key) < 1:
@@ -333,7 +388,7 @@ def block_features(
 ) -> tuple[Tensor, Tensor]:
     """(features of the blocks [R', D'], of the true tokens of each block [blocks, D']), of the frozen
     network."""
-    depths = tuple(int(share * network.arch.num_layers) for share in config.feature_layers)
+    depths = feature_depths(network, config)
     with torch.no_grad():
         states = network.hidden_states(batch.input_ids, shared_prompts=batch.shared, layers=depths)[0][0]
 
@@ -392,6 +447,13 @@ def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict
 
 
 def main(config: Config) -> None:
+    if config.mode == "structured":
+        structured(config)
+    else:
+        strided(config)
+
+
+def strided(config: Config) -> None:
     # 1. Set up.
     output_dir, directory = Path(config.output_dir), Path(config.config_directory)
     world = dist.init(config)
@@ -624,6 +686,354 @@ def main(config: Config) -> None:
             log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
     log.info("saved               %s", final)
     dist.finish()
+
+
+def structured(config: Config) -> None:
+    """Prompts with a true completion: engines and policy loss of GRPO, with energies in the place of
+    rewards."""
+    # 1. Set up.
+    output_dir, directory = Path(config.output_dir), Path(config.config_directory)
+    world = dist.init(config)
+    health.start_log(output_dir, world.main)
+    dist.seed_everything(config.seed, world.rank)
+    interrupt = dist.Interrupt()
+    n, mb, accumulation = config.num_generations, config.micro_batch_size, config.gradient_accumulation_steps
+    batch_size = mb * accumulation * world.size
+    if batch_size % n:
+        raise ConfigError(
+            "micro_batch_size",
+            mb,
+            f"makes a step of {batch_size} completions, no multiple of num_generations ({n})",
+        )
+
+    # 2. Prompts and their truths.
+    checkpoint = dist.main_first(
+        lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
+    )
+    arch = read_architecture(checkpoint, config.ignore_config_fields)
+    cache = Path(config.dataset_prepared_path or output_dir / "prepared")
+    tokenizer = dist.main_first(lambda: load_tokenizer(checkpoint, config, directory, cache), world)
+    prompts: list[Prompt] = []
+    held_out: list[Prompt] = []
+    replay, data = None, ""
+    if config.rollout_engine == "replay":
+        assert config.replay_path is not None
+        replay = ReplayEngine(config.replay_path, directory, config, tokenizer)
+        bare = next((r.row for r in replay.rollouts if r.ground_truth_ids is None), None)
+        if bare is not None:
+            raise ConfigError("replay_path", bare, "has no ground_truth_ids, which EBFT compares with")
+        data = hashlib.sha256(repr([r.completion_ids for r in replay.rollouts]).encode()).hexdigest()
+        total_steps = len(replay.rollouts) // batch_size
+        if not total_steps:
+            raise ConfigError(
+                "replay_path", config.replay_path, f"holds fewer rollouts than a step's {batch_size}"
+            )
+    else:
+        prompts, data = read_prompts(config.datasets, tokenizer, config, directory, config.max_prompt_length)
+        if config.val_set_size:
+            train_rows, held_rows = split_held_out(len(prompts), config.val_set_size, config.seed)
+            prompts, held_out = [prompts[i] for i in train_rows], [prompts[i] for i in held_rows]
+        total_steps = math.ceil(len(prompts) * config.num_epochs / (batch_size // n))
+    if config.test_datasets:
+        held_out, _ = read_prompts(
+            config.test_datasets, tokenizer, config, directory, config.max_prompt_length
+        )
+    truths = [true_completion(p, tokenizer) for p in prompts]
+    held_truths = [true_completion(p, tokenizer) for p in held_out]
+    order = PromptOrder(max(1, len(prompts)), batch_size // n, config.seed)
+    total_steps = min(total_steps, config.max_steps or total_steps)
+    checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
+    keys = ("base_model", "mode", "adapter", "lora_r", "optimizer", "seed", "num_generations", "val_set_size",
+            "rollout_engine")  # fmt: skip
+    identity = {**{k: asdict(config)[k] for k in keys}, "completions a step": batch_size, "data": data}
+    resume_from, saved = checkpointer.to_resume(identity)
+
+    # 3. Model, optimiser, the frozen network of the features (and of kl), engine.
+    size = max(arch.vocab_size, tokenizer.vocab_size)
+    arch = resized(arch, -(-size // config.pad_vocab_to_multiple_of) * config.pad_vocab_to_multiple_of)
+    model = dist.build_model(arch, checkpoint, config, world)
+    if reason := cannot_share_prompts(model):
+        raise ConfigError("base_model", config.base_model, f"cannot give features: {reason}")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = dist.make_optimizers(model, config)
+    frozen = None
+    if not config.adapter:
+        frozen = dist.build_model(arch, checkpoint, config, world).eval().requires_grad_(False)
+    share = can_share_prompts(model, config.share_prompts)
+    aux_coef = (
+        arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
+    )
+    log.info(
+        "%s: %s parameters, %s trained; %s prompts, %s held out; %d steps of %d completions on %d × %s, "
+        "%s rollouts",
+        arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
+        f"{len(prompts):,}" if replay is None else "recorded", f"{len(held_out):,}", total_steps, batch_size,
+        world.size, world.device.type, config.rollout_engine,
+    )  # fmt: skip
+    state: dict[str, Any] = {"num_tokens": 0, "eval_before": None, "identity": identity}
+    step, ahead = 0, None
+    if resume_from is not None:
+        step, state = saved["step"], {**saved, "identity": identity}
+        log.info("resuming from %s", resume_from)
+        if not checkpointer.load(resume_from, model, optimizers, config.seed):
+            log.info("made by %d processes: numbers go on to rounding, not to the bit", saved["world"])
+        stored = state.pop("ahead")
+        ahead = None if stored is None else [Rollout(**r) for r in stored]
+    logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
+    engine: Engine = EmbeddedEngine(model, config, tokenizer, world)
+    if config.rollout_engine == "vllm":
+        probe = [token for p in prompts[:16] for token in p.ids][:64]
+        engine = VllmEngine(model, config, tokenizer, world, probe=(probe * 8)[:64])
+
+    def longest(truth: list[list[int]]) -> int:
+        wanted = max(math.ceil(len(t) * config.gt_length_multiplier) for t in truth)
+        limit = max(64, wanted) if config.adaptive_max_tokens else config.max_completion_length
+        return min(limit, config.max_completion_length)
+
+    def job(step: int) -> tuple[list[int], list[list[int]], list[int]]:
+        """(which prompts, their ids, most tokens of each) of a step's batch."""
+        which = order.batch(step)
+        return which, [prompts[i].ids for i in which], [longest([truths[i] for i in which])] * len(which)
+
+    def rolled(groups: list, step: int, number: int) -> list[Rollout]:
+        which = order.batch(number)
+        made = as_rollouts(groups, [prompts[i] for i in which], which, step, engine, tokenizer.stop_ids)
+        for rollout in made:
+            rollout.ground_truth_ids = truths[rollout.prompt_index]
+        return made
+
+    def energies(rollouts: list[Rollout], n: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(advantages [groups, n], facts by group), every rank its share of the groups."""
+        groups = [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+        mine = groups[world.rank :: world.size]
+        found = []
+        most, at_once = math.ceil(len(groups) / world.size), max(1, mb // n)
+        for begin in range(0, most, at_once):  # as many on every rank: each is a collective
+            part = mine[begin : begin + at_once] or groups[:1]
+            with world.autocast(config.bf16):
+                if frozen is not None:
+                    samples, truth = group_features(frozen, part, config)
+                else:
+                    with adapters_disabled(model):
+                        samples, truth = group_features(model, part, config)
+            if begin < len(mine):
+                advantage, facts = energy(samples.double(), truth.double(), config)
+                found += [
+                    (advantage[k].tolist(), {name: v[k].item() for name, v in facts.items()})
+                    for k in range(len(part))
+                ]
+        shares = dist.gather(found, world)
+        whole = [shares[i % world.size][i // world.size] for i in range(len(groups))]
+        names = whole[0][1]
+        return torch.tensor([a for a, _ in whole]), {k: torch.tensor([f[k] for _, f in whole]) for k in names}
+
+    def evaluated(step: int) -> dict[str, float]:
+        engine.sync(step, due=True)
+        k = config.eval_num_generations
+        groups = engine.generate(
+            [p.ids for p in held_out],
+            k,
+            seed=(config.seed, -1, step),
+            limits=[longest(held_truths)] * len(held_out),
+        )
+        made = as_rollouts(groups, held_out, range(len(held_out)), step, engine, tokenizer.stop_ids)
+        for rollout in made:
+            rollout.ground_truth_ids = held_truths[rollout.prompt_index]
+        model.eval()
+        _, facts = energies(made, k)
+        with torch.no_grad(), world.autocast(config.bf16):
+            nll, count = 0.0, 0
+            for begin in range(0, len(held_out), mb):
+                pairs = zip(held_out[begin : begin + mb], held_truths[begin : begin + mb], strict=True)
+                batch = collate([Rollout(p.ids, t) for p, t in pairs], world.device)
+                nll -= token_logprobs(model, batch, 1.0)[0].sum().item()
+                count += len(batch.targets)
+        model.train()
+        if world.main:
+            write_rollouts(output_dir / "rollouts", step, made, tokenizer, kind="eval")
+        right = sum(r.completion_ids == r.ground_truth_ids for r in made)
+        names = ("alignment_cosine", "cfm_unwhitened", "reward", "pairwise_cosine")
+        return {"eval/exact": right / len(made), "eval/loss": nll / count,
+                **{f"eval/{name}": facts[name].mean().item() for name in names}}  # fmt: skip
+
+    # 4. The loop.
+    pending = False
+    try:
+        if held_out and state["eval_before"] is None:
+            state["eval_before"] = evaluated(step)
+            logger.log(step, state["eval_before"])
+        while step < total_steps:
+            seconds, took, sync = dist.Timer(), {}, {}
+            # a. Samples of each prompt, from the engine or a recorded file.
+            if replay is not None:
+                rollouts = replay.batch(step, batch_size)
+            elif ahead is not None:
+                rollouts = ahead
+            else:
+                if pending:
+                    assert isinstance(engine, VllmEngine)
+                    rollouts = rolled(engine.collect(), step, step)
+                else:
+                    sync = engine.sync(step)
+                    _, ids, limits = job(step)
+                    rollouts = rolled(
+                        engine.generate(ids, n, seed=(config.seed, step), limits=limits), step, step
+                    )
+            ahead, pending = None, False
+            took["generate"] = seconds()
+            if config.async_prefetch and step + 1 < total_steps:
+                assert isinstance(engine, VllmEngine)
+                sync = engine.sync(step) or sync
+                _, ids, limits = job(step + 1)
+                engine.prefetch(ids, n, seed=(config.seed, step + 1), limits=limits)
+                pending = True
+
+            # b. Their energies, and advantages over the siblings.
+            advantage, facts = energies(rollouts, n)
+            for rollout, value in zip(rollouts, advantage.flatten().tolist(), strict=True):
+                rollout.advantage, rollout.rewards = value, {}
+            if world.main:
+                write_rollouts(output_dir / "rollouts", step, rollouts, tokenizer)
+            took["features"] = seconds()
+
+            # c. The policy's step, as in GRPO: this rank's micro-batches of the whole batch.
+            micro = [rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
+            keep_logprobs(model, frozen if config.beta else None, micro, config, world, share, old=False)
+            tally, losses, used, skipped = accumulate_gradients(
+                model, rollouts, micro, config, world, share, step=step + 1, reused=False,
+                bonus=config.entropy_coef, aux_coef=aux_coef,
+            )  # fmt: skip
+            norm, with_gradient = dist.gradient_norm(trained)
+            rate = dist.learning_rate(step, config, total_steps)
+            if losses:
+                health.check_finite(step + 1, losses, used, str, norm, model)
+                dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+            step += 1
+            took["train"] = seconds()
+
+            # d. Metrics, evaluation, checkpoint.
+            tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
+            state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+            metrics: dict[str, float] = {
+                **tally.result(world), **completion_metrics(rollouts), **sync,
+                **{f"ebft/{name}": values.mean().item() for name, values in facts.items()},
+                "ebft/advantages_std": advantage.std(-1).mean().item() if n > 1 else 0.0,
+                "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
+                "skipped_micro_batches": float(skipped), "step_time": sum(took.values()),
+                "weight_version_lag": float(step - 1 - min(r.weight_version for r in rollouts)),
+                **{f"step_time/{k}": v for k, v in took.items()}, **health.memory(world.device),
+            }  # fmt: skip
+            logger.advance()
+            stopping = dist.all_reduce([float(interrupt.signal is not None)], world)[0] > 0
+            last = step == total_steps
+            evaluating = bool(held_out) and (
+                last or (config.eval_steps is not None and step % config.eval_steps == 0)
+            )
+            saving = config.save_steps is not None and (last or step % config.save_steps == 0)
+            if pending and (evaluating or saving or stopping):
+                assert isinstance(engine, VllmEngine)
+                ahead, pending = rolled(engine.collect(), step, step), False
+            if evaluating:
+                metrics |= evaluated(step)
+                state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+            if step % config.logging_steps == 0 or last or evaluating:
+                logger.log(step, metrics)
+                if world.main:
+                    for r in rollouts[: 2 if config.log_completions else 0]:
+                        shown = (
+                            tokenizer.decode(ids or []) for ids in (r.completion_ids, r.ground_truth_ids)
+                        )
+                        log.info("  %r, true %r, advantage %+.3f", *shown, r.advantage)
+            if saving or stopping:
+                engine.sync(step, due=True)
+                held = None if ahead is None else [vars(r) for r in ahead]
+                checkpointer.save(step, model, optimizers, {**state, "ahead": held})
+            if stopping and not last:
+                checkpointer.finish()
+                logger.close()
+                log.info("stopped by a signal after step %d; the same command goes on from here", step)
+                dist.finish()
+                return
+    except EngineError as error:
+        if step > (checkpointer.steps() or [0])[-1]:  # nothing of the run is lost to a server
+            checkpointer.save(step, model, optimizers, {**state, "ahead": None})
+            checkpointer.finish()
+            raise EngineError(f"{error}; step {step} is saved, the same command goes on from it") from None
+        raise
+    checkpointer.finish()
+
+    # 5. Final save and report.
+    final = dist.save_final(model, tokenizer, config, world)
+    logger.close()
+    if held_out:
+        before, after = state["eval_before"], state.get("eval_after", state["eval_before"])
+        for name in before:
+            log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
+    log.info("saved               %s", final)
+    dist.finish()
+
+
+def true_completion(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
+    """The row's reference answer as the policy would have to write it, its end included."""
+    answer = prompt.columns.get("answer")
+    if not isinstance(answer, str) or not answer:
+        raise DataError(prompt.name, None, "has no true completion", "EBFT compares with one")
+    if isinstance(prompt.prompt, str):
+        return tokenizer.encode(answer) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    ids, labels = tokenizer.encode_chat([*prompt.prompt, {"role": "assistant", "content": answer}])
+    last = max(i for i, label in enumerate(labels) if label != IGNORE)
+    if ids[: len(prompt.ids)] == prompt.ids:
+        return ids[len(prompt.ids) : last + 1]
+    first = last
+    while first and labels[first - 1] != IGNORE:
+        first -= 1
+    return ids[first : last + 1]
+
+
+@torch.no_grad()
+def group_features(
+    network: Transformer, groups: list[list[Rollout]], config: Config
+) -> tuple[Tensor, Tensor]:
+    """(features of the samples [P, n, D'], of the truths [P, D']) of the frozen network: each prompt goes
+    through it once, the truth and the samples behind it."""
+    device, depths = network.embed_tokens.weight.device, feature_depths(network, config)
+    ids: list[int] = []
+    layout: list[tuple[int, list[tuple[int, int]]]] = []
+    places: list[tuple[range, range]] = []  # of the prompt, of its continuation
+    for group in groups:
+        prompt = group[0].prompt_ids
+        own = range(len(ids), len(ids) + len(prompt))
+        ids += prompt
+        sequences = [group[0].ground_truth_ids or [], *(r.completion_ids for r in group)]
+        layout.append((len(prompt), [(len(prompt), len(s)) for s in sequences]))
+        for sequence in sequences:
+            places.append((own, range(len(ids), len(ids) + len(sequence))))
+            ids += sequence
+    states = network.hidden_states(
+        torch.tensor([ids], device=device), shared_prompts=SharedPrompts(layout, device), layers=depths
+    )[0][0]
+
+    def pooled(prompt: range, own: range) -> Tensor:
+        if config.embed_method == "last_token":
+            return states[own[-1]]
+        mine = states[own.start : own.stop]
+        if config.embed_method == "completion_mean":
+            return mine.mean(0)
+        if config.embed_method == "concat":
+            return torch.cat([mine[min(len(mine) - 1, int(part * len(mine)))] for part in (0.25, 0.5, 0.75)])
+        return (states[prompt.start : prompt.stop].sum(0) + mine.sum(0)) / (len(prompt) + len(mine))
+
+    made = torch.stack([pooled(*place) for place in places]).view(len(groups), 1 + len(groups[0]), -1)
+    return made[:, 1:], made[:, 0]
+
+
+def feature_depths(network: Transformer, config: Config) -> tuple[int, ...]:
+    return tuple(int(share * network.arch.num_layers) for share in config.feature_layers)
 
 
 def document_nll(

@@ -401,9 +401,12 @@ class VllmEngine:
         job = (prompts, n, seed, temperature, limits, on_group)
         return self._until_done(lambda: self._attempt(*job), job)
 
-    def prefetch(self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], on_group=None) -> None:
+    def prefetch(
+        self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], limits: list[int] | None = None,
+        on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> None:  # fmt: skip
         """Start sampling on a thread of rank 0; `collect` has the result."""
-        self._job = (prompts, n, seed, None, None, on_group)
+        self._job = (prompts, n, seed, None, limits, on_group)
         if self._thread is not None:
             self._pending = self._thread.submit(self._attempt, *self._job)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import ebft
 from conftest import ROOT, run_program
+from data import DataError, Prompt, Tokenizer
 from ebft import (
     BlockPass,
     Config,
@@ -23,11 +24,14 @@ from ebft import (
     cfm_loss,
     diversity,
     energy,
+    group_features,
     sample_blocks,
+    true_completion,
     whiten,
 )
 from kernels import linear_logprobs
 from model import load_pretrained
+from rollout import Rollout
 
 GOLDEN = json.loads((Path(__file__).parent / "ebft_golden.json").read_text())
 
@@ -223,7 +227,13 @@ def test_features_equal_those_of_each_sequence_alone(method, references):
     model = load_pretrained(str(references("llama2")[1]), dtype=torch.float32)
     docs, G, n = documents(4), 5, 2
     tokens, _ = sample_blocks(model, docs, n, G, 1.0, torch.Generator().manual_seed(0))
-    config = Config(base_model="x", datasets=[{"path": "x"}], embed_method=method, feature_layers=[0.5, 1.0])
+    config = Config(
+        base_model="x",
+        mode="strided",
+        datasets=[{"path": "x"}],
+        embed_method=method,
+        feature_layers=[0.5, 1.0],
+    )
     made, truth = block_features(model, BlockPass.make(docs, tokens), docs, config)
 
     def alone(ids: list[int], anchor: int) -> torch.Tensor:
@@ -264,7 +274,7 @@ def test_energy_rewards_the_sample_whose_features_are_the_truths():
     truth = torch.randn(1, 6, generator=generator)
     samples = torch.randn(1, 4, 6, generator=generator)
     samples[0, 2] = truth[0]
-    config = Config(base_model="x", datasets=[{"path": "x"}])
+    config = Config(base_model="x", mode="strided", datasets=[{"path": "x"}])
     advantage, facts = energy(samples, truth, config)
     assert advantage[0].argmax() == 2 and facts["cfm_loss"].item() > 0
     exact, facts = energy(truth[:, None].expand(1, 4, 6), truth, config)
@@ -310,7 +320,8 @@ def run_ebft(checkpoint, texts, out, *options, ranks=1, code=0):
     done = run_program(
         ROOT / "ebft.py", f"base_model={checkpoint}", f"datasets=[{{path: {texts}, type: text}}]",
         f"output_dir={out}",
-        "val_set_size=4", "micro_batch_size=2", "max_steps=4", "learning_rate=1e-3", "stride=4",
+        "mode=strided", "val_set_size=4", "micro_batch_size=2", "max_steps=4", "learning_rate=1e-3",
+        "stride=4",
         "generate_max_len=4",
         "n_samples_per_prompt=3", "temperature=1.0", "sequence_len=64", *options, ranks=ranks,
     )  # fmt: skip
@@ -375,6 +386,115 @@ def test_two_processes_train_together(small_checkpoint, texts, tmp_path):
 def test_documents_that_are_too_short_for_a_block_are_told(small_checkpoint, texts, tmp_path):
     done = run_program(
         ROOT / "ebft.py", f"base_model={small_checkpoint[0]}", f"datasets=[{{path: {texts}, type: text}}]",
-        f"output_dir={tmp_path}", "context_length=500",
+        f"output_dir={tmp_path}", "mode=strided", "context_length=500",
     )  # fmt: skip
     assert done.returncode == 2 and "context_length" in done.stderr and "leave 0 documents" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Structured mode
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["last_token", "mean_pooling", "completion_mean", "concat"])
+def test_features_of_completions_equal_those_of_each_sequence_alone(method, references):
+    model = load_pretrained(str(references("mistral")[1]), dtype=torch.float32)
+    rng = random.Random(2)
+    draw = lambda n: [rng.randrange(3, 96) for _ in range(n)]  # noqa: E731
+    groups = []
+    for P, lengths in ((6, (3, 9, 1)), (11, (4, 4, 8))):
+        prompt, truth = draw(P), draw(5)
+        groups.append([Rollout(prompt, draw(n), ground_truth_ids=truth) for n in lengths])
+    config = Config(
+        base_model="x", datasets=[{"path": "x"}], embed_method=method, feature_layers=[0.25, 0.75]
+    )
+    samples, truths = group_features(model, groups, config)
+
+    def alone(prompt: list[int], own: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            states = model.hidden_states(torch.tensor([prompt + own]), layers=(1, 3))[0][0]
+        mine = states[len(prompt) :]
+        parts = [min(len(mine) - 1, int(share * len(mine))) for share in (0.25, 0.5, 0.75)]
+        return {"last_token": mine[-1], "mean_pooling": states.mean(0), "completion_mean": mine.mean(0),
+                "concat": torch.cat([mine[i] for i in parts])}[method]  # fmt: skip
+
+    for g, group in enumerate(groups):
+        assert (truths[g] - alone(group[0].prompt_ids, group[0].ground_truth_ids or [])).abs().max() < 1e-4
+        for j, r in enumerate(group):
+            assert (samples[g, j] - alone(r.prompt_ids, r.completion_ids)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "qwen3"])
+def test_the_true_completion_is_what_the_policy_would_write_its_end_included(template, tokenizer_directory):
+    tokenizer = Tokenizer.load(tokenizer_directory(template))
+    messages = [{"role": "user", "content": "2 + 2?"}]
+    prompt = Prompt(tokenizer.encode_prompt(messages), messages, {"answer": "It is 4."}, "f:1")
+    truth = true_completion(prompt, tokenizer)
+    assert truth[-1] in tokenizer.stop_ids and "It is 4." in tokenizer.decode(truth)
+    plain = Prompt(tokenizer.encode("2 + 2 ="), "2 + 2 =", {"answer": " 4"}, "f:2")
+    assert true_completion(plain, tokenizer) == [*tokenizer.encode(" 4"), tokenizer.eos_id]
+    with pytest.raises(DataError, match="f:3: has no true completion"):
+        true_completion(Prompt([1], "x", {}, "f:3"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "rows.jsonl"
+    rows = [{"messages": [{"role": "user", "content": f"Say {i}."},
+    {"role": "assistant", "content": f"gg {i % 3}"}]}
+            for i in range(30)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_structured(checkpoint, questions, out, *options, ranks=1):
+    done = run_program(
+        ROOT / "ebft.py", f"base_model={checkpoint}", f"datasets=[{{path: {questions}, type: chat}}]",
+        f"output_dir={out}", "val_set_size=6", "num_generations=4", "micro_batch_size=8",
+        "max_completion_length=8",
+        "max_steps=4", "learning_rate=1e-3", "lr_scheduler=constant", "temperature=1.0", "num_epochs=50",
+        *options,
+        ranks=ranks,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_structured_training_brings_the_features_of_samples_to_those_of_the_truth(
+    small_checkpoint, questions, tmp_path
+):
+    rows = run_structured(
+        small_checkpoint[0], questions, tmp_path, "max_steps=40", "micro_batch_size=64", "learning_rate=3e-3",
+        "embed_method=completion_mean",
+    )  # fmt: skip
+    before, after = rows[0], rows[-1]
+    assert after["eval/cfm_unwhitened"] < before["eval/cfm_unwhitened"]
+    assert after["eval/alignment_cosine"] > before["eval/alignment_cosine"] + 0.02
+    for key in ("ebft/alignment", "ebft/diversity", "ebft/cfm_loss", "entropy", "completions/mean_length",
+                "sampling/importance_sampling_ratio/min", "clip_ratio/region_mean",
+                "step_time/features"):  # fmt: skip
+        assert key in after
+
+
+@pytest.mark.parametrize("more", [["adapter=lora", "lora_r=4", "use_whitening=true"], ["beta=0.01"]])
+def test_structured_runs_resume_and_replay_to_the_same_bytes(more, small_checkpoint, questions, tmp_path):
+    run_structured(small_checkpoint[0], questions, tmp_path / "a", "save_steps=2", *more)
+    name = "adapter_model.safetensors" if "adapter=lora" in more else "model.safetensors"
+    whole = (tmp_path / "a" / "final" / name).read_bytes()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "step-4")
+    run_structured(small_checkpoint[0], questions, tmp_path / "b", "save_steps=2", *more)
+    assert (tmp_path / "b" / "final" / name).read_bytes() == whole
+    run_structured(
+        small_checkpoint[0], questions, tmp_path / "c", *more, "rollout_engine=replay", "val_set_size=0",
+        f"replay_path={tmp_path / 'a' / 'rollouts'}", "datasets=[]",
+    )  # fmt: skip
+    assert (tmp_path / "c" / "final" / name).read_bytes() == whole
+
+
+def test_two_processes_sample_and_train_by_energy(small_checkpoint, questions, tmp_path):
+    rows = run_structured(
+        small_checkpoint[0], questions, tmp_path, "micro_batch_size=4", "adapter=lora", ranks=2
+    )
+    assert rows[-1]["step"] == 4 and rows[-1]["kl"] >= 0
+    assert rows[-1]["sampling/sampling_logp_difference/max"] < 1e-4

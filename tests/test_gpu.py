@@ -179,7 +179,7 @@ def test_blocks_of_ebft_train_on_the_device(small_checkpoint, tmp_path):
     done = run_program(
         ROOT / "ebft.py", f"base_model={small_checkpoint[0]}", "micro_batch_size=2", "max_steps=3",
         f"datasets=[{{path: {tmp_path / 'rows.jsonl'}, type: text}}]", f"output_dir={tmp_path / 'out'}",
-        "learning_rate=1e-3", "generate_max_len=4",
+        "learning_rate=1e-3", "generate_max_len=4", "mode=strided",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -144,6 +144,21 @@ def test_the_servers_log_probs_follow_the_trainers_through_five_syncs(server, se
         assert row["sampling/unknown_logprobs"] == 0 and row["grad_norm"] > 0
 
 
+def test_ebft_takes_its_samples_from_the_server(server, setup, tmp_path):
+    done = run_program(
+        ROOT / "ebft.py", f"base_model={setup / 'model'}",
+        f"datasets=[{{path: {setup / 'rows.jsonl'}, type: chat}}]",
+        f"output_dir={tmp_path}", "num_generations=4", "micro_batch_size=8", "max_completion_length=12",
+        "max_steps=4", "learning_rate=1e-3", "rollout_engine=vllm", "vllm_model_name=policy",
+        "async_prefetch=true",
+        f"vllm_server_base_url=[{server.url}]", "max_prompt_length=40", "save_steps=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = metrics_of(tmp_path)
+    assert len(rows) == 4 and max(row["weight_version_lag"] for row in rows) == 1
+    assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4 and rows[-1]["grad_norm"] > 0
+
+
 def test_a_longer_sync_interval_shows_as_drift(server, setup, tmp_path):
     grpo(setup, server.url, tmp_path, "vllm_sync_interval=3", "max_steps=6")
     rows = metrics_of(tmp_path)
