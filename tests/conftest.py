@@ -256,7 +256,7 @@ def chat_file(tmp_path_factory):
 
 
 def run_program(
-    script: str | Path, *arguments: str, ranks: int = 1, timeout: int = 240, env: dict | None = None
+    script: str | Path, *arguments: str, ranks: int = 1, timeout: int = 900, env: dict | None = None
 ):
     """Run a script as a user would; with `ranks` > 1 under torchrun. Returns the finished process."""
     launch = [sys.executable]

@@ -46,7 +46,7 @@ def setup(tmp_path_factory):
         "reward_funcs: [letters.many_g]\nnum_generations: 4\nmicro_batch_size: 8\n"
         "max_completion_length: 12\nmax_prompt_length: 40\n"
         "learning_rate: 2.0e-3\nlr_scheduler: constant\nmax_steps: 5\nrollout_engine: vllm\n"
-        "vllm_model_name: policy\nvllm_timeout: 180\nnum_epochs: 50\n"
+        "vllm_model_name: policy\nvllm_timeout: 600\nnum_epochs: 50\n"
     )
     return directory
 
@@ -87,7 +87,7 @@ class Served:
             )
 
     def wait(self) -> "Served":
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise AssertionError(self.log.read_text()[-3000:])
@@ -180,7 +180,7 @@ def test_two_processes_with_async_prefetch_do_not_hang(server, setup, tmp_path):
     grpo(
         setup, f"{server.url}, {server.url}/", tmp_path, "async_prefetch=true", "max_steps=20",
         "micro_batch_size=4",
-        "streaming_partial_batch=true", "save_steps=7", ranks=2, timeout=300,
+        "streaming_partial_batch=true", "save_steps=7", ranks=2,
     )  # fmt: skip
     rows = metrics_of(tmp_path)
     assert len(rows) == 20 and max(row["weight_version_lag"] for row in rows) == 1
