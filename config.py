@@ -9,6 +9,8 @@ is documented once. jsonargparse does the parsing, the type checks and `--help`;
 
 import dataclasses
 import difflib
+import importlib
+import math
 import re
 import sys
 import types
@@ -166,6 +168,48 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value
+
+
+def check_at_least_one(options: Any, *keys: str) -> None:
+    """ConfigError for the first of these options that is set and below 1."""
+    for key in keys:
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            hint = (
+                "must be at least 1, or left out" if _default(options, key) is None else "must be at least 1"
+            )
+            raise ConfigError(key, value, hint)
+
+
+def _default(options: Any, key: str) -> Any:
+    return next(f.default for f in dataclasses.fields(options) if f.name == key)
+
+
+def check_ranges(options: Any, *ranges: tuple[str, float, float]) -> None:
+    """ConfigError for the first (option, low, high) that is set and outside its range, or not finite."""
+    for key, low, high in ranges:
+        value = getattr(options, key)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise ConfigError(key, value, f"must lie between {low} and {high}")
+
+
+def import_attribute(key: str, name: str, directory: str | Path) -> Any:
+    """What `name`, module.attribute, stands for in `directory` (of the config) or an installed package.
+
+    Raises ConfigError that names `key`, the path that was searched and the command that tests it.
+    """
+    module, _, attribute = name.rpartition(".")
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # user code may raise anything at import
+        raise ConfigError(
+            key, name,
+            f"cannot be imported ({type(error).__name__}: {error}); looked in {Path(directory).resolve()}, "
+            f"then among installed packages; try: cd {directory} && python -c 'import {module or name}; "
+            f"{name}'",
+        ) from error  # fmt: skip
 
 
 def resolve_checkpoint(

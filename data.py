@@ -13,7 +13,6 @@ import bisect
 import contextlib
 import datetime
 import hashlib
-import importlib
 import itertools
 import json
 import logging
@@ -37,7 +36,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import BallastError, ConfigError, parse_config, resolve_checkpoint
+from config import BallastError, ConfigError, import_attribute, parse_config, resolve_checkpoint
 
 log = logging.getLogger("ballast")
 IGNORE = -100  # label of a token that is not trained
@@ -852,19 +851,10 @@ class Encoder:
 
 
 def _import_function(name: str, directory: Path) -> Callable[[dict], Any]:
-    module, _, attribute = name.rpartition(".")
-    known = "chat, instruct, prompt_completion, text, tokens or your own module.function"
-    if not module:
+    if "." not in name:
+        known = "chat, instruct, prompt_completion, text, tokens or your own module.function"
         raise ConfigError("datasets", name, f"is not a type; use {known}")
-    if str(directory) not in sys.path:
-        sys.path.insert(0, str(directory))
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        test = f"cd {directory} && python -c 'import {module}; {name}'"
-        raise ConfigError(
-            "datasets", name, f"cannot be imported ({error}); looked in {directory}; try: {test}"
-        ) from None
+    function = import_attribute("datasets", name, directory)
     if not callable(function):
         raise ConfigError("datasets", name, "is not a function")
     return function
@@ -1055,6 +1045,7 @@ class PromptOrder:
 
     def __init__(self, count: int, prompts_a_batch: int, seed: int):
         self.count, self.size, self.seed = count, prompts_a_batch, seed
+        self._order = (-1, np.zeros(0, np.int64))  # the epoch asked for last
 
     def batch(self, number: int) -> list[int]:
         found = []
@@ -1064,11 +1055,9 @@ class PromptOrder:
         return found
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        cached: dict[int, np.ndarray] = self.__dict__.setdefault("_cached", {})
-        if epoch not in cached:
-            cached.clear()
-            cached[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-        return cached[epoch]
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
+        return self._order[1]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import kernels
-from config import BallastError, ConfigError
+from config import BallastError, ConfigError, check_ranges
 from model import (
     Architecture,
     Block,
@@ -376,6 +376,15 @@ def make_optimizers(model: nn.Module, options: OptimizerOptions) -> list[torch.o
     return [muon, adamw]
 
 
+def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """One step at this learning rate, and the gradients dropped."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def warmup(options: OptimizerOptions, total_steps: int) -> int:
     if options.warmup_steps is not None:
         return options.warmup_steps
@@ -406,14 +415,11 @@ def check_optimizer_options(options: OptimizerOptions) -> None:
         raise ConfigError(
             "warmup_ratio", options.warmup_ratio, "contradicts warmup_steps; keep one of the two"
         )
-    for key, low, high in (
-        ("learning_rate", 0, math.inf), ("warmup_ratio", 0, 1), ("warmup_steps", 0, math.inf),
-        ("weight_decay", 0, math.inf),
-        ("max_grad_norm", 0, math.inf), ("min_lr_ratio", 0, 1), ("wsd_decay_ratio", 0, 1),
-    ):  # fmt: skip
-        value = getattr(options, key)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            raise ConfigError(key, value, f"must lie between {low} and {high}")
+    check_ranges(
+        options, ("learning_rate", 0, math.inf), ("warmup_ratio", 0, 1), ("warmup_steps", 0, math.inf),
+        ("weight_decay", 0, math.inf), ("max_grad_norm", 0, math.inf), ("min_lr_ratio", 0, 1),
+        ("wsd_decay_ratio", 0, 1),
+    )  # fmt: skip
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, list[nn.Parameter]]:

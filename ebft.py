@@ -6,7 +6,7 @@ it writes itself, without a verifier: the reward is how well the hidden states o
 starting model agree with those on the true completion, less how alike the samples are.
 """
 
-import hashlib
+import functools
 import json
 import math
 import random
@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 import dist
 import health
-from config import ConfigError, parse_config, resolve_checkpoint
+from config import ConfigError, check_at_least_one, parse_config, resolve_checkpoint
 from data import (
     IGNORE,
     DataError,
@@ -43,7 +43,7 @@ from model import (
     BlockCache,
     ModelOptions,
     Transformer,
-    adapters_disabled,
+    base_of,
     check_model_options,
     read_architecture,
     resized,
@@ -59,19 +59,11 @@ from policy import (
     check_policy_options,
     collate,
     completion_metrics,
+    entropy_bonus,
     keep_logprobs,
     token_logprobs,
 )
-from rollout import (
-    EmbeddedEngine,
-    Engine,
-    EngineError,
-    ReplayEngine,
-    Rollout,
-    VllmEngine,
-    as_rollouts,
-    write_rollouts,
-)
+from rollout import EngineError, ReplayEngine, Rollout, VllmEngine, as_rollouts, make_engine, write_rollouts
 
 
 @dataclass
@@ -156,27 +148,26 @@ class Config(
             raise ConfigError("ce_coef", self.ce_coef, "is of mode: strided")
         if self.mode == "structured" and self.environment:
             raise ConfigError("environment", self.environment, "has no true completion to match; use grpo.py")
-        if self.gt_length_multiplier <= 0 or self.eval_num_generations < 1:
-            raise ConfigError("gt_length_multiplier", self.gt_length_multiplier, "must be above 0, and "
-                              "eval_num_generations at least 1")  # fmt: skip
-        for key in ("stride", "context_length", "generate_max_len", "n_samples_per_prompt", "samples_a_pass",
-                    "micro_batch_size", "gradient_accumulation_steps", "logging_steps"):  # fmt: skip
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be at least 1")
+        if self.gt_length_multiplier <= 0:
+            raise ConfigError("gt_length_multiplier", self.gt_length_multiplier, "must be above 0")
+        if self.streaming_partial_batch:
+            raise ConfigError(
+                "streaming_partial_batch", True, "has nothing to score early here; leave it out"
+            )
+        check_at_least_one(
+            self, "stride", "context_length", "generate_max_len", "n_samples_per_prompt", "samples_a_pass",
+            "micro_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_num_generations",
+            "max_steps", "eval_steps", "save_steps",
+        )  # fmt: skip
         if not self.feature_layers or not all(0 <= f <= 1 for f in self.feature_layers):
             raise ConfigError(
                 "feature_layers", self.feature_layers, "must be shares of the depth, from 0 to 1"
             )
-        if self.temperature <= 0:
-            raise ConfigError("temperature", self.temperature, "must be above 0")
         if self.use_whitening and self.whitening == "none":
             self.whitening = "feature"
-        if self.n_samples_per_prompt == 1 and (
-            self.advantage_estimator != "reinforce" or self.diversity_coef
-        ):
-            log.warning(
-                "n_samples_per_prompt is 1: without siblings only reinforce without diversity is defined"
-            )
+        siblings = "num_generations" if self.mode == "structured" else "n_samples_per_prompt"
+        if getattr(self, siblings) == 1 and (self.advantage_estimator != "reinforce" or self.diversity_coef):
+            log.warning("%s is 1: without siblings only reinforce without diversity is defined", siblings)
             self.advantage_estimator, self.diversity_coef = "reinforce", 0.0
         if self.lora_dropout:
             raise ConfigError(
@@ -289,6 +280,10 @@ class Document:
     counted: list[bool]  # which tokens the cross-entropy is over
     name: str
 
+    @functools.cached_property
+    def trained_tokens(self) -> int:
+        return sum(self.counted[1:])  # nothing stands before the first
+
 
 def block_anchors(length: int, offset: int, generate_max_len: int, stride: int) -> list[int]:
     """a_b = offset + b · stride, for the ⌊(length − generate_max_len − offset)/stride⌋ + 1 blocks that have
@@ -328,8 +323,8 @@ def sample_blocks(
     ids, which, starts = packed(documents, device)
     rows = [(i, a) for i, d in enumerate(documents) for a in d.anchors for _ in range(n)]
     of, prefixes = (torch.tensor(column, device=device) for column in zip(*rows, strict=True))
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    dtype = dtype if torch.is_autocast_enabled(device.type) else model.embed_tokens.weight.dtype
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed_tokens.weight.dtype
     cache = BlockCache(model.arch, which, of, prefixes, length, dtype)
     hidden, _ = model.hidden_states(ids, document_ids=which, cache=cache)  # type: ignore[arg-type]
     logits = model.logits(hidden[0, torch.tensor(starts, device=device)[of] + prefixes - 1])
@@ -505,7 +500,7 @@ def strided(config: Config) -> None:
 
     # 3. Model, optimiser, and the frozen network of the features: with LoRA the model without its adapters.
     size = max(arch.vocab_size, tokenizer.vocab_size)
-    arch = resized(arch, -(-size // config.pad_vocab_to_multiple_of) * config.pad_vocab_to_multiple_of)
+    arch = resized(arch, size, config.pad_vocab_to_multiple_of)
     model = dist.build_model(arch, checkpoint, config, world)
     if reason := cannot_share_prompts(model):
         raise ConfigError("base_model", config.base_model, f"cannot be trained in blocks: {reason}")
@@ -540,11 +535,8 @@ def strided(config: Config) -> None:
         with world.autocast(config.bf16):
             tokens, logprobs = sample_blocks(model, part, n, G, config.temperature, generator)
             batch = BlockPass.make(part, tokens)
-            if frozen is not None:
-                features, truth = block_features(frozen, batch, part, config)
-            else:
-                with adapters_disabled(model):
-                    features, truth = block_features(model, batch, part, config)
+            with base_of(model, frozen) as network:
+                features, truth = block_features(network, batch, part, config)
         model.train()
         advantage, facts = energy(features.view(len(truth), n, -1).double(), truth.double(), config)
         return tokens.view(len(truth), n, G), logprobs.view(len(truth), n, G), advantage.float(), facts
@@ -582,7 +574,7 @@ def strided(config: Config) -> None:
         ]
         blocks = sum(len(d.anchors) for d in chosen)
         rollout_tokens = blocks * config.n_samples_per_prompt * config.generate_max_len
-        counted = max(1, sum(sum(d.counted[1:]) for d in chosen))
+        counted = max(1, sum(d.trained_tokens for d in chosen))
 
         # b. Samples of every block, their energy, and advantages over the siblings of a block.
         tally, records, losses = Tally(), [], []
@@ -617,7 +609,7 @@ def strided(config: Config) -> None:
                     if config.ce_coef and first == 0:
                         nll, _ = document_nll(model, part, hidden[0].index_select(0, batch.document_rows))
                         loss = loss + config.ce_coef * nll / counted
-                        tally.mean("ebft/ce_loss", nll.item(), sum(sum(d.counted[1:]) for d in part))
+                        tally.mean("ebft/ce_loss", nll.item(), sum(d.trained_tokens for d in part))
                 (loss * world.size).backward()
                 losses.append(loss.detach())
                 gap = (made.logprobs.detach() - sampled[:, now].flatten()).abs()
@@ -635,11 +627,7 @@ def strided(config: Config) -> None:
             )
         dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
         rate = dist.learning_rate(step, config, total_steps)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        dist.update(optimizers, rate)
         step += 1
 
         # e. Metrics, evaluation, checkpoint.
@@ -681,9 +669,7 @@ def strided(config: Config) -> None:
     final = dist.save_final(model, tokenizer, config, world)
     logger.close()
     if judged:
-        before, after = state["eval_before"], state.get("eval_after", state["eval_before"])
-        for name in before:
-            log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
+        health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
     log.info("saved               %s", final)
     dist.finish()
 
@@ -722,7 +708,7 @@ def structured(config: Config) -> None:
         bare = next((r.row for r in replay.rollouts if r.ground_truth_ids is None), None)
         if bare is not None:
             raise ConfigError("replay_path", bare, "has no ground_truth_ids, which EBFT compares with")
-        data = hashlib.sha256(repr([r.completion_ids for r in replay.rollouts]).encode()).hexdigest()
+        data = replay.fingerprint
         total_steps = len(replay.rollouts) // batch_size
         if not total_steps:
             raise ConfigError(
@@ -750,7 +736,7 @@ def structured(config: Config) -> None:
 
     # 3. Model, optimiser, the frozen network of the features (and of kl), engine.
     size = max(arch.vocab_size, tokenizer.vocab_size)
-    arch = resized(arch, -(-size // config.pad_vocab_to_multiple_of) * config.pad_vocab_to_multiple_of)
+    arch = resized(arch, size, config.pad_vocab_to_multiple_of)
     model = dist.build_model(arch, checkpoint, config, world)
     if reason := cannot_share_prompts(model):
         raise ConfigError("base_model", config.base_model, f"cannot give features: {reason}")
@@ -780,20 +766,17 @@ def structured(config: Config) -> None:
         stored = state.pop("ahead")
         ahead = None if stored is None else [Rollout(**r) for r in stored]
     logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
-    engine: Engine = EmbeddedEngine(model, config, tokenizer, world)
-    if config.rollout_engine == "vllm":
-        probe = [token for p in prompts[:16] for token in p.ids][:64]
-        engine = VllmEngine(model, config, tokenizer, world, probe=(probe * 8)[:64])
+    engine = make_engine(model, config, tokenizer, world, prompts)
 
     def longest(truth: list[list[int]]) -> int:
         wanted = max(math.ceil(len(t) * config.gt_length_multiplier) for t in truth)
         limit = max(64, wanted) if config.adaptive_max_tokens else config.max_completion_length
         return min(limit, config.max_completion_length)
 
-    def job(step: int) -> tuple[list[int], list[list[int]], list[int]]:
-        """(which prompts, their ids, most tokens of each) of a step's batch."""
+    def job(step: int) -> tuple[list[list[int]], list[int]]:
+        """(ids of the prompts, most tokens of each) of a step's batch."""
         which = order.batch(step)
-        return which, [prompts[i].ids for i in which], [longest([truths[i] for i in which])] * len(which)
+        return [prompts[i].ids for i in which], [longest([truths[i] for i in which])] * len(which)
 
     def rolled(groups: list, step: int, number: int) -> list[Rollout]:
         which = order.batch(number)
@@ -810,12 +793,8 @@ def structured(config: Config) -> None:
         most, at_once = math.ceil(len(groups) / world.size), max(1, mb // n)
         for begin in range(0, most, at_once):  # as many on every rank: each is a collective
             part = mine[begin : begin + at_once] or groups[:1]
-            with world.autocast(config.bf16):
-                if frozen is not None:
-                    samples, truth = group_features(frozen, part, config)
-                else:
-                    with adapters_disabled(model):
-                        samples, truth = group_features(model, part, config)
+            with world.autocast(config.bf16), base_of(model, frozen) as network:
+                samples, truth = group_features(network, part, config)
             if begin < len(mine):
                 advantage, facts = energy(samples.double(), truth.double(), config)
                 found += [
@@ -872,10 +851,10 @@ def structured(config: Config) -> None:
             else:
                 if pending:
                     assert isinstance(engine, VllmEngine)
-                    rollouts = rolled(engine.collect(), step, step)
+                    rollouts = rolled(engine.collect(step), step, step)
                 else:
                     sync = engine.sync(step)
-                    _, ids, limits = job(step)
+                    ids, limits = job(step)
                     rollouts = rolled(
                         engine.generate(ids, n, seed=(config.seed, step), limits=limits), step, step
                     )
@@ -884,7 +863,7 @@ def structured(config: Config) -> None:
             if config.async_prefetch and step + 1 < total_steps:
                 assert isinstance(engine, VllmEngine)
                 sync = engine.sync(step) or sync
-                _, ids, limits = job(step + 1)
+                ids, limits = job(step + 1)
                 engine.prefetch(ids, n, seed=(config.seed, step + 1), limits=limits)
                 pending = True
 
@@ -901,26 +880,24 @@ def structured(config: Config) -> None:
             keep_logprobs(model, frozen if config.beta else None, micro, config, world, share, old=False)
             tally, losses, used, skipped = accumulate_gradients(
                 model, rollouts, micro, config, world, share, step=step + 1, reused=False,
-                bonus=config.entropy_coef, aux_coef=aux_coef,
+                bonus=entropy_bonus(config, state.get("entropy", 0.0)), aux_coef=aux_coef,
             )  # fmt: skip
             norm, with_gradient = dist.gradient_norm(trained)
             rate = dist.learning_rate(step, config, total_steps)
             if losses:
                 health.check_finite(step + 1, losses, used, str, norm, model)
                 dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                dist.update(optimizers, rate)
             step += 1
             took["train"] = seconds()
 
             # d. Metrics, evaluation, checkpoint.
             tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
             state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+            policy_metrics = tally.result(world)
+            state["entropy"] = policy_metrics.get("entropy", state.get("entropy", 0.0))
             metrics: dict[str, float] = {
-                **tally.result(world), **completion_metrics(rollouts), **sync,
+                **policy_metrics, **completion_metrics(rollouts), **sync,
                 **{f"ebft/{name}": values.mean().item() for name, values in facts.items()},
                 "ebft/advantages_std": advantage.std(-1).mean().item() if n > 1 else 0.0,
                 "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
@@ -937,7 +914,7 @@ def structured(config: Config) -> None:
             saving = config.save_steps is not None and (last or step % config.save_steps == 0)
             if pending and (evaluating or saving or stopping):
                 assert isinstance(engine, VllmEngine)
-                ahead, pending = rolled(engine.collect(), step, step), False
+                ahead, pending = rolled(engine.collect(step), step, step), False
             if evaluating:
                 metrics |= evaluated(step)
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
@@ -971,9 +948,7 @@ def structured(config: Config) -> None:
     final = dist.save_final(model, tokenizer, config, world)
     logger.close()
     if held_out:
-        before, after = state["eval_before"], state.get("eval_after", state["eval_before"])
-        for name in before:
-            log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
+        health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
     log.info("saved               %s", final)
     dist.finish()
 

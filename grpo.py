@@ -13,8 +13,6 @@ is cut.
 """
 
 import asyncio
-import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -37,7 +35,14 @@ from torch import Tensor
 
 import dist
 import health
-from config import BallastError, ConfigError, parse_config, resolve_checkpoint
+from config import (
+    BallastError,
+    ConfigError,
+    check_at_least_one,
+    import_attribute,
+    parse_config,
+    resolve_checkpoint,
+)
 from data import DataOptions, Prompt, PromptOrder, Tokenizer, load_tokenizer, read_prompts, split_held_out
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
 from health import LogOptions, MetricLogger, log
@@ -48,6 +53,7 @@ from policy import (
     can_share_prompts,
     check_policy_options,
     completion_metrics,
+    entropy_bonus,
     keep_logprobs,
 )
 from rollout import (
@@ -60,6 +66,7 @@ from rollout import (
     VllmEngine,
     as_rollouts,
     load_environment,
+    make_engine,
     play,
     server_command,
     write_rollouts,
@@ -132,15 +139,12 @@ class Config(
             raise ConfigError(
                 "reward_weights", self.reward_weights, f"must have {len(self.reward_funcs)} entries"
             )
-        positive = ["micro_batch_size", "gradient_accumulation_steps", "num_iterations", "logging_steps",
-                    "eval_num_generations", "save_total_limit", "gpu_timeout_minutes",
-                    "pad_vocab_to_multiple_of", "lora_r"]  # fmt: skip
-        for key in positive:
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be at least 1")
-        for key in ("max_steps", "eval_steps", "save_steps", "steps_per_generation", "ref_model_sync_steps"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be at least 1, or left out")
+        check_at_least_one(
+            self, "micro_batch_size", "gradient_accumulation_steps", "num_iterations", "logging_steps",
+            "eval_num_generations", "save_total_limit", "gpu_timeout_minutes", "pad_vocab_to_multiple_of",
+            "lora_r",
+            "max_steps", "eval_steps", "save_steps", "steps_per_generation", "ref_model_sync_steps",
+        )  # fmt: skip
         if self.num_epochs <= 0 or self.reward_timeout <= 0:
             key = "num_epochs" if self.num_epochs <= 0 else "reward_timeout"
             raise ConfigError(key, getattr(self, key), "must be above 0")
@@ -277,22 +281,10 @@ def import_reward(name: str, config: Config) -> Callable:
     built_in, directory = built_in_rewards(config), config.config_directory
     if name in built_in:
         return built_in[name]
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        raise ConfigError(
-            "reward_funcs", name, f"is not built in ({', '.join(built_in)}) and no module.function"
-        )
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # user code may raise anything at import
-        log.debug("%s", traceback.format_exc())
-        raise ConfigError(
-            "reward_funcs", name,
-            f"cannot be imported ({type(error).__name__}: {error}); looked in {Path(directory).resolve()}, "
-            f"then among installed packages; test it: cd {directory} && python -c 'import {module}; {name}'",
-        ) from None  # fmt: skip
+    if "." not in name:
+        known = ", ".join(built_in)
+        raise ConfigError("reward_funcs", name, f"is not built in ({known}) and no module.function")
+    function = import_attribute("reward_funcs", name, directory)
     if not callable(function):
         raise ConfigError("reward_funcs", name, "is not a function")
     return function
@@ -504,7 +496,7 @@ class Sampler:
         else:
             if prefetched:
                 assert isinstance(self.engine, VllmEngine)
-                groups = self.engine.collect()
+                groups = self.engine.collect(step)
             else:
                 groups = self.engine.generate(
                     [p.ids for p in prompts], n, seed=seed, temperature=temperature,
@@ -628,7 +620,7 @@ def main(config: Config) -> None:
         assert config.replay_path is not None
         replay = ReplayEngine(config.replay_path, directory, config, tokenizer)
         batches = len(replay.rollouts) // batch_size
-        data = hashlib.sha256(repr([r.completion_ids for r in replay.rollouts]).encode()).hexdigest()
+        data = replay.fingerprint
         if not batches:
             raise ConfigError(
                 "replay_path",
@@ -660,7 +652,7 @@ def main(config: Config) -> None:
 
     # 3. Model, optimiser, reference, engine.
     rows = max(arch.vocab_size, tokenizer.vocab_size)
-    arch = resized(arch, -(-rows // config.pad_vocab_to_multiple_of) * config.pad_vocab_to_multiple_of)
+    arch = resized(arch, rows, config.pad_vocab_to_multiple_of)
     model = dist.build_model(arch, checkpoint, config, world)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = dist.make_optimizers(model, config)
@@ -696,12 +688,7 @@ def main(config: Config) -> None:
         buffer.groups.extend([[Rollout(**r) for r in group] for group in state.pop("buffer")])
         state.pop("ahead")
     logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
-    engine: Engine
-    if config.rollout_engine == "vllm":
-        probe = [token for p in prompts[:16] for token in p.ids][:64]
-        engine = VllmEngine(model, config, tokenizer, world, probe=(probe * 8)[:64])
-    else:
-        engine = EmbeddedEngine(model, config, tokenizer, world)
+    engine = make_engine(model, config, tokenizer, world, prompts)
     sampler = Sampler(engine, prompts, config, tokenizer, world)
     judge = Sampler(engine, held_out, config, tokenizer, world) if held_out else None
 
@@ -776,9 +763,7 @@ def main(config: Config) -> None:
                 took["logprob"] += seconds()
 
             # d. Loss and backward, over this rank's micro-batches: policy_loss in policy.py.
-            bonus = config.entropy_coef
-            if config.entropy_target is not None and state.get("entropy", 0.0) > config.entropy_target:
-                bonus = 0.0
+            bonus = entropy_bonus(config, state.get("entropy", 0.0))
             with health.profiled(step + 1, config, output_dir, world.rank, world.device):
                 tally, losses, batches_used, skipped = accumulate_gradients(
                     model, in_step, micro, config, world, share, step=step + 1, reused=updates > 1,
@@ -794,11 +779,7 @@ def main(config: Config) -> None:
                 if losses:
                     health.check_finite(step + 1, losses, batches_used, str, norm, model)
                     dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-                    for optimizer in optimizers:
-                        for group in optimizer.param_groups:
-                            group["lr"] = rate
-                        optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
+                    dist.update(optimizers, rate)
             step += 1
             took["train"] += seconds()
             if (
@@ -860,9 +841,7 @@ def main(config: Config) -> None:
     final = dist.save_final(model, tokenizer, config, world)
     logger.close()
     if judge is not None:
-        before, after = state["eval_before"], state.get("eval_after", state["eval_before"])
-        for name in before:
-            log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
+        health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
     log.info("saved               %s", final)
     log.info("talk to it          python model.py chat %s", final)
     dist.finish()

@@ -297,6 +297,12 @@ def _step_of(line: str) -> int | None:
         return None  # the torn last line of a killed run
 
 
+def report_evaluation(before: dict[str, float], after: dict[str, float]) -> None:
+    """At the end of a run: every held-out metric, first and last."""
+    for name in before:
+        log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
+
+
 @contextmanager
 def profiled(step: int, options: LogOptions, output_dir: Path, rank: int, device: torch.device):
     """Record one step with the profiler if it is in profiler_steps: a Chrome trace, and a memory snapshot on

@@ -154,6 +154,7 @@ class SharedPrompts:
         self.prompts = Documents(torch.tensor([document_ids], device=device))
         self._kinds = torch.tensor(kinds, device=device)
         self._block_masks: dict[int | None, Any] = {}
+        self._visible: dict[tuple[int, int | None], Tensor] = {}
         # Continuations of similar shape side by side: (their tokens [n, L], their keys [n, P + L], visible).
         self.buckets: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         found.sort(reverse=True)
@@ -182,13 +183,16 @@ class SharedPrompts:
             self.buckets.append(tuple(x.to(device) for x in (token, keys, query, inside)))  # type: ignore[arg-type]
             i += n
 
-    def visible(self, query: Tensor, window: int | None) -> Tensor:
-        """[n, 1, L, S] for the bucket whose queries stand at positions `query` [n, L]."""
-        key = torch.arange(int(query.max()) + 1, device=query.device)
-        seen = key <= query[..., None]
-        if window is not None:
-            seen &= key > query[..., None] - window
-        return seen[:, None]
+    def visible(self, bucket: int, window: int | None) -> Tensor:
+        """[n, 1, L, S]: which keys the queries of a bucket see. Made once a pass, every layer uses it."""
+        if (bucket, window) not in self._visible:
+            _, keys, query, _ = self.buckets[bucket]
+            key = torch.arange(keys.shape[1], device=query.device)
+            seen = key <= query[..., None]
+            if window is not None:
+                seen &= key > query[..., None] - window
+            self._visible[bucket, window] = seen[:, None]
+        return self._visible[bucket, window]
 
     def predicate(self, window: int | None) -> tuple[Callable, Any]:
         """The same rule for flex_attention, on flat token indices, and its block mask, made once."""
@@ -216,11 +220,10 @@ def _shared_prompt_attention(
         sees, mask = shared.predicate(window)
         return predicate_attention(q, k, v, sees, scale=scale, block_mask=mask)
     out = attention(q, k, v, scale=scale, documents=shared.prompts, window=window, softcap=softcap)[0]
-    for token, keys, query, inside in shared.buckets:
+    for bucket, (token, keys, _, inside) in enumerate(shared.buckets):
         n, L = token.shape
         mine = q[0].index_select(0, token.flatten()).view(n, L, *q.shape[2:]).transpose(1, 2)
-        seen = shared.visible(query, window)
-        keys = keys[:, : seen.shape[-1]]
+        seen = shared.visible(bucket, window)
         kb, vb = (
             x[0].index_select(0, keys.flatten()).view(*keys.shape, *x.shape[2:]).transpose(1, 2)
             for x in (k, v)

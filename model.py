@@ -938,8 +938,10 @@ def read_architecture(directory: Path, ignore: list[str] | tuple = ()) -> Archit
     )
 
 
-def resized(arch: Architecture, vocab_size: int) -> Architecture:
-    """The same arithmetic with another number of embedding rows; loading fills new rows with the mean row."""
+def resized(arch: Architecture, vocab_size: int, multiple: int = 1) -> Architecture:
+    """The same arithmetic with another number of embedding rows, rounded up to a multiple; loading fills new
+    rows with the mean row."""
+    vocab_size = -(-vocab_size // multiple) * multiple
     arch.vocab_size = vocab_size
     arch.raw["vocab_size"] = vocab_size
     return arch
@@ -1355,6 +1357,17 @@ def adapters_disabled(model: Transformer):
     finally:
         for module, enabled in zip(modules, before, strict=True):
             module.enabled = enabled
+
+
+@contextlib.contextmanager
+def base_of(model: Transformer, copy: Transformer | None):
+    """The weights that training began with: a frozen copy, or with LoRA (no copy) the model without its
+    adapters."""
+    if copy is not None:
+        yield copy
+    else:
+        with adapters_disabled(model):
+            yield model
 
 
 def save_adapter(model: Transformer, directory: str | Path, *, main: bool = True) -> None:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 import dist
-from config import ConfigError
+from config import ConfigError, check_ranges
 from dist import World
 from health import log
 from kernels import SharedPrompts, linear_logprobs
-from model import Transformer, adapters_disabled, load_balancing_loss
+from model import Transformer, base_of, load_balancing_loss
 from rollout import Rollout, RolloutOptions, check_rollout_options
 
 
@@ -77,16 +77,13 @@ class PolicyOptions(RolloutOptions):
 
 def check_policy_options(options: PolicyOptions) -> None:
     check_rollout_options(options)
-    for key, low, high in (
-        ("epsilon", 0, math.inf), ("epsilon_high", 0, math.inf), ("delta", 0, math.inf),
-        ("beta", 0, math.inf),
-        ("vllm_importance_sampling_clip_min", 0, math.inf), ("entropy_target", 0, math.inf),
-        ("vllm_importance_sampling_clip_max", 0, math.inf), ("entropy_coef", -math.inf, math.inf),
+    check_ranges(
+        options, ("epsilon", 0, math.inf), ("epsilon_high", 0, math.inf), ("delta", 0, math.inf),
+        ("beta", 0, math.inf), ("entropy_coef", -math.inf, math.inf), ("entropy_target", 0, math.inf),
+        ("vllm_importance_sampling_clip_min", 0, math.inf),
+        ("vllm_importance_sampling_clip_max", 0, math.inf),
         ("off_policy_mask_threshold", -math.inf, math.inf),
-    ):  # fmt: skip
-        value = getattr(options, key)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            raise ConfigError(key, value, f"must lie between {low} and {high}")
+    )  # fmt: skip
     for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
         if not 0 < getattr(options, key) < math.inf:
             raise ConfigError(key, getattr(options, key), "must be above 0")
@@ -499,6 +496,12 @@ def log_nonfinite(model: Transformer | None, batch: PolicyBatch, count: int, ste
 # ------------------------------------------------------------------------------------------------------------
 
 
+def entropy_bonus(options: PolicyOptions, last_entropy: float) -> float:
+    """entropy_coef; with entropy_target only while the last step's entropy was not above it."""
+    target = options.entropy_target
+    return 0.0 if target is not None and last_entropy > target else options.entropy_coef
+
+
 @torch.no_grad()
 def keep_logprobs(
     model: Transformer, reference: Transformer | None, micro: Sequence[Sequence[Rollout]], options: Any,
@@ -518,11 +521,9 @@ def keep_logprobs(
                 logprobs, entropy, _, _ = token_logprobs(model, batch, options.temperature)
                 batch.keep("old_logprobs", logprobs)
                 batch.keep("entropies", entropy)
-            if reference is not None:
-                batch.keep("ref_logprobs", token_logprobs(reference, batch, options.temperature)[0])
-            elif options.adapter is not None:
-                with adapters_disabled(model):
-                    batch.keep("ref_logprobs", token_logprobs(model, batch, options.temperature)[0])
+            if reference is not None or options.adapter is not None:
+                with base_of(model, reference) as base:
+                    batch.keep("ref_logprobs", token_logprobs(base, batch, options.temperature)[0])
 
 
 def accumulate_gradients(

@@ -6,6 +6,7 @@ steps; after each sync a probe is scored on both sides, for a 200 from a server 
 that an earlier run, or another program, wrote.
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -26,7 +27,7 @@ import httpx
 import torch
 
 import dist
-from config import BallastError, ConfigError
+from config import BallastError, ConfigError, check_at_least_one, import_attribute
 from data import BadRow, DataError, Prompt, Tokenizer
 from dist import World
 from health import log
@@ -102,10 +103,10 @@ class EngineError(BallastError):
 
 
 def check_rollout_options(options: RolloutOptions) -> None:
-    for key in ("num_generations", "max_completion_length", "rollout_batch_size", "max_turns",
-                "vllm_sync_interval", "vllm_tensor_parallel_size"):  # fmt: skip
-        if getattr(options, key) < 1:
-            raise ConfigError(key, getattr(options, key), "must be at least 1")
+    check_at_least_one(
+        options, "num_generations", "max_completion_length", "rollout_batch_size", "max_turns",
+        "vllm_sync_interval", "vllm_tensor_parallel_size",
+    )  # fmt: skip
     if not 0 < options.temperature < math.inf:
         raise ConfigError("temperature", options.temperature, "must be above 0")
     for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
@@ -323,13 +324,14 @@ class VllmEngine:
     (gathering sharded weights) is done by all, at one place: no collective ever runs on a thread."""
 
     def __init__(
-        self, model: Transformer, options: Any, tokenizer: Tokenizer, world: World, probe: list[int]
+        self, model: Transformer, options: Any, tokenizer: Tokenizer, world: World, prompts: Sequence[Prompt]
     ):
         self.model, self.options, self.world = model, options, world
         self.stop_ids = tokenizer.stop_ids
         self.name = options.vllm_model_name or options.base_model
         self.servers = [Server(url, options.vllm_timeout) for url in options.vllm_server_base_url]
         self.run_id = dist.from_main(lambda: secrets.token_hex(4), world)
+        self.now = 0  # optimiser steps of the trainer's weights
         self.sent: int | None = None  # optimiser steps of the weights on the servers
         self.adapter: str | None = None  # name of the adapter that they serve
         self.method = options.vllm_sync_method
@@ -349,7 +351,9 @@ class VllmEngine:
         self._pending: Future | None = None
         self.gap_told = False
         room = dist.from_main(self._meet, world)
-        self.probe = probe if room is None else probe[: room - 1]
+        # Also where there are few, short prompts
+        text = [token for p in prompts[:16] for token in p.ids] * 64
+        self.probe = text[: 64 if room is None else min(64, room - 1)]
 
     # -- before the first step -------------------------------------------------------------------------------
 
@@ -410,8 +414,9 @@ class VllmEngine:
         if self._thread is not None:
             self._pending = self._thread.submit(self._attempt, *self._job)
 
-    def collect(self) -> list[list[Completion]]:
-        """What `prefetch` began. A collective."""
+    def collect(self, step: int) -> list[list[Completion]]:
+        """What `prefetch` began; `step` are the optimiser steps done by now. A collective."""
+        self.now = step
         job, pending = self._job, self._pending
         self._pending = None
         return self._until_done(lambda: pending.result() if pending else ("ok", None), job)
@@ -428,14 +433,14 @@ class VllmEngine:
             if losses > 5:
                 raise EngineError(f"{result}; five attempts in a row failed; see the server's log")
             dist.from_main(self._wait_until_healthy, self.world)
-            if state == "stale":
-                self._send(self.sent if self.sent is not None else 0)
+            self._send_until_it_works(self.now)
 
             def attempt() -> tuple[str, Any]:
                 return self._attempt(*job)
 
     def _attempt(self, prompts, n, seed, temperature, limits, on_group) -> tuple[str, Any]:
-        """("ok", groups), ("lost", reason) or ("stale", reason); EngineError where trying again is no use."""
+        """("ok", groups), or ("stale", reason) where a server was lost, or has other weights than were sent;
+        EngineError where trying again is no use."""
         limits = limits or [self.options.max_completion_length] * len(prompts)
         temperature = self.options.temperature if temperature is None else temperature
         groups: list[list[Completion]] = [[] for _ in prompts]
@@ -460,10 +465,8 @@ class VllmEngine:
             for done in [self._requests.submit(one, i) for i in range(len(prompts))]:
                 done.result()
             self._check_versions()  # a server that was restarted in between sampled from other weights
-        except StaleServer as problem:
-            return "stale", str(problem)
-        except ServerLost as problem:
-            return "stale", str(problem)  # it may come back with other weights: send them again
+        except (StaleServer, ServerLost) as problem:
+            return "stale", str(problem)  # a lost server may come back with other weights: send them again
         return "ok", groups
 
     def _check_versions(self) -> None:
@@ -485,10 +488,14 @@ class VllmEngine:
 
     def sync(self, step: int, due: bool = False) -> dict[str, float]:
         """Send the weights of `step` if the interval asks for it (or `due`), and prove it. A collective."""
-        if self.sent is not None and not due and step - self.sent < self.options.vllm_sync_interval:
-            return {}
+        self.now = step
         if self.sent == step:
             return {}
+        if self.sent is not None and not due and step - self.sent < self.options.vllm_sync_interval:
+            return {}
+        return self._send_until_it_works(step)
+
+    def _send_until_it_works(self, step: int) -> dict[str, float]:
         last = ""
         for tries in range(5):
             try:
@@ -787,6 +794,10 @@ class ReplayEngine:
         if not self.rollouts:
             raise ConfigError("replay_path", path, "holds no rollout")
 
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr([r.completion_ids for r in self.rollouts]).encode()).hexdigest()
+
     def batch(self, number: int, size: int) -> list[Rollout]:
         return self.rollouts[number * size : (number + 1) * size]
 
@@ -845,6 +856,15 @@ def _read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout
 Engine = EmbeddedEngine | VllmEngine
 
 
+def make_engine(
+    model: Transformer, options: Any, tokenizer: Tokenizer, world: World, prompts: Sequence[Prompt]
+) -> Engine:
+    """What samples for this config; a replay's evaluations are sampled in this process."""
+    if options.rollout_engine == "vllm":
+        return VllmEngine(model, options, tokenizer, world, prompts)
+    return EmbeddedEngine(model, options, tokenizer, world)
+
+
 def as_rollouts(
     groups: list[list[Completion]], prompts: Sequence[Prompt], indices: Sequence[int], step: int,
     engine: Engine, stop_ids: Sequence[int],
@@ -863,17 +883,7 @@ def as_rollouts(
 
 
 def load_environment(name: str, directory: Path) -> Callable[[], Any]:
-    module, _, attribute = name.rpartition(".")
-    if str(directory) not in sys.path:
-        sys.path.insert(0, str(directory))
-    try:
-        made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            "environment", name,
-            f"cannot be imported ({error}); looked in {directory}; try: cd {directory} && "
-            f"python -c 'import {module or name}; {name}'",
-        ) from None  # fmt: skip
+    made = import_attribute("environment", name, directory)
     for method in ("reset", "step"):
         if not callable(getattr(made, method, None)):
             raise ConfigError("environment", name, f"has no method {method}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import dist
 import health
-from config import ConfigError, parse_config, resolve_checkpoint
+from config import ConfigError, check_at_least_one, parse_config, resolve_checkpoint
 from data import (
     IGNORE,
     Batch,
@@ -71,15 +71,12 @@ class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, Dis
         check_model_options(self)
         if not self.datasets:
             raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: chat}]")
-        positive = ["micro_batch_size", "gradient_accumulation_steps", "sequence_len", "logging_steps"]
-        positive += ["lora_r", "pad_vocab_to_multiple_of", "save_total_limit", "gpu_timeout_minutes"]
-        positive += ["eval_max_new_tokens"]
-        for key in positive:
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be at least 1")
-        for key in ("max_steps", "eval_steps", "save_steps", "tokenizer_vocab_size"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be at least 1, or left out")
+        check_at_least_one(
+            self, "micro_batch_size", "gradient_accumulation_steps", "sequence_len", "logging_steps",
+            "lora_r",
+            "pad_vocab_to_multiple_of", "save_total_limit", "gpu_timeout_minutes", "eval_max_new_tokens",
+            "max_steps", "eval_steps", "save_steps", "tokenizer_vocab_size",
+        )  # fmt: skip
         if self.num_epochs <= 0:
             raise ConfigError("num_epochs", self.num_epochs, "must be above 0")
         if self.val_set_size < 0:
@@ -230,7 +227,7 @@ def main(config: Config) -> None:
 
     # 3. Model and optimiser.
     rows = tokenizer.vocab_size if config.random_init else max(arch.vocab_size, tokenizer.vocab_size)
-    arch = resized(arch, -(-rows // config.pad_vocab_to_multiple_of) * config.pad_vocab_to_multiple_of)
+    arch = resized(arch, rows, config.pad_vocab_to_multiple_of)
     check_ids(dataset, arch.vocab_size)
     model = dist.build_model(arch, checkpoint, config, world)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -298,11 +295,7 @@ def main(config: Config) -> None:
 
             # d. The update.
             rate = dist.learning_rate(step, config, total_steps)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            dist.update(optimizers, rate)
         step += 1
         if first_step:
             first_step = False

@@ -699,6 +699,8 @@ def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoin
     rows = metrics_of(tmp_path / "out")
     before, after = rows[0]["eval/reward"], rows[-1]["eval/reward"]
     assert after > before + 0.1, (before, after)
+    # A step without signal has no forward pass
+    last = [row for row in rows if row.get("grad_norm", 0) > 0][-1]
     for key in (
         "reward",
         "entropy",
@@ -707,9 +709,9 @@ def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoin
         "completions/clipped_ratio",
         "step_time/generate",
     ):
-        assert math.isfinite(rows[-1][key])
-    assert ("kl" in rows[-1]) == bool(more)  # LoRA always has a reference, full fine-tuning with beta
-    assert rows[-1]["sampling/sampling_logp_difference/max"] < 1e-4 or "num_iterations=2" in more
+        assert math.isfinite(last[key])
+    assert ("kl" in last) == bool(more)  # LoRA always has a reference, full fine-tuning with beta
+    assert last["sampling/sampling_logp_difference/max"] < 1e-4 or "num_iterations=2" in more
     files = sorted((tmp_path / "out" / "rollouts").glob("step-*.jsonl"))
     assert len(files) == (15 if "num_iterations=2" in more else 30)
 
