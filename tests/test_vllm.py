@@ -159,6 +159,17 @@ def test_ebft_takes_its_samples_from_the_server(server, setup, tmp_path):
     assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4 and rows[-1]["grad_norm"] > 0
 
 
+def test_lora_can_send_merged_weights_and_leaves_its_base_as_it_was(server, setup, tmp_path):
+    grpo(
+        setup, server.url, tmp_path, "adapter=lora", "lora_r=8", "learning_rate=1e-2",
+        "vllm_sync_method=file",
+        "max_steps=3",
+    )  # fmt: skip
+    rows = metrics_of(tmp_path)
+    assert all(row["sync/probe_difference"] < 1e-4 for row in rows)
+    assert rows[0]["kl"] == 0 < rows[-1]["kl"]  # the reference is the base that the adapter is merged into
+
+
 def test_a_longer_sync_interval_shows_as_drift(server, setup, tmp_path):
     grpo(setup, server.url, tmp_path, "vllm_sync_interval=3", "max_steps=6")
     rows = metrics_of(tmp_path)
