@@ -83,6 +83,8 @@ class DataOptions:
     """Put several documents in one row of sequence_len. Attention and positions stay within a document."""
     train_on_inputs: bool = False
     """Train on every token, prompts too."""
+    strip_thinking: bool = False
+    """Take reasoning traces (<think>…</think>, reasoning_content) out of the answers."""
     chat_template: str | None = None
     """A .jinja file, or `chatml`, instead of the tokenizer's own chat template."""
     chat_template_kwargs: dict = field(default_factory=dict)
@@ -734,6 +736,34 @@ def _check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
     return checked
 
 
+def without_thinking(row: dict) -> dict:
+    """The row with the reasoning traces of its answers taken out: those of assistant messages and of columns
+    of text. A trace that never ends takes all that follows. BadRow where nothing is left of an answer."""
+
+    def text(value: str) -> str:
+        left = re.sub(r"<think>.*?(</think>\s*|\Z)", "", value, flags=re.DOTALL)
+        if not left.strip() and value.strip():
+            raise BadRow("nothing is left of an answer but its <think> block (strip_thinking)")
+        return left
+
+    def message(value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("role", value.get("from")) not in ("assistant", "gpt"):
+            return value
+        kept = {k: v for k, v in value.items() if k != "reasoning_content"}
+        return {
+            k: text(v) if k in ("content", "value") and isinstance(v, str) else v for k, v in kept.items()
+        }
+
+    changed = {}
+    for name in ("messages", "conversations", "prompt", "completion", "remaining_turns"):
+        if isinstance(row.get(name), list):
+            changed[name] = [message(m) for m in row[name]]
+    for name in ("completion", "output", "answer", "text"):
+        if isinstance(row.get(name), str):
+            changed[name] = text(row[name])
+    return {**row, **changed}
+
+
 class Encoder:
     """A row of one dataset as (input_ids, labels). `encode` raises BadRow."""
 
@@ -768,6 +798,8 @@ class Encoder:
                     f"{self.kind} must return a dict with messages, completion, output, text or input_ids"
                 )
             row = made
+        if self.options.strip_thinking:
+            row = without_thinking(row)
         return getattr(self, "_" + kind)(row)
 
     def _masked(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
@@ -937,6 +969,7 @@ class Prompt:
     prompt: str | list[dict]  # as the row has it: text, or messages
     columns: dict[str, Any]  # the row's other columns; `answer` is its reference answer where it has one
     name: str  # file:line
+    completion: str | None = None  # the answer that stood in the row behind this prompt
 
 
 def _prompt_of(kind: str, row: dict, tokenizer: Tokenizer) -> tuple[list[int], str | list[dict], str | None]:
@@ -973,10 +1006,32 @@ def _prompt_of(kind: str, row: dict, tokenizer: Tokenizer) -> tuple[list[int], s
     return tokenizer.encode_prompt(messages, tools, **kwargs), messages, answer
 
 
+Turns = Literal["last", "first", "every", "rollout"]
+
+
+def _turns_of(kind: str, row: dict, turns: Turns) -> list[dict]:
+    """The rows that a conversation gives: one that ends in its last answer, or its first; one for every
+    answer; or one that ends in the first and keeps what follows, up to the last answer, in
+    `remaining_turns`."""
+    found = next((row[name] for name in ("messages", "conversations", "prompt") if name in row), None)
+    if kind != "chat" or turns == "last" or found is None or isinstance(row.get("completion"), list):
+        return [row]
+    messages = _check_messages(found)
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    rows = [{**row, "messages": messages[: i + 1]} for i in answers]
+    if turns == "every":
+        return rows
+    if turns == "rollout" and len(answers) > 1:
+        rows[0]["remaining_turns"] = messages[answers[0] + 1 : answers[-1] + 1]
+    return rows[:1]
+
+
 def read_prompts(
-    specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path, longest: int | None = None
-) -> tuple[list[Prompt], str]:
-    """Every row of the datasets as a prompt, and a fingerprint of them all.
+    specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path,
+    longest: int | None = None, turns: Turns = "last",
+) -> tuple[list[Prompt], str]:  # fmt: skip
+    """Every row of the datasets as a prompt, and a fingerprint of them all. `turns` says which answers of a
+    conversation are asked for.
 
     Kinds: chat (`messages`, or `prompt` as a list), instruct, prompt_completion, or your module.function,
     which returns one of those forms. Every column of the row, and of what the function returned, goes to the
@@ -1011,8 +1066,10 @@ def read_prompts(
                     values = {**values, **made}
                     text = isinstance(values.get("prompt"), str)
                     form = "instruct" if "instruction" in made else "prompt_completion" if text else "chat"
-                ids, prompt, answer = _prompt_of(form, values, tokenizer)
-                if not ids:
+                if options.strip_thinking:
+                    values = without_thinking(values)
+                parts = [(v, *_prompt_of(form, v, tokenizer)) for v in _turns_of(form, values, turns)]
+                if not all(ids for _, ids, _, _ in parts):
                     raise BadRow("the prompt is empty")
             except BadRow as error:
                 if options.on_bad_row == "error":
@@ -1021,15 +1078,17 @@ def read_prompts(
                 bad += 1
                 log.info("data: %s: bad: %s", name, error)
                 continue
-            if longest is not None and len(ids) > longest:
-                too_long += 1
-                continue
-            taken = {"prompt", "messages", "conversations", "completion"}
-            columns = {k: v for k, v in values.items() if k not in taken}
-            if answer is not None:
-                columns.setdefault("answer", answer)
-            prompts.append(Prompt(ids, prompt, columns, name))
-            digest.update(repr((ids, sorted(columns.items(), key=str))).encode())
+            for values, ids, prompt, answer in parts:
+                if longest is not None and len(ids) > longest:
+                    too_long += 1
+                    continue
+                taken = {"prompt", "messages", "conversations", "completion"}
+                columns = {k: v for k, v in values.items() if k not in taken}
+                if answer is not None:
+                    columns.setdefault("answer", answer)
+                completion = answer if isinstance(answer, str) else None
+                prompts.append(Prompt(ids, prompt, columns, name, completion))
+                digest.update(repr((ids, sorted(columns.items(), key=str), completion)).encode())
     if too_long:
         log.info("data: %d prompts of more than %d tokens left out (max_prompt_length)", too_long, longest)
     if bad:
@@ -1158,6 +1217,7 @@ def prepare(
             path = getattr(sys.modules.get(function.__module__), "__file__", None)
             key.update(Path(path).read_bytes() if path else b"")
     key.update(repr((options.sequence_len, options.excess_length_strategy, options.train_on_inputs)).encode())
+    key.update(repr(options.strip_thinking).encode())
     key.update(repr((options.on_bad_row, options.chat_template_kwargs, tokenizer.special)).encode())
     key.update((tokenizer.template or "").encode() + tokenizer.core.to_str().encode())
     place = cache / key.hexdigest()[:16]

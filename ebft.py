@@ -7,11 +7,14 @@ starting model agree with those on the true completion, less how alike the sampl
 """
 
 import functools
+import hashlib
 import json
 import math
 import random
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +28,7 @@ import health
 from config import ConfigError, check_at_least_one, parse_config, resolve_checkpoint
 from data import (
     IGNORE,
+    BadRow,
     DataError,
     DataOptions,
     Dataset,
@@ -40,6 +44,7 @@ from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions
 from health import LogOptions, MetricLogger, log
 from kernels import SharedPrompts, linear_cross_entropy, linear_logprobs
 from model import (
+    Architecture,
     BlockCache,
     ModelOptions,
     Transformer,
@@ -51,6 +56,7 @@ from model import (
     sampling_logprobs,
 )
 from policy import (
+    PolicyBatch,
     PolicyOptions,
     Tally,
     accumulate_gradients,
@@ -63,7 +69,18 @@ from policy import (
     keep_logprobs,
     token_logprobs,
 )
-from rollout import EngineError, ReplayEngine, Rollout, VllmEngine, as_rollouts, make_engine, write_rollouts
+from rollout import (
+    Completion,
+    EngineError,
+    ReplayEngine,
+    Rollout,
+    VllmEngine,
+    as_rollouts,
+    make_engine,
+    play,
+    replay_lines,
+    write_rollouts,
+)
 
 
 @dataclass
@@ -89,6 +106,8 @@ class FeatureOptions:
     """Weight of the policy gradient."""
     ce_coef: float = 0.0
     """Weight of the cross-entropy on the true tokens; 0.03 to 0.1 in the paper."""
+    offload_feature_network: bool = False
+    """Full fine-tuning: keep the frozen copy in host memory, and on the GPU only while it reads."""
 
 
 @dataclass
@@ -106,7 +125,10 @@ class Config(
     gt_length_multiplier: float = 1.5
     """structured: how much longer than the truth a completion may become."""
     log_completions: bool = False
-    """structured: show a few samples beside their truths at every logged step."""
+    """Show a few samples beside their truths at every logged step."""
+    chat_turns: Literal["last", "first", "every", "rollout"] = "last"
+    """structured, type: chat: which answers of a conversation are asked for. rollout: from the first on the
+    policy gives all of them, the row's own questions in between (its `remaining_turns`)."""
     eval_num_generations: int = 4
     """structured: completions of each held-out prompt."""
     stride: int = 8
@@ -142,10 +164,10 @@ class Config(
         dist.check_optimizer_options(self)
         if not self.datasets and self.rollout_engine != "replay":
             raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: text}]")
-        if self.mode == "strided" and self.rollout_engine != "embedded":
-            raise ConfigError("rollout_engine", self.rollout_engine, "is of mode: structured")
-        if self.mode == "structured" and self.ce_coef:
-            raise ConfigError("ce_coef", self.ce_coef, "is of mode: strided")
+        if self.mode == "strided" and self.rollout_engine == "vllm":
+            raise ConfigError("rollout_engine", "vllm", "is of mode: structured; blocks need no server")
+        if self.mode == "strided" and self.chat_turns != "last":
+            raise ConfigError("chat_turns", self.chat_turns, "is of mode: structured")
         if self.mode == "structured" and self.environment:
             raise ConfigError("environment", self.environment, "has no true completion to match; use grpo.py")
         if self.gt_length_multiplier <= 0:
@@ -279,6 +301,7 @@ class Document:
     anchors: list[int]  # block b continues ids[:anchors[b]]; its truth is the next generate_max_len tokens
     counted: list[bool]  # which tokens the cross-entropy is over
     name: str
+    recorded: tuple[Tensor, Tensor] | None = None  # of a replay: samples and log-probs [blocks, n, G]
 
     @functools.cached_property
     def trained_tokens(self) -> int:
@@ -338,6 +361,70 @@ def sample_blocks(
             hidden, _ = model.hidden_states(chosen[:, None], cache=cache)  # type: ignore[arg-type]
             logits = model.logits(hidden[:, 0])
     return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+
+
+def write_blocks(
+    directory: Path, step: int, parts: list[list[Document]],
+    drawn: list[tuple[Tensor, Tensor, Tensor]], places: list[int], world: dist.World,
+) -> None:  # fmt: skip
+    """directory/step-N.jsonl, one document a line in the order of the step, with the samples of its blocks
+    [blocks, n, G], their log-probs, and advantages [blocks, n]. A collective."""
+    lines: dict[int, dict] = {}
+    for part, place, (tokens, logprobs, advantage) in zip(parts, places, drawn, strict=True):
+        first = 0
+        for k, d in enumerate(part):
+            blocks = slice(first, first := first + len(d.anchors))
+            lines[place + k] = {
+                "row": d.name, "document_ids": d.ids, "counted": [int(c) for c in d.counted],
+                "anchors": d.anchors, "block_ids": tokens[blocks].tolist(),
+                "sampling_logprobs": logprobs[blocks].tolist(), "advantages": advantage[blocks].tolist(),
+            }  # fmt: skip
+    everyone = {place: line for share in dist.gather(lines, world) for place, line in share.items()}
+    if world.main:
+        directory.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(everyone[place]) + "\n" for place in sorted(everyone))
+        dist.write_atomically(directory / f"step-{step}.jsonl", text)
+
+
+def read_blocks(path: str, directory: Path, n: int, G: int, vocab_size: int) -> list[Document]:
+    """Documents with the samples of their blocks, as `write_blocks` writes them. DataError names the line."""
+    documents = []
+    for file, number, line in replay_lines(path, directory):
+
+        def need(right: bool, what: str, file=file, number=number) -> None:
+            if not right:
+                raise DataError(file, number, what, "it must be a line of rollouts/ of a strided run")
+
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(file, number, f"is not JSON ({error})") from None
+        need(isinstance(row, dict), "must be an object")
+        ids, anchors, counted, blocks, logprobs = (
+            row.get(k) for k in ("document_ids", "anchors", "counted", "block_ids", "sampling_logprobs")
+        )
+        need(isinstance(ids, list) and bool(ids), "document_ids must be a non-empty list of token ids")
+        need(isinstance(counted, list) and len(counted) == len(ids), "counted must have an entry a token")
+        need(
+            isinstance(anchors, list) and bool(anchors)
+            and all(type(a) is int and 0 < a <= len(ids) - G for a in anchors),
+            f"anchors must be places in the document with {G} tokens (generate_max_len) behind them",
+        )  # fmt: skip
+        try:
+            tokens, drawn = np.array(blocks, dtype=np.int64), np.array(logprobs, dtype=np.float32)
+            every = np.concatenate([np.array(ids, dtype=np.int64), tokens.reshape(-1)])
+        except (ValueError, TypeError, OverflowError):
+            tokens, drawn, every = np.zeros(0), np.zeros(0), np.zeros(0)
+        wanted = (len(anchors), n, G)
+        need(
+            tokens.shape == drawn.shape == wanted,
+            f"block_ids and sampling_logprobs must be lists [{', '.join(map(str, wanted))}]: blocks, "
+            "n_samples_per_prompt, generate_max_len",
+        )
+        need(bool(((every >= 0) & (every < vocab_size)).all()), f"token ids must be below {vocab_size}")
+        sampled = torch.from_numpy(tokens), torch.from_numpy(drawn)
+        documents.append(Document(ids, anchors, [bool(c) for c in counted], f"{file}:{number}", sampled))
+    return documents
 
 
 @dataclass
@@ -436,6 +523,36 @@ def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict
     return advantages(align, diverse, estimator, config.alignment_coef, config.diversity_coef), facts
 
 
+def feature_network(
+    arch: Architecture, checkpoint: Path, config: Config, world: dist.World
+) -> Transformer | None:
+    """The frozen copy of the starting weights, sharded like the model; None with LoRA, where the model
+    without its adapters serves."""
+    if config.adapter:
+        return None
+    away = config.offload_feature_network or config.fsdp_cpu_offload
+    copied = replace(config, fsdp_cpu_offload=away)
+    return dist.build_model(arch, checkpoint, copied, world).eval().requires_grad_(False)
+
+
+@contextmanager
+def on_device(frozen: Transformer | None, config: Config, world: dist.World) -> Iterator[None]:
+    """An offloaded frozen copy comes to the GPU, and goes back. Where it is sharded FSDP does that itself,
+    block by block."""
+    moves = frozen is not None and config.offload_feature_network and world.mesh is None
+    if moves:
+        assert frozen is not None
+        frozen.to(world.device)
+    try:
+        yield
+    finally:
+        if moves:
+            assert frozen is not None
+            frozen.to("cpu")
+
+
+JUDGED = ("alignment_cosine", "cfm_loss", "cfm_unwhitened", "reward", "pairwise_cosine")  # held out
+
 # ------------------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------------------
@@ -464,38 +581,46 @@ def strided(config: Config) -> None:
     cache = Path(config.dataset_prepared_path or output_dir / "prepared")
     tokenizer = dist.main_first(lambda: load_tokenizer(checkpoint, config, directory, cache), world)
 
-    def encoded(specs: list[dict]) -> Dataset:
-        return dist.main_first(lambda: prepare(specs, tokenizer, config, directory, cache), world)
+    def read(specs: list[dict], wanted: Callable[[int], np.ndarray]) -> tuple[list[Document], int, str]:
+        """(documents with a block, how many have none, the data's fingerprint)."""
+        if not specs:
+            return [], 0, ""
+        dataset = dist.main_first(lambda: prepare(specs, tokenizer, config, directory, cache), world)
+        found = [read_document(dataset, int(row), config) for row in wanted(len(dataset))]
+        return [d for d in found if d.anchors], sum(not d.anchors for d in found), dataset.fingerprint
 
-    dataset = encoded(config.datasets)
-    rows, held_rows = split_held_out(len(dataset), config.val_set_size, config.seed)
-    held_out = encoded(config.test_datasets) if config.test_datasets else dataset
-    held_rows = np.arange(len(held_out)) if config.test_datasets else held_rows
-    documents = [read_document(dataset, int(row), config) for row in rows]
-    skipped = sum(not d.anchors for d in documents)
-    documents = [d for d in documents if d.anchors]
-    judged = [d for d in (read_document(held_out, int(row), config) for row in held_rows) if d.anchors]
+    split = functools.partial(split_held_out, val_set_size=config.val_set_size, seed=config.seed)
+    if config.test_datasets:
+        judged, _, _ = read(config.test_datasets, np.arange)
+    else:
+        judged, _, _ = read(config.datasets, lambda rows: split(rows)[1])
+    if config.replay_path is not None:
+        size = max(arch.vocab_size, tokenizer.vocab_size)
+        n, G = config.n_samples_per_prompt, config.generate_max_len
+        documents, skipped = read_blocks(config.replay_path, directory, n, G, size), 0
+        fingerprint = hashlib.sha256(repr([d.ids for d in documents]).encode()).hexdigest()
+    else:
+        documents, skipped, fingerprint = read(config.datasets, lambda rows: split(rows)[0])
     if skipped:
         log.info("data: %d of %d documents are too short for a block", skipped, skipped + len(documents))
     a_step = config.micro_batch_size * config.gradient_accumulation_steps * world.size
     if len(documents) < a_step:
+        key = "context_length" if config.replay_path is None else "replay_path"
         raise ConfigError(
-            "context_length", config.context_length,
+            key, getattr(config, key),
             f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
             f"a step takes {a_step}",
         )  # fmt: skip
     order = PromptOrder(len(documents), a_step, config.seed)
     total_steps = math.ceil(len(documents) * config.num_epochs / a_step)
+    if config.replay_path is not None:
+        total_steps = len(documents) // a_step
     total_steps = min(total_steps, config.max_steps or total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     keys = ("base_model", "adapter", "lora_r", "optimizer", "seed", "stride", "context_length",
     "generate_max_len",
             "n_samples_per_prompt", "sequence_len", "val_set_size")  # fmt: skip
-    identity = {
-        **{k: asdict(config)[k] for k in keys},
-        "documents a step": a_step,
-        "data": dataset.fingerprint,
-    }
+    identity = {**{k: asdict(config)[k] for k in keys}, "documents a step": a_step, "data": fingerprint}
     resume_from, saved = checkpointer.to_resume(identity)
 
     # 3. Model, optimiser, and the frozen network of the features: with LoRA the model without its adapters.
@@ -506,9 +631,7 @@ def strided(config: Config) -> None:
         raise ConfigError("base_model", config.base_model, f"cannot be trained in blocks: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = dist.make_optimizers(model, config)
-    frozen = None
-    if not config.adapter:
-        frozen = dist.build_model(arch, checkpoint, config, world).eval().requires_grad_(False)
+    frozen = feature_network(arch, checkpoint, config, world)
     log.info(
         "%s: %s parameters, %s trained; %s documents, %s held out; %d steps of %d documents on %d × %s",
         arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
@@ -533,9 +656,13 @@ def strided(config: Config) -> None:
         generator = torch.Generator(world.device).manual_seed(drawn)
         model.eval()
         with world.autocast(config.bf16):
-            tokens, logprobs = sample_blocks(model, part, n, G, config.temperature, generator)
+            if part[0].recorded is None:
+                tokens, logprobs = sample_blocks(model, part, n, G, config.temperature, generator)
+            else:
+                recorded = zip(*(d.recorded for d in part if d.recorded is not None), strict=True)
+                tokens, logprobs = (torch.cat(x).flatten(0, 1).to(world.device) for x in recorded)
             batch = BlockPass.make(part, tokens)
-            with base_of(model, frozen) as network:
+            with on_device(frozen, config, world), base_of(model, frozen) as network:
                 features, truth = block_features(network, batch, part, config)
         model.train()
         advantage, facts = energy(features.view(len(truth), n, -1).double(), truth.double(), config)
@@ -555,7 +682,7 @@ def strided(config: Config) -> None:
             tally.mean("eval/exact", right.sum().item(), right.numel())  # samples equal to the true tokens
             with torch.no_grad(), world.autocast(config.bf16):
                 nll, count = document_nll(model, part)
-            for name in ("alignment_cosine", "cfm_unwhitened", "reward", "pairwise_cosine"):
+            for name in JUDGED:
                 tally.mean(f"eval/{name}", facts[name].sum().item(), len(facts[name]))
             tally.mean("eval/loss", nll.item(), count)
         return tally.result(world)
@@ -567,17 +694,20 @@ def strided(config: Config) -> None:
     seconds = dist.Timer()
     while step < total_steps:
         # a. This step's documents, the same on every rank, and this rank's micro-batches.
-        chosen = [documents[i] for i in order.batch(step)]
-        parts = [
-            chosen[(k * world.size + world.rank) * config.micro_batch_size :][: config.micro_batch_size]
-            for k in range(config.gradient_accumulation_steps)
+        replayed = config.replay_path is not None
+        chosen = [
+            documents[i]
+            for i in (range(step * a_step, (step + 1) * a_step) if replayed else order.batch(step))
         ]
+        mb = config.micro_batch_size
+        places = [(k * world.size + world.rank) * mb for k in range(config.gradient_accumulation_steps)]
+        parts = [chosen[place : place + mb] for place in places]
         blocks = sum(len(d.anchors) for d in chosen)
         rollout_tokens = blocks * config.n_samples_per_prompt * config.generate_max_len
         counted = max(1, sum(d.trained_tokens for d in chosen))
 
         # b. Samples of every block, their energy, and advantages over the siblings of a block.
-        tally, records, losses = Tally(), [], []
+        tally, drawn, losses = Tally(), [], []
         for k, part in enumerate(parts):
             tokens, sampled, advantage, facts = rollout(part, step, k, world.rank)
             for name, values in facts.items():
@@ -587,7 +717,7 @@ def strided(config: Config) -> None:
                 advantage.std(-1).sum().item() if advantage.shape[1] > 1 else 0.0,
                 len(advantage),
             )
-            records.append((part, tokens, sampled, advantage))
+            drawn.append((tokens, sampled, advantage))
 
             # c. REINFORCE on the samples, a few at a time so that memory stays near one sample's;
             # cross-entropy on the true tokens with the first. Sums over the whole step: × world.size undoes
@@ -640,9 +770,7 @@ def strided(config: Config) -> None:
             "step_time": seconds(),
             "epoch": step * a_step / len(documents), **health.memory(world.device),
         }  # fmt: skip
-        write_blocks(
-            output_dir / "rollouts", step - 1, dist.gather(block_records(records), world), world.main
-        )
+        write_blocks(output_dir / "rollouts", step - 1, parts, drawn, places, world)
         logger.advance()
         stopping = dist.all_reduce([float(interrupt.signal is not None)], world)[0] > 0
         if judged and (
@@ -652,6 +780,8 @@ def strided(config: Config) -> None:
             state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
         if step % config.logging_steps == 0 or step == total_steps or "eval/loss" in metrics:
             logger.log(step, metrics)
+            if config.log_completions and world.main:
+                show_blocks(parts[0], drawn[0], tokenizer)
         if stopping or (
             config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
         ):
@@ -715,17 +845,22 @@ def structured(config: Config) -> None:
                 "replay_path", config.replay_path, f"holds fewer rollouts than a step's {batch_size}"
             )
     else:
-        prompts, data = read_prompts(config.datasets, tokenizer, config, directory, config.max_prompt_length)
+        prompts, data = read_prompts(
+            config.datasets, tokenizer, config, directory, config.max_prompt_length, config.chat_turns
+        )
         if config.val_set_size:
             train_rows, held_rows = split_held_out(len(prompts), config.val_set_size, config.seed)
             prompts, held_out = [prompts[i] for i in train_rows], [prompts[i] for i in held_rows]
         total_steps = math.ceil(len(prompts) * config.num_epochs / (batch_size // n))
     if config.test_datasets:
         held_out, _ = read_prompts(
-            config.test_datasets, tokenizer, config, directory, config.max_prompt_length
+            config.test_datasets, tokenizer, config, directory, config.max_prompt_length, config.chat_turns
         )
-    truths = [true_completion(p, tokenizer) for p in prompts]
-    held_truths = [true_completion(p, tokenizer) for p in held_out]
+    truths = [true_completion(p, tokenizer, config.max_turns) for p in prompts]
+    held_truths = [true_completion(p, tokenizer, config.max_turns) for p in held_out]
+    conversing = any("remaining_turns" in p.columns for p in (*prompts, *held_out))
+    if conversing and config.async_prefetch:
+        raise ConfigError("async_prefetch", True, "does not work with remaining_turns; drop one of the two")
     order = PromptOrder(max(1, len(prompts)), batch_size // n, config.seed)
     total_steps = min(total_steps, config.max_steps or total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
@@ -742,9 +877,7 @@ def structured(config: Config) -> None:
         raise ConfigError("base_model", config.base_model, f"cannot give features: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = dist.make_optimizers(model, config)
-    frozen = None
-    if not config.adapter:
-        frozen = dist.build_model(arch, checkpoint, config, world).eval().requires_grad_(False)
+    frozen = feature_network(arch, checkpoint, config, world)
     share = can_share_prompts(model, config.share_prompts)
     aux_coef = (
         arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
@@ -768,22 +901,41 @@ def structured(config: Config) -> None:
     logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
     engine = make_engine(model, config, tokenizer, world, prompts)
 
-    def longest(truth: list[list[int]]) -> int:
-        wanted = max(math.ceil(len(t) * config.gt_length_multiplier) for t in truth)
+    def longest(truths: list[Truth]) -> int:
+        wanted = max(math.ceil(len(ids) * config.gt_length_multiplier) for ids, _ in truths)
         limit = max(64, wanted) if config.adaptive_max_tokens else config.max_completion_length
         return min(limit, config.max_completion_length)
 
-    def job(step: int) -> tuple[list[list[int]], list[int]]:
+    def job(number: int) -> tuple[list[list[int]], list[int]]:
         """(ids of the prompts, most tokens of each) of a step's batch."""
-        which = order.batch(step)
+        which = order.batch(number)
         return [prompts[i].ids for i in which], [longest([truths[i] for i in which])] * len(which)
 
-    def rolled(groups: list, step: int, number: int) -> list[Rollout]:
+    def with_truth(made: list[Rollout], of: list[Truth]) -> list[Rollout]:
+        for rollout in made:
+            rollout.ground_truth_ids, rollout.ground_truth_mask = of[rollout.prompt_index]
+        return made
+
+    def rolled(groups: list[list[Completion]], step: int, number: int) -> list[Rollout]:
         which = order.batch(number)
         made = as_rollouts(groups, [prompts[i] for i in which], which, step, engine, tokenizer.stop_ids)
-        for rollout in made:
-            rollout.ground_truth_ids = truths[rollout.prompt_index]
-        return made
+        return with_truth(made, truths)
+
+    def sampled(
+        source: list[Prompt], of: list[Truth], which: Sequence[int], n: int, step: int, *seed: int
+    ) -> list[Rollout]:
+        """n completions of each of these prompts, or conversations, on every rank. A collective."""
+        asked, limit = [source[i] for i in which], longest([of[i] for i in which])
+        key = (config.seed, *seed)
+        if conversing:
+            made = play(
+                engine, Conversation, asked, which, n, step=step, seed=key, tokenizer=tokenizer, world=world,
+                options=replace(config, max_completion_length=limit),
+            )  # fmt: skip
+        else:
+            groups = engine.generate([p.ids for p in asked], n, seed=key, limits=[limit] * len(asked))
+            made = as_rollouts(groups, asked, which, step, engine, tokenizer.stop_ids)
+        return with_truth(made, of)
 
     def energies(rollouts: list[Rollout], n: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(advantages [groups, n], facts by group), every rank its share of the groups."""
@@ -793,7 +945,11 @@ def structured(config: Config) -> None:
         most, at_once = math.ceil(len(groups) / world.size), max(1, mb // n)
         for begin in range(0, most, at_once):  # as many on every rank: each is a collective
             part = mine[begin : begin + at_once] or groups[:1]
-            with world.autocast(config.bf16), base_of(model, frozen) as network:
+            with (
+                world.autocast(config.bf16),
+                on_device(frozen, config, world),
+                base_of(model, frozen) as network,
+            ):
                 samples, truth = group_features(network, part, config)
             if begin < len(mine):
                 advantage, facts = energy(samples.double(), truth.double(), config)
@@ -809,31 +965,19 @@ def structured(config: Config) -> None:
     def evaluated(step: int) -> dict[str, float]:
         engine.sync(step, due=True)
         k = config.eval_num_generations
-        groups = engine.generate(
-            [p.ids for p in held_out],
-            k,
-            seed=(config.seed, -1, step),
-            limits=[longest(held_truths)] * len(held_out),
-        )
-        made = as_rollouts(groups, held_out, range(len(held_out)), step, engine, tokenizer.stop_ids)
-        for rollout in made:
-            rollout.ground_truth_ids = held_truths[rollout.prompt_index]
+        made = sampled(held_out, held_truths, range(len(held_out)), k, step, -1, step)
         model.eval()
         _, facts = energies(made, k)
-        with torch.no_grad(), world.autocast(config.bf16):
-            nll, count = 0.0, 0
-            for begin in range(0, len(held_out), mb):
-                pairs = zip(held_out[begin : begin + mb], held_truths[begin : begin + mb], strict=True)
-                batch = collate([Rollout(p.ids, t) for p, t in pairs], world.device)
-                nll -= token_logprobs(model, batch, 1.0)[0].sum().item()
-                count += len(batch.targets)
+        tally = Tally()
+        with torch.no_grad():
+            for nll, count, _ in truth_nll(model, made[::k], config, world):
+                tally.mean("eval/loss", nll.item(), count)
         model.train()
         if world.main:
             write_rollouts(output_dir / "rollouts", step, made, tokenizer, kind="eval")
         right = sum(r.completion_ids == r.ground_truth_ids for r in made)
-        names = ("alignment_cosine", "cfm_unwhitened", "reward", "pairwise_cosine")
-        return {"eval/exact": right / len(made), "eval/loss": nll / count,
-                **{f"eval/{name}": facts[name].mean().item() for name in names}}  # fmt: skip
+        return {"eval/exact": right / len(made), **tally.result(world),
+                **{f"eval/{name}": facts[name].mean().item() for name in JUDGED}}  # fmt: skip
 
     # 4. The loop.
     pending = False
@@ -854,10 +998,7 @@ def structured(config: Config) -> None:
                     rollouts = rolled(engine.collect(step), step, step)
                 else:
                     sync = engine.sync(step)
-                    ids, limits = job(step)
-                    rollouts = rolled(
-                        engine.generate(ids, n, seed=(config.seed, step), limits=limits), step, step
-                    )
+                    rollouts = sampled(prompts, truths, order.batch(step), n, step, step)
             ahead, pending = None, False
             took["generate"] = seconds()
             if config.async_prefetch and step + 1 < total_steps:
@@ -882,6 +1023,14 @@ def structured(config: Config) -> None:
                 model, rollouts, micro, config, world, share, step=step + 1, reused=False,
                 bonus=entropy_bonus(config, state.get("entropy", 0.0)), aux_coef=aux_coef,
             )  # fmt: skip
+            if config.ce_coef:  # and the cross-entropy of the true completions, each prompt once
+                counted = sum(sum(true_rollout(r).written()) for r in rollouts[::n])
+                for nll, count, batch in truth_nll(model, rollouts[::n], config, world):
+                    loss = config.ce_coef * nll / counted
+                    (loss * world.size).backward()
+                    losses.append(loss.detach())
+                    used.append(batch)
+                    tally.mean("ebft/ce_loss", nll.item(), count)
             norm, with_gradient = dist.gradient_norm(trained)
             rate = dist.learning_rate(step, config, total_steps)
             if losses:
@@ -953,21 +1102,95 @@ def structured(config: Config) -> None:
     dist.finish()
 
 
-def true_completion(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
-    """The row's reference answer as the policy would have to write it, its end included."""
-    answer = prompt.columns.get("answer")
-    if not isinstance(answer, str) or not answer:
+Truth = tuple[list[int], list[int] | None]  # token ids, and 1 where an answer is (None: everywhere)
+
+
+def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) -> Truth:
+    """The row's true completion as the policy would have to write it, its end included: `ground_truth`, else
+    the answer that stood in the row, else `answer`. With `remaining_turns` all that follows the prompt."""
+    candidates = (prompt.columns.get("ground_truth"), prompt.completion, prompt.columns.get("answer"))
+    answer = next((c for c in candidates if isinstance(c, str) and c), None)
+    remaining = prompt.columns.get("remaining_turns") or []
+    if answer is None:
         raise DataError(prompt.name, None, "has no true completion", "EBFT compares with one")
     if isinstance(prompt.prompt, str):
-        return tokenizer.encode(answer) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
-    ids, labels = tokenizer.encode_chat([*prompt.prompt, {"role": "assistant", "content": answer}])
+        if remaining:
+            raise DataError(prompt.name, None, "has remaining_turns, but its prompt is no list of messages")
+        return tokenizer.encode(answer) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id]), None
+    questions = questions_of(remaining, prompt.name)
+    if len(questions) >= max_turns > 1:
+        raise DataError(
+            prompt.name, None, f"has {len(questions) + 1} answers", f"raise max_turns ({max_turns})"
+        )
+    tools, more = prompt.columns.get("tools"), prompt.columns.get("chat_template_kwargs") or {}
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    messages = [*prompt.prompt, {"role": "assistant", "content": answer}, *remaining]
+    try:
+        ids, labels = tokenizer.encode_chat(messages, tools, **more)
+    except BadRow as error:
+        raise DataError(prompt.name, None, str(error)) from None
     last = max(i for i, label in enumerate(labels) if label != IGNORE)
-    if ids[: len(prompt.ids)] == prompt.ids:
-        return ids[len(prompt.ids) : last + 1]
-    first = last
-    while first and labels[first - 1] != IGNORE:
-        first -= 1
-    return ids[first : last + 1]
+    begin = len(prompt.ids)
+    if ids[:begin] != prompt.ids:  # the template writes past turns in another way than the one to come
+        if remaining:
+            raise DataError(
+                prompt.name, None, "has remaining_turns, but the chat template changes earlier turns",
+                "use another chat_template, e.g. chatml",
+            )  # fmt: skip
+        begin = last
+        while begin and labels[begin - 1] != IGNORE:
+            begin -= 1
+    mask = [int(label != IGNORE) for label in labels[begin : last + 1]]
+    return ids[begin : last + 1], mask if remaining else None
+
+
+def questions_of(remaining: list[dict], name: str = "") -> list[list[dict]]:
+    """What is said before each of the answers that `remaining_turns` holds. DataError names the row."""
+    questions, said = [], []
+    for message in remaining:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise DataError(name, None, "remaining_turns must be a list of messages with text")
+        if message.get("role") == "assistant":
+            if not said:
+                raise DataError(name, None, "remaining_turns has an answer without a question before it")
+            questions.append(said)
+            said = []
+        else:
+            said.append(message)
+    if remaining and said:
+        raise DataError(name, None, "remaining_turns must end with an answer")
+    return questions
+
+
+class Conversation:
+    """The other side of a multi-turn row: its own next question, whatever the policy said."""
+
+    def reset(self, prompt: Any, remaining_turns: Sequence[dict] = (), **columns: Any) -> None:
+        self.questions = questions_of(list(remaining_turns))
+
+    def step(self, text: str, ids: list[int]) -> tuple[list[dict] | None, float, bool]:
+        return (self.questions.pop(0), 0.0, False) if self.questions else (None, 0.0, True)
+
+
+def true_rollout(rollout: Rollout) -> Rollout:
+    """The true completion in the place of the sampled one."""
+    assert rollout.ground_truth_ids is not None
+    mask = rollout.ground_truth_mask
+    return Rollout(rollout.prompt_ids, rollout.ground_truth_ids, completion_mask=mask, row=rollout.row)
+
+
+def truth_nll(
+    model: Transformer, rollouts: Sequence[Rollout], config: Config, world: dist.World
+) -> Iterator[tuple[Tensor, int, PolicyBatch]]:
+    """(Σ −log p, tokens, batch) of the true completions, this rank's share in micro-batches, as many on every
+    rank: one that fills up counts nothing."""
+    mine, mb = rollouts[world.rank :: world.size], config.micro_batch_size
+    for k in range(math.ceil(math.ceil(len(rollouts) / world.size) / mb)):
+        part = mine[k * mb : (k + 1) * mb]
+        batch = collate([true_rollout(r) for r in part or rollouts[:1]], world.device)
+        with world.autocast(config.bf16):
+            logprobs = token_logprobs(model, batch, 1.0)[0]
+        yield -logprobs.sum() * bool(part), len(batch.targets) * bool(part), batch
 
 
 @torch.no_grad()
@@ -1028,30 +1251,14 @@ def document_nll(
     )
 
 
-def block_records(records: list) -> list[dict]:
-    """One sample of one block a line: what was sampled after which tokens, and what it was worth."""
-    lines = []
-    for part, tokens, sampled, advantage in records:
-        block = 0
-        for document in part:
-            for anchor in document.anchors:
-                for j in range(tokens.shape[1]):
-                    lines.append({
-                        "row": document.name, "anchor": anchor,
-                        "document_ids": document.ids if j == 0 else None,
-                        "block_ids": tokens[block, j].tolist(),
-                        "sampling_logprobs": sampled[block, j].tolist(),
-                        "advantage": advantage[block, j].item(),
-                    })  # fmt: skip
-                block += 1
-    return lines
-
-
-def write_blocks(directory: Path, step: int, everyone: list[list[dict]], main: bool) -> None:
-    if main:
-        directory.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(line) + "\n" for part in everyone for line in part]
-        dist.write_atomically(directory / f"step-{step}.jsonl", "".join(lines))
+def show_blocks(part: list[Document], drawn: tuple[Tensor, Tensor, Tensor], tokenizer: Tokenizer) -> None:
+    """The first samples of the first block beside the truth."""
+    tokens, _, advantage = drawn
+    anchor, length = part[0].anchors[0], tokens.shape[-1]
+    before = tokenizer.decode(part[0].ids[max(0, anchor - 16) : anchor])
+    truth = tokenizer.decode(part[0].ids[anchor : anchor + length])
+    for ids, value in list(zip(tokens[0].tolist(), advantage[0].tolist(), strict=True))[:2]:
+        log.info("  after %r: %r, true %r, advantage %+.3f", before, tokenizer.decode(ids), truth, value)
 
 
 if __name__ == "__main__":

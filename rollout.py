@@ -157,6 +157,7 @@ class Rollout:
     row: str = ""  # file:line of the prompt
     prompt_index: int = -1  # the prompt in the data set; −1 for a replay
     ground_truth_ids: list[int] | None = None
+    ground_truth_mask: list[int] | None = None  # 0 on questions between true answers; None: all are answers
     old_logprobs: list[float] | None = None  # log π_old of each token, where the trainer computed it
     ref_logprobs: list[float] | None = None
     entropies: list[float] | None = None
@@ -767,23 +768,30 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
 # ------------------------------------------------------------------------------------------------------------
 
 
+def replay_lines(path: str, directory: Path) -> Iterator[tuple[str, int, str]]:
+    """(file, number, line) of a JSONL file, or of every step-N.jsonl of a directory in order."""
+    place = next((p for p in (directory / path, Path(path)) if p.exists()), None)
+    if place is None:
+        raise ConfigError("replay_path", path, f"does not exist (looked in {directory} and here)")
+    files = [place]
+    if place.is_dir():
+        steps = [p for p in place.glob("step-*.jsonl") if p.stem.removeprefix("step-").isdigit()]
+        files = sorted(steps, key=lambda p: int(p.stem.removeprefix("step-")))
+    for file in files:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield str(file), number, line
+
+
 class ReplayEngine:
     """Rollouts from JSONL: what a run recorded, or what another implementation sampled."""
 
     def __init__(self, path: str, directory: Path, options: Any, tokenizer: Tokenizer):
-        place = next((p for p in (directory / path, Path(path)) if p.exists()), None)
-        if place is None:
-            raise ConfigError("replay_path", path, f"does not exist (looked in {directory} and here)")
-        files = [place]
-        if place.is_dir():
-            files = sorted(place.glob("step-*.jsonl"), key=lambda p: int(p.stem.removeprefix("step-") or 0))
         stops, n = set(tokenizer.stop_ids), options.num_generations
-        self.rollouts: list[Rollout] = []
-        for file in files:
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        self.rollouts.append(_read_rollout(line, str(file), number, stops))
+        self.rollouts = [
+            _read_rollout(line, file, k, stops) for file, k, line in replay_lines(path, directory)
+        ]
         for begin in range(0, len(self.rollouts), n):
             group = self.rollouts[begin : begin + n]
             if len(group) < n or any(r.prompt_ids != group[0].prompt_ids for r in group):
@@ -824,7 +832,9 @@ def _read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout
         if not whole(row.get(name)):
             raise DataError(file, number, f"{name} must be a non-empty list of token ids")
     length = len(row["completion_ids"])
-    logprobs, mask, truth = (row.get(k) for k in ("sampling_logprobs", "completion_mask", "ground_truth_ids"))
+    logprobs, mask, truth, truth_mask = (
+        row.get(k) for k in ("sampling_logprobs", "completion_mask", "ground_truth_ids", "ground_truth_mask")
+    )
     if logprobs is not None:
         if not isinstance(logprobs, list) or len(logprobs) != length:
             raise DataError(
@@ -832,10 +842,15 @@ def _read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout
             )
         if not all(figure(x) for x in logprobs):
             raise DataError(file, number, "sampling_logprobs holds something that is no number")
-    if mask is not None and (not isinstance(mask, list) or len(mask) != length or not set(mask) <= {0, 1}):
-        raise DataError(file, number, f"completion_mask must have {length} entries of 0 or 1")
     if truth is not None and not whole(truth):
         raise DataError(file, number, "ground_truth_ids must be a non-empty list of token ids")
+    for name, given, count in (
+        ("completion_mask", mask, length), ("ground_truth_mask", truth_mask, len(truth or [])),
+    ):  # fmt: skip
+        if given is None:
+            continue
+        if not isinstance(given, list) or len(given) != count or not all(x in (0, 1) for x in given):
+            raise DataError(file, number, f"{name} must have {count} entries of 0 or 1")
     rewards = row.get("rewards", {})
     if not isinstance(rewards, dict) or not all(figure(value) for value in rewards.values()):
         raise DataError(file, number, "rewards must be {name: number or null}")
@@ -845,7 +860,7 @@ def _read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout
         truncated=bool(row.get("truncated", last not in stops)),
         rewards={str(k): None if v is None else float(v) for k, v in rewards.items()},
         step=int(row.get("step", 0)), weight_version=int(row.get("weight_version", row.get("step", 0))),
-        row=f"{file}:{number}", ground_truth_ids=truth,
+        row=f"{file}:{number}", ground_truth_ids=truth, ground_truth_mask=truth_mask,
     )  # fmt: skip
 
 
@@ -928,7 +943,9 @@ def play(
         texts = [rollouts[i].prompt_ids + rollouts[i].completion_ids for i in active]
         shared = turn == 0 and all(texts[k : k + n] == [texts[k]] * n for k in range(0, len(texts), n))
         if shared:  # nothing was said yet that differs: one prefill for the completions of a prompt
-            groups = engine.generate(texts[::n], n, seed=(*seed, turn), temperature=temperature)
+            groups = engine.generate(
+                texts[::n], n, seed=(*seed, turn), temperature=temperature, limits=rooms[::n]
+            )
             answers = [c for group in groups for c in group]
         else:
             groups = engine.generate(texts, 1, seed=(*seed, turn), temperature=temperature, limits=rooms)

@@ -346,7 +346,8 @@ def test_a_run_reports_its_energy_and_records_its_blocks(more, small_checkpoint,
         or "whitening" in more[0]
     )
     lines = [json.loads(x) for x in (tmp_path / "rollouts" / "step-0.jsonl").read_text().splitlines()]
-    assert len(lines) == rows[1]["ebft/num_blocks"] * 3 and all(len(x["block_ids"]) == 4 for x in lines)
+    samples = [sample for line in lines for block in line["block_ids"] for sample in block]
+    assert len(samples) == rows[1]["ebft/num_blocks"] * 3 and all(len(x) == 4 for x in samples)
 
 
 @pytest.mark.slow
@@ -429,10 +430,11 @@ def test_the_true_completion_is_what_the_policy_would_write_its_end_included(tem
     tokenizer = Tokenizer.load(tokenizer_directory(template))
     messages = [{"role": "user", "content": "2 + 2?"}]
     prompt = Prompt(tokenizer.encode_prompt(messages), messages, {"answer": "It is 4."}, "f:1")
-    truth = true_completion(prompt, tokenizer)
+    truth, mask = true_completion(prompt, tokenizer)
+    assert mask is None
     assert truth[-1] in tokenizer.stop_ids and "It is 4." in tokenizer.decode(truth)
     plain = Prompt(tokenizer.encode("2 + 2 ="), "2 + 2 =", {"answer": " 4"}, "f:2")
-    assert true_completion(plain, tokenizer) == [*tokenizer.encode(" 4"), tokenizer.eos_id]
+    assert true_completion(plain, tokenizer) == ([*tokenizer.encode(" 4"), tokenizer.eos_id], None)
     with pytest.raises(DataError, match="f:3: has no true completion"):
         true_completion(Prompt([1], "x", {}, "f:3"), tokenizer)
 
