@@ -1011,7 +1011,7 @@ def structured(config: Config) -> None:
             # b. Their energies, and advantages over the siblings.
             advantage, facts = energies(rollouts, n)
             for rollout, value in zip(rollouts, advantage.flatten().tolist(), strict=True):
-                rollout.advantage, rollout.rewards = value, {}
+                rollout.advantage, rollout.rewards = config.rl_coef * value, {}
             if world.main:
                 write_rollouts(output_dir / "rollouts", step, rollouts, tokenizer)
             took["features"] = seconds()
@@ -1125,18 +1125,23 @@ def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) ->
     tools, more = prompt.columns.get("tools"), prompt.columns.get("chat_template_kwargs") or {}
     tools = json.loads(tools) if isinstance(tools, str) else tools
     messages = [*prompt.prompt, {"role": "assistant", "content": answer}, *remaining]
+    begin, asked = len(prompt.ids), len(prompt.prompt)
     try:
         ids, labels = tokenizer.encode_chat(messages, tools, **more)
+        whole = tokenizer.render(messages, tools, **more)
+        answers = [i for i in range(asked, len(messages) - 1) if messages[i]["role"] == "assistant"]
+        same = ids[:begin] == prompt.ids and all(
+            whole.startswith(tokenizer.render(messages[: i + 1], tools, **more)) for i in answers
+        )
     except BadRow as error:
         raise DataError(prompt.name, None, str(error)) from None
+    if remaining and not same:  # what the policy reads back would not be what it wrote
+        raise DataError(
+            prompt.name, None, "has remaining_turns, but the chat template changes earlier turns",
+            "set strip_thinking: true, or another chat_template, e.g. chatml",
+        )  # fmt: skip
     last = max(i for i, label in enumerate(labels) if label != IGNORE)
-    begin = len(prompt.ids)
     if ids[:begin] != prompt.ids:  # the template writes past turns in another way than the one to come
-        if remaining:
-            raise DataError(
-                prompt.name, None, "has remaining_turns, but the chat template changes earlier turns",
-                "use another chat_template, e.g. chatml",
-            )  # fmt: skip
         begin = last
         while begin and labels[begin - 1] != IGNORE:
             begin -= 1

@@ -27,6 +27,7 @@ from data import (
     prepare,
     read_rows,
     split_held_out,
+    without_thinking,
 )  # fmt: skip
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int", "note": "<&> é"}}}]
@@ -687,3 +688,16 @@ def test_rows_from_reasoning_gym_are_the_same_for_a_seed(tmp_path):
     assert one == two and len(one) == 5
     with pytest.raises(ConfigError, match="reasoning-gym"):
         list(read_rows({**spec, "path": "reasoning-gym:no_such_task"}, tmp_path))
+
+
+def test_reasoning_traces_are_taken_out_of_answers_only():
+    row = {
+        "messages": [{"role": "user", "content": "<think>mine</think>?"},
+                     {"role": "assistant", "content": "<think>a\nb</think>\n\n4", "reasoning_content": "c"}],
+        "output": "<think>x</think>5", "completion": "6<think>never ends", "input": "<think>y</think>z",
+    }  # fmt: skip
+    plain = without_thinking(row)
+    assert plain["messages"] == [row["messages"][0], {"role": "assistant", "content": "4"}]
+    assert (plain["output"], plain["completion"], plain["input"]) == ("5", "6", "<think>y</think>z")
+    with pytest.raises(BadRow, match="nothing is left"):
+        without_thinking({"completion": "<think>only"})

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
+import dist
 import ebft
 from conftest import ROOT, run_program
-from data import DataError, Prompt, Tokenizer
+from data import DataError, DataOptions, Prompt, Tokenizer, read_prompts
 from ebft import (
     BlockPass,
     Config,
+    Conversation,
     Document,
     advantages,
     alignment,
@@ -25,14 +28,16 @@ from ebft import (
     diversity,
     energy,
     group_features,
+    read_blocks,
     sample_blocks,
     true_completion,
     whiten,
 )
 from kernels import linear_logprobs
 from model import load_pretrained
-from rollout import Rollout
+from rollout import Completion, Rollout, play
 
+ALONE = dist.World(0, 1, 0, torch.device("cpu"))
 GOLDEN = json.loads((Path(__file__).parent / "ebft_golden.json").read_text())
 
 
@@ -379,6 +384,65 @@ def test_a_resumed_run_ends_with_the_same_bytes(small_checkpoint, texts, tmp_pat
     assert (tmp_path / "b" / "final" / "model.safetensors").read_bytes() == whole
 
 
+def test_recorded_blocks_replay_to_the_same_bytes(small_checkpoint, texts, tmp_path):
+    more = ("ce_coef=0.1", "val_set_size=0", "n_samples_per_prompt=2", "log_completions=true")
+    run_ebft(small_checkpoint[0], texts, tmp_path / "a", *more)
+    assert "true '" in (tmp_path / "a" / "run.log").read_text()
+    replay = (f"replay_path={tmp_path / 'a' / 'rollouts'}", "rollout_engine=replay", "datasets=[]")
+    run_ebft(small_checkpoint[0], texts, tmp_path / "b", *more, *replay)
+    names = [tmp_path / run / "final" / "model.safetensors" for run in "ab"]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    ranks = (*more, *replay, "micro_batch_size=1")  # two processes' blocks stand in the order of the step
+    run_ebft(small_checkpoint[0], texts, tmp_path / "c", *ranks, ranks=2)
+    for name in ("step-0.jsonl", "step-3.jsonl"):
+        lines = [
+            [json.loads(x) for x in (tmp_path / run / "rollouts" / name).read_text().splitlines()]
+            for run in "ac"
+        ]
+        for a, c in zip(*lines, strict=True):
+            assert a["document_ids"] == c["document_ids"] and a["block_ids"] == c["block_ids"]
+
+
+@pytest.mark.parametrize("harm, words", [
+    ({"anchors": [500]}, "anchors must be places"), ({"block_ids": [[[1, 2]]]}, "block_ids and sampling"),
+    ({"counted": [1]}, "an entry a token"), ({"document_ids": []}, "non-empty list"),
+    ({"block_ids": "x"}, "block_ids and sampling"),
+])  # fmt: skip
+def test_a_bad_line_of_recorded_blocks_is_named(harm, words, tmp_path):
+    good = {"document_ids": list(range(3, 15)), "counted": [1] * 12, "anchors": [8],
+            "block_ids": [[[1, 2, 3, 4]] * 2], "sampling_logprobs": [[[-1.0] * 4] * 2]}  # fmt: skip
+    file = tmp_path / "step-0.jsonl"
+    file.write_text(json.dumps(good) + "\n")
+    (document,) = read_blocks(str(tmp_path), tmp_path, 2, 4, 96)
+    assert document.recorded is not None and document.recorded[0].shape == (1, 2, 4)
+    file.write_text(json.dumps(good) + "\n" + json.dumps({**good, **harm}) + "\n")
+    with pytest.raises(DataError, match=rf"step-0.jsonl:2: .*{words}"):
+        read_blocks(str(file), tmp_path, 2, 4, 96)
+
+
+@pytest.mark.parametrize("mode", ["structured", "strided"])
+def test_with_cross_entropy_alone_a_step_is_that_of_supervised_fine_tuning(
+    mode, small_checkpoint, questions, tmp_path
+):
+    """One AdamW step over the whole data set; SGD would do as well, but every recipe has AdamW."""
+    common = (f"base_model={small_checkpoint[0]}", f"datasets=[{{path: {questions}, type: chat}}]",
+              "max_steps=1", "learning_rate=1e-3", "lr_scheduler=constant", "weight_decay=0.0",
+              "adam_epsilon=1e-3", "max_grad_norm=1000")  # fmt: skip
+    cut = {"structured": ("num_generations=2", "micro_batch_size=20", "gradient_accumulation_steps=3"),
+           "strided": ("generate_max_len=2", "micro_batch_size=10",
+           "gradient_accumulation_steps=3")}  # fmt: skip
+    own = ("temperature=1.0", "rl_coef=0", "ce_coef=1.0", "max_completion_length=4", f"mode={mode}")
+    for recipe, options in (("sft", ("micro_batch_size=30",)), ("ebft", (*own, *cut[mode]))):
+        done = run_program(ROOT / f"{recipe}.py", *common, *options, f"output_dir={tmp_path / recipe}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    sft, mine = (load_file(tmp_path / r / "final" / "model.safetensors") for r in ("sft", "ebft"))
+    start = load_file(small_checkpoint[0] / "model.safetensors")
+    moved = max((sft[name] - start[name]).abs().max() for name in sft)
+    assert moved > 1e-4
+    for name, tensor in sft.items():
+        assert (mine[name] - tensor).abs().max() < 1e-5, name
+
+
 def test_two_processes_train_together(small_checkpoint, texts, tmp_path):
     rows = run_ebft(small_checkpoint[0], texts, tmp_path, "micro_batch_size=1", ranks=2)
     assert len(rows) == 5 and rows[-1]["grad_norm"] > 0
@@ -437,6 +501,116 @@ def test_the_true_completion_is_what_the_policy_would_write_its_end_included(tem
     assert true_completion(plain, tokenizer) == ([*tokenizer.encode(" 4"), tokenizer.eos_id], None)
     with pytest.raises(DataError, match="f:3: has no true completion"):
         true_completion(Prompt([1], "x", {}, "f:3"), tokenizer)
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4."},
+    {"role": "user", "content": "And 1 more?"}, {"role": "assistant", "content": "<think>4+1</think>5."},
+    {"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "Sure."},
+    {"role": "user", "content": "Unanswered"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("turns, asked, answers, after", [
+    ("last", [6], ["Sure."], [0]), ("first", [2], ["4."], [0]),
+    ("every", [2, 4, 6], ["4.", "5.", "Sure."], [0, 0, 0]), ("rollout", [2], ["4."], [4]),
+])  # fmt: skip
+def test_a_conversation_asks_for_its_last_first_or_every_answer_or_is_rolled_out(
+    turns, asked, answers, after, tokenizer_directory, tmp_path
+):
+    tokenizer = Tokenizer.load(tokenizer_directory("chatml"))
+    rows = CONVERSATION[:-1] if turns == "last" else CONVERSATION  # `last` asks for what ends the row
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": rows, "answer": "the row's"}) + "\n")
+    specs = [{"path": "rows.jsonl", "type": "chat"}]
+    options = DataOptions(datasets=specs, strip_thinking=True)
+    prompts, _ = read_prompts(specs, tokenizer, options, tmp_path, turns=turns)
+    plain = [{**m, "content": m["content"].replace("<think>4+1</think>", "")} for m in CONVERSATION]
+    assert [p.ids for p in prompts] == [tokenizer.encode_prompt(plain[:i]) for i in asked]
+    for prompt, answer, more in zip(prompts, answers, after, strict=True):
+        assert prompt.completion == answer and len(prompt.columns.get("remaining_turns", [])) == more
+        truth, _ = true_completion(prompt, tokenizer, 8)
+        assert tokenizer.decode(truth).startswith(answer)  # not the `answer` column, which is for rewards
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3"])
+def test_a_policy_that_says_the_truth_rolls_out_the_true_conversation(template, tokenizer_directory):
+    tokenizer = Tokenizer.load(tokenizer_directory(template))
+    messages, remaining = CONVERSATION[:2], CONVERSATION[3:7]
+    prompt = Prompt(tokenizer.encode_prompt(messages), messages, {"remaining_turns": remaining}, "f:1", "4.")
+    truth, mask = true_completion(prompt, tokenizer, 8)
+    assert mask is not None and len(mask) == len(truth)
+    said = [t for t, m in zip(truth, mask, strict=True) if m]
+    ends = [i + 1 for i, t in enumerate(said) if t in tokenizer.stop_ids]
+    answers = [said[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    assert [tokenizer.decode(a) for a in answers] == ["4.", "<think>4+1</think>5.", "Sure."]
+    assert "And 1 more?" in tokenizer.decode([t for t, m in zip(truth, mask, strict=True) if not m])
+
+    class Truthful:
+        turn = 0
+
+        def version(self, step):
+            return step
+
+        def generate(self, prompts, n, **_):
+            ids = answers[self.turn]
+            self.turn += 1
+            return [[Completion(ids, [-0.5] * len(ids), "stop") for _ in range(n)] for _ in prompts]
+
+    config = Config(base_model="x", datasets=[{"path": "x"}], max_completion_length=200)
+    rollouts = play(
+        Truthful(), Conversation, [prompt], [0], 2, step=0, seed=(1,), options=config,  # type: ignore[arg-type]
+        tokenizer=tokenizer, world=ALONE,
+    )  # fmt: skip
+    for r in rollouts:
+        assert r.completion_ids == truth and r.completion_mask == mask and not r.truncated
+
+
+@pytest.mark.parametrize("remaining, words", [
+    ([{"role": "user", "content": "?"}], "must end with an answer"),
+    ([{"role": "assistant", "content": "?"}], "without a question"), (["x"], "list of messages"),
+    (CONVERSATION[3:5] * 9, "raise max_turns"),
+])  # fmt: skip
+def test_remaining_turns_that_cannot_be_played_are_refused(remaining, words, tokenizer_directory):
+    tokenizer = Tokenizer.load(tokenizer_directory("chatml"))
+    messages = CONVERSATION[:2]
+    prompt = Prompt(tokenizer.encode_prompt(messages), messages, {"remaining_turns": remaining}, "f:1", "4.")
+    with pytest.raises(DataError, match=f"f:1: .*{words}"):
+        true_completion(prompt, tokenizer, 8)
+
+
+def test_a_template_that_rewrites_earlier_turns_cannot_roll_out(tokenizer_directory):
+    tokenizer = Tokenizer.load(tokenizer_directory("qwen3"))
+    messages, remaining = CONVERSATION[:2], CONVERSATION[3:7]
+    prompt = Prompt(
+        tokenizer.encode_prompt(messages),
+        messages,
+        {"remaining_turns": remaining},
+        "f:1",
+        "<think>a</think>4.",
+    )
+    with pytest.raises(DataError, match="changes earlier turns"):
+        true_completion(prompt, tokenizer, 8)
+
+
+def test_conversations_are_trained_on_their_answers_only_and_replay(small_checkpoint, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    row = [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "gg"}] * 2
+    file.write_text((json.dumps({"messages": row}) + "\n") * 12)
+    more = ("chat_turns=rollout", "max_completion_length=40", "max_turns=3", "max_steps=2", "ce_coef=0.1")
+    run_structured(small_checkpoint[0], file, tmp_path / "a", *more)
+    lines = [json.loads(x) for x in (tmp_path / "a" / "rollouts" / "step-0.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert len(line["completion_mask"]) == len(line["completion_ids"])
+        assert 0 in line["ground_truth_mask"] and len(line["ground_truth_mask"]) == len(
+            line["ground_truth_ids"]
+        )
+    run_structured(
+        small_checkpoint[0], file, tmp_path / "b", *more, "rollout_engine=replay", "val_set_size=0",
+        f"replay_path={tmp_path / 'a' / 'rollouts'}", "datasets=[]",
+    )  # fmt: skip
+    names = [tmp_path / run / "final" / "model.safetensors" for run in "ab"]
+    assert names[0].read_bytes() == names[1].read_bytes()
 
 
 @pytest.fixture(scope="module")
