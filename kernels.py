@@ -131,20 +131,28 @@ class SharedPrompts:
     document and the blocks that branch off it.
     """
 
+    TILE = 64  # continuations of a document attend side by side, so many tokens of them at a time
+
     def __init__(self, groups: list[tuple[int, list[tuple[int, int]]]], device: torch.device):
         self.device = device
-        # Found: (P, L, first of document, first of its own)
-        found, document_ids, positions, kinds = [], [], [], []
+        document_ids, positions, kinds = [], [], []
+        # Found: (longest P, tokens, first of the document, [(P, L, first of its own)])
+        tiles: list[tuple[int, int, int, list[tuple[int, int, int]]]] = []
         at = 0
         for number, (length, continuations) in enumerate(groups):
-            document = at
+            document, open_tile = at, False
             document_ids += [number] * length
             positions += range(length)
             kinds += [(number, -1, length)] * length
             at += length
             for place, (P, L) in enumerate(continuations):
                 assert 0 < P <= length and L > 0
-                found.append((P, L, document, at))
+                if open_tile and tiles[-1][1] + L <= self.TILE:
+                    most, count, _, parts = tiles[-1]
+                    tiles[-1] = (max(most, P), count + L, document, [*parts, (P, L, at)])
+                else:
+                    tiles.append((P, L, document, [(P, L, at)]))
+                    open_tile = True
                 document_ids += [-1] * L
                 positions += range(P, P + L)
                 kinds += [(number, place, P)] * L
@@ -155,43 +163,63 @@ class SharedPrompts:
         self._kinds = torch.tensor(kinds, device=device)
         self._block_masks: dict[int | None, Any] = {}
         self._visible: dict[tuple[int, int | None], Tensor] = {}
-        # Continuations of similar shape side by side: (their tokens [n, L], their keys [n, P + L], visible).
-        self.buckets: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        found.sort(reverse=True)
+        # Tiles of similar shape side by side: (their tokens [n, Q], which of them are real, their keys
+        # [n, P + Q], and what says who sees whom).
+        self.buckets: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rules: list[tuple[Tensor, ...]] = []
+        tiles.sort(key=lambda tile: tile[:2], reverse=True)
         i = 0
-        while i < len(found):
-            P_most, L_most = found[i][0], found[i][1]
+        while i < len(tiles):
+            P_most, Q_most = tiles[i][:2]
             n = 1
-            while i + n < len(found):
-                P, L = found[i + n][:2]
-                alike = 0.75 * P_most <= P and 0.5 * L_most <= L <= L_most
-                if not alike and not (P_most <= 64 and max(L, L_most) <= 32):
+            while i + n < len(tiles):
+                P, Q = tiles[i + n][:2]
+                alike = 0.75 * P_most <= P and 0.5 * Q_most <= Q <= 2 * Q_most
+                if not alike and not (P_most <= 64 and max(Q, Q_most) <= self.TILE):
                     break
-                L_most = max(L, L_most)
+                Q_most = max(Q, Q_most)
                 n += 1
-            P, L, prompt, start = torch.tensor(found[i : i + n]).unbind(1)
-            column, key = torch.arange(L_most), torch.arange(P_most + L_most)
-            inside = column[None] < L[:, None]
-            token = start[:, None] + torch.minimum(column[None], L[:, None] - 1)
-            # Keys: the prompt, then the completion, then repeats that nothing sees.
-            past = (key[None] - P[:, None]).clamp(min=0)
-            keys = torch.where(
-                key[None] < P[:, None], prompt[:, None] + key[None],
-                start[:, None] + torch.minimum(past, L[:, None] - 1),
-            )  # fmt: skip
-            query = P[:, None] + column[None]  # position of each query; a key's position is its column
-            self.buckets.append(tuple(x.to(device) for x in (token, keys, query, inside)))  # type: ignore[arg-type]
+            self._add_bucket(tiles[i : i + n], P_most, Q_most)
             i += n
 
+    def _add_bucket(self, tiles: list, P_most: int, Q_most: int) -> None:
+        """Keys of a tile are the document's first P, then the tile's own tokens; what pads sees as the last
+        real token does, and is never seen."""
+        tokens, owners, prefixes, positions, counts, documents = [], [], [], [], [], []
+        for _, count, document, parts in tiles:
+            token, owner, prefix, position = [], [], [], []
+            for which, (P, L, start) in enumerate(parts):
+                token += range(start, start + L)
+                position += range(P, P + L)
+                owner += [which] * L
+                prefix += [P] * L
+            for column in (token, owner, prefix, position):
+                column += column[-1:] * (Q_most - count)
+            tokens.append(token)
+            owners.append(owner)
+            prefixes.append(prefix)
+            positions.append(position)
+            counts.append(count)
+            documents.append(document)
+        token, owner, prefix, position = (torch.tensor(x) for x in (tokens, owners, prefixes, positions))
+        document, before = torch.tensor(documents)[:, None], torch.arange(P_most)[None]
+        inside = torch.arange(Q_most)[None] < torch.tensor(counts)[:, None]
+        keys = torch.cat([document + before.minimum(prefix.amax(1, keepdim=True) - 1), token], dim=1)
+        self.buckets.append((token.to(self.device), inside.to(self.device), keys.to(self.device)))
+        key_owner = owner.where(inside, -1)
+        rule = (before, prefix, position, owner, key_owner)
+        self._rules.append(tuple(x.to(self.device) for x in rule))
+
     def visible(self, bucket: int, window: int | None) -> Tensor:
-        """[n, 1, L, S]: which keys the queries of a bucket see. Made once a pass, every layer uses it."""
+        """[n, 1, Q, P + Q]: which keys the queries of a bucket see. Made once a pass, every layer uses it."""
         if (bucket, window) not in self._visible:
-            _, keys, query, _ = self.buckets[bucket]
-            key = torch.arange(keys.shape[1], device=query.device)
-            seen = key <= query[..., None]
+            before, prefix, position, owner, key_owner = self._rules[bucket]
+            own = (owner[:, :, None] == key_owner[:, None]) & (position[:, None] <= position[:, :, None])
+            shared = before[:, None] < prefix[:, :, None]
             if window is not None:
-                seen &= key > query[..., None] - window
-            self._visible[bucket, window] = seen[:, None]
+                shared = shared & (before[:, None] > position[:, :, None] - window)
+                own &= position[:, None] > position[:, :, None] - window
+            self._visible[bucket, window] = torch.cat([shared, own], dim=-1)[:, None]
         return self._visible[bucket, window]
 
     def predicate(self, window: int | None) -> tuple[Callable, Any]:
@@ -220,7 +248,7 @@ def _shared_prompt_attention(
         sees, mask = shared.predicate(window)
         return predicate_attention(q, k, v, sees, scale=scale, block_mask=mask)
     out = attention(q, k, v, scale=scale, documents=shared.prompts, window=window, softcap=softcap)[0]
-    for bucket, (token, keys, _, inside) in enumerate(shared.buckets):
+    for bucket, (token, inside, keys) in enumerate(shared.buckets):
         n, L = token.shape
         mine = q[0].index_select(0, token.flatten()).view(n, L, *q.shape[2:]).transpose(1, 2)
         seen = shared.visible(bucket, window)

@@ -332,7 +332,7 @@ def main(config: Config) -> None:
                 "epoch": order.epoch_of(step),
                 "num_tokens": state["num_tokens"],
                 "tokens_per_second": window["tokens"] / elapsed,
-                "step_seconds": elapsed / window["steps"],
+                "step_time": elapsed / window["steps"],
                 "trained_token_share": window["trained"] / window["tokens"],
                 "packing_efficiency": window["tokens"] / window["slots"],
                 **health.memory(world.device),

@@ -82,7 +82,7 @@ def ours(directory: Path, shape: dict, steps: int, started: float) -> dict:
     process.wait()
     assert process.returncode == 0
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    seconds = sum(row["step_seconds"] for row in rows[1:])
+    seconds = sum(row["step_time"] for row in rows[1:])
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return {"tokens_per_second": (rows[-1]["num_tokens"] - rows[0]["num_tokens"]) / seconds, "peak_GiB": peak,
             "first_step_seconds": first}  # fmt: skip

@@ -324,7 +324,7 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
     assert rows[11]["train/loss"] < rows[0]["train/loss"]
     for key in ("train/loss", "train/grad_norm", "train/learning_rate", "memory/max_alloc",
     "memory/max_reserved", "num_tokens",
-                "tokens_per_second", "step_seconds", "trained_token_share", "packing_efficiency",
+                "tokens_per_second", "step_time", "trained_token_share", "packing_efficiency",
                 "epoch"):  # fmt: skip
         assert all(key in row for row in rows[:12]), key
     assert "eval/loss" in rows[5] and "eval/loss" in rows[11] and "eval/accuracy" in rows[12]
@@ -349,16 +349,16 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
     assert chat.returncode == 0, chat.stderr
 
 
-def test_step_seconds_count_every_step_also_when_an_evaluation_falls_between_two_log_lines(
+def test_step_time_counts_every_step_also_when_an_evaluation_falls_between_two_log_lines(
     small_checkpoint, chat_file, tmp_path
 ):
     out = tmp_path / "out"
     how = dict(max_steps=8, logging_steps=2, eval_steps=3, val_set_size=5, micro_batch_size=4)
     run_ok(WORKER, "slow", "0.3", *arguments(small_checkpoint, chat_file, out, **how))
-    rows = [row for row in metrics(out) if "step_seconds" in row]
+    rows = [row for row in metrics(out) if "step_time" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     for row in rows:  # each step waits 0.3 s: no step can have been left out of the clock
-        assert row["step_seconds"] >= 0.3
+        assert row["step_time"] >= 0.3
 
 
 def test_an_adapter_is_saved_as_peft_reads_it_and_can_be_gone_on_from(small_checkpoint, chat_file, tmp_path):
