@@ -736,3 +736,7 @@ class Timer:
         now = time.perf_counter()
         elapsed, self.last = now - self.last, now
         return elapsed
+
+    def so_far(self) -> float:
+        """Seconds since the last call, which stays the last."""
+        return time.perf_counter() - self.last

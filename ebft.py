@@ -162,6 +162,7 @@ class Config(
         check_model_options(self)
         check_policy_options(self)
         dist.check_optimizer_options(self)
+        health.check_log_options(self)
         if not self.datasets and self.rollout_engine != "replay":
             raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: text}]")
         if self.mode == "strided" and self.rollout_engine == "vllm":
@@ -772,12 +773,15 @@ def strided(config: Config) -> None:
         }  # fmt: skip
         write_blocks(output_dir / "rollouts", step - 1, parts, drawn, places, world)
         logger.advance()
-        stopping = dist.all_reduce([float(interrupt.signal is not None)], world)[0] > 0
+        asked = float(interrupt.signal is not None) + logger.asked
+        stopping = dist.all_reduce([asked], world)[0]
+        logger.stop_if_asked(stopping, step, world)
         if judged and (
             step == total_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
         ):
             metrics |= evaluated(step)
             state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+        logger.observe(step, metrics)
         if step % config.logging_steps == 0 or step == total_steps or "eval/loss" in metrics:
             logger.log(step, metrics)
             if config.log_completions and world.main:
@@ -789,9 +793,7 @@ def strided(config: Config) -> None:
         seconds()
         if stopping and step < total_steps:
             checkpointer.finish()
-            logger.close()
-            log.info("stopped by a signal after step %d; the same command goes on from here", step)
-            dist.finish()
+            logger.stopped(step, world)
             return
     checkpointer.finish()
 
@@ -1055,7 +1057,9 @@ def structured(config: Config) -> None:
                 **{f"step_time/{k}": v for k, v in took.items()}, **health.memory(world.device),
             }  # fmt: skip
             logger.advance()
-            stopping = dist.all_reduce([float(interrupt.signal is not None)], world)[0] > 0
+            asked = float(interrupt.signal is not None) + logger.asked
+            stopping = dist.all_reduce([asked], world)[0]
+            logger.stop_if_asked(stopping, step, world)
             last = step == total_steps
             evaluating = bool(held_out) and (
                 last or (config.eval_steps is not None and step % config.eval_steps == 0)
@@ -1067,6 +1071,7 @@ def structured(config: Config) -> None:
             if evaluating:
                 metrics |= evaluated(step)
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+            logger.observe(step, metrics)
             if step % config.logging_steps == 0 or last or evaluating:
                 logger.log(step, metrics)
                 if world.main:
@@ -1081,9 +1086,7 @@ def structured(config: Config) -> None:
                 checkpointer.save(step, model, optimizers, {**state, "ahead": held})
             if stopping and not last:
                 checkpointer.finish()
-                logger.close()
-                log.info("stopped by a signal after step %d; the same command goes on from here", step)
-                dist.finish()
+                logger.stopped(step, world)
                 return
     except EngineError as error:
         if step > (checkpointer.steps() or [0])[-1]:  # nothing of the run is lost to a server

@@ -128,6 +128,7 @@ class Config(
         check_model_options(self)
         check_policy_options(self)
         dist.check_optimizer_options(self)
+        health.check_log_options(self)
         replayed = self.rollout_engine == "replay"
         if not self.datasets and not replayed:
             raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: chat}]")
@@ -803,7 +804,9 @@ def main(config: Config) -> None:
                 **sync_metrics, **health.memory(world.device),
             }  # fmt: skip
             logger.advance()
-            stopping = dist.all_reduce([float(interrupt.signal is not None)], world)[0] > 0
+            asked = float(interrupt.signal is not None) + logger.asked
+            stopping = dist.all_reduce([asked], world)[0]
+            logger.stop_if_asked(stopping, step, world)
             evaluating = judge is not None and (
                 step == total_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
             )
@@ -814,6 +817,7 @@ def main(config: Config) -> None:
             if evaluating:
                 metrics |= evaluated(step)
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+            logger.observe(step, metrics)
             if step % config.logging_steps == 0 or step == total_steps or evaluating:
                 logger.log(step, metrics)
                 if config.log_completions and used == 0:
@@ -824,9 +828,7 @@ def main(config: Config) -> None:
                 save(checkpointer, step, model, optimizers, state, rollouts, ahead, buffer, moving, world)
             if stopping and step < total_steps:
                 checkpointer.finish()
-                logger.close()
-                log.info("stopped by a signal after step %d; the same command goes on from here", step)
-                dist.finish()
+                logger.stopped(step, world)
                 return
     except EngineError as error:
         # Nothing of the run is lost to a server: what was trained so far is saved before the run ends.

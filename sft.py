@@ -96,6 +96,7 @@ class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, Dis
             if not isinstance(spec.get("weight", 1.0), (int, float)) or spec.get("weight", 1.0) < 0:
                 raise ConfigError("datasets", spec.get("weight"), "weight must be a number of at least 0")
         dist.check_optimizer_options(self)
+        health.check_log_options(self)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -268,10 +269,11 @@ def main(config: Config) -> None:
     while step < total_steps:
         with health.profiled(step + 1, config, output_dir, world.rank, world.device):
             # a. The rows of this step, the same on every rank; this rank's micro-batches; and the tokens that
-            # all of    them train together.
+            # all of them train together.
             units = order.units(step)
             batches = order.micro_batches(units, config.micro_batch_size, world.rank, world.size)
             trained_tokens = order.trained_tokens(units)
+            waited = seconds.so_far()
 
             # b. Forward and backward. FSDP averages gradients over ranks, the loss is a sum over them: ×
             # world.size.
@@ -311,12 +313,22 @@ def main(config: Config) -> None:
             "tokens": float(sum(int((batch.document_ids >= 0).sum()) for batch in batches)),
             "slots": float(sum(batch.input_ids.numel() for batch in batches)),
             "aux": aux_mean / world.size,
-            "stopping": float(interrupt.signal is not None),
+            "stopping": float(interrupt.signal is not None) + logger.asked,
         }
         sums = dict(zip(sums, dist.all_reduce(list(sums.values()), world), strict=True))
-        stopping = sums.pop("stopping") > 0
+        stopping = sums.pop("stopping")
+        logger.stop_if_asked(stopping, step, world)
         sums |= {"trained": trained_tokens, "documents": sum(len(unit) for unit in units), "steps": 1}
         sums["seconds"] = seconds()
+        now = {
+            "train/loss": sums["nll"] / trained_tokens,
+            "train/grad_norm": norm.item(),
+            "train/learning_rate": rate,
+            "trained_token_share": trained_tokens / sums["tokens"],
+            "step_time": sums["seconds"],
+            "step_time/data_share": waited / sums["seconds"],
+            **health.memory(world.device),
+        }
         window = {name: window.get(name, 0.0) + value for name, value in sums.items()}
         state["num_tokens"] += int(sums["tokens"])
         logger.advance()
@@ -326,16 +338,14 @@ def main(config: Config) -> None:
         if step % config.logging_steps == 0 or step == total_steps:
             elapsed = window["seconds"]
             metrics = {
+                **now,
                 "train/loss": window["nll"] / window["trained"],
-                "train/grad_norm": norm.item(),
-                "train/learning_rate": rate,
                 "epoch": order.epoch_of(step),
                 "num_tokens": state["num_tokens"],
                 "tokens_per_second": window["tokens"] / elapsed,
                 "step_time": elapsed / window["steps"],
                 "trained_token_share": window["trained"] / window["tokens"],
                 "packing_efficiency": window["tokens"] / window["slots"],
-                **health.memory(world.device),
             }
             if aux_coef and arch.num_experts:
                 metrics["train/router_aux_loss"] = window["aux"] / window["steps"]
@@ -347,6 +357,7 @@ def main(config: Config) -> None:
         if len(held_out_rows) and (due or step == total_steps):
             metrics |= evaluate(model, eval_order, config, world)
             state["eval_after"] = metrics["eval/loss"]
+        logger.observe(step, {**metrics, **now}, rows=lambda units=units: named_rows(dataset, units))
         if metrics:
             logger.log(step, metrics)
         due = config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
@@ -355,9 +366,7 @@ def main(config: Config) -> None:
         seconds()  # evaluating and saving are not training time
         if stopping and step < total_steps:
             checkpointer.finish()
-            logger.close()
-            log.info("stopped by a signal after step %d; the same command goes on from here", step)
-            dist.finish()
+            logger.stopped(step, world)
             return
     checkpointer.finish()
 
@@ -382,6 +391,11 @@ def main(config: Config) -> None:
     log.info("saved               %s", final)
     log.info("talk to it          python model.py chat %s", final)
     dist.finish()
+
+
+def named_rows(dataset: Dataset, units: list[list[int]]) -> str:
+    rows = [row for unit in units for row in unit]
+    return ", ".join(dataset.name(row) for row in rows[:4]) + (" …" if len(rows) > 4 else "")
 
 
 def shortened(text: str) -> str:

@@ -1,4 +1,6 @@
-"""Rows of GSM8K (openai/gsm8k) as prompts with the final number as their answer."""
+"""Rows of GSM8K (openai/gsm8k): prompts with the final number as their answer, or with the worked answer."""
+
+import re
 
 SYSTEM = "Reason step by step, then give the final number alone on the last line after ####."
 
@@ -8,6 +10,12 @@ def prompt(row: dict) -> dict:
         "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}],
         "answer": row["answer"].split("####")[-1].strip(),
     }
+
+
+def worked(row: dict) -> dict:
+    """The whole answer as the true completion, without the calculator's annotations <<…>>."""
+    answer = re.sub(r"<<.*?>>", "", row["answer"])
+    return {"messages": [*prompt(row)["messages"], {"role": "assistant", "content": answer}]}
 
 
 def strict(completions: list, answer: list, **_) -> list[float]:
