@@ -1095,11 +1095,9 @@ def command_line(arguments: list[str]) -> int:
         history, config = read_history(Path(arguments[1]))
         doctor = diagnose(history, config)
         readers = [rule for found in doctor.readers.values() for rule, _ in found]
-        read = sum(rule in readers for rule in doctor.rules)
+        of, read = len(doctor.rules), sum(rule in readers for rule in doctor.rules)
         if not doctor.ever:
-            print(
-                f"well: {len(history)} logged steps, {read} of {len(doctor.rules)} rules had something to read"
-            )
+            print(f"well: {len(history)} logged steps, {read} of {of} rules had something to read")
         return 1 if doctor.ever else 0
     print(USAGE, file=sys.stderr)
     return 2
