@@ -540,16 +540,14 @@ def feature_network(
 def on_device(frozen: Transformer | None, config: Config, world: dist.World) -> Iterator[None]:
     """An offloaded frozen copy comes to the GPU, and goes back. Where it is sharded FSDP does that itself,
     block by block."""
-    moves = frozen is not None and config.offload_feature_network and world.mesh is None
-    if moves:
-        assert frozen is not None
-        frozen.to(world.device)
+    if frozen is None or not config.offload_feature_network or world.mesh is not None:
+        yield
+        return
+    frozen.to(world.device)
     try:
         yield
     finally:
-        if moves:
-            assert frozen is not None
-            frozen.to("cpu")
+        frozen.to("cpu")
 
 
 JUDGED = ("alignment_cosine", "cfm_loss", "cfm_unwhitened", "reward", "pairwise_cosine")  # held out
@@ -1020,7 +1018,8 @@ def structured(config: Config) -> None:
 
             # c. The policy's step, as in GRPO: this rank's micro-batches of the whole batch.
             micro = [rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
-            keep_logprobs(model, frozen if config.beta else None, micro, config, world, share, old=False)
+            with on_device(frozen if config.beta else None, config, world):
+                keep_logprobs(model, frozen if config.beta else None, micro, config, world, share, old=False)
             tally, losses, used, skipped = accumulate_gradients(
                 model, rollouts, micro, config, world, share, step=step + 1, reused=False,
                 bonus=entropy_bonus(config, state.get("entropy", 0.0)), aux_coef=aux_coef,
@@ -1121,7 +1120,7 @@ def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) ->
             raise DataError(prompt.name, None, "has remaining_turns, but its prompt is no list of messages")
         return tokenizer.encode(answer) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id]), None
     questions = questions_of(remaining, prompt.name)
-    if len(questions) >= max_turns > 1:
+    if len(questions) >= max_turns:
         raise DataError(
             prompt.name, None, f"has {len(questions) + 1} answers", f"raise max_turns ({max_turns})"
         )

@@ -560,13 +560,15 @@ RULES: tuple[Rule, ...] = (
     ),
 )  # fmt: skip
 
-GUARDS: dict[str, Callable[[dict], bool]] = {
-    "has_prompts": lambda config: (
-        any(s.get("type") != "text" for s in config.get("datasets") or [{}])
-        and not any(
-            "." in str(s.get("type")) or s.get("type") == "tokens" for s in config.get("datasets") or []
-        )
-    ),
+PROMPTED = {"chat", "instruct", "prompt_completion"}
+
+
+def _types(config: dict) -> set[str]:
+    return {str(spec.get("type")) for spec in config.get("datasets") or []}
+
+
+GUARDS: dict[str, Callable[[dict], Any]] = {
+    "has_prompts": lambda config: _types(config) & PROMPTED and _types(config) <= PROMPTED | {"text"},
     "raw_features": lambda config: (
         config.get("whitening", "none") == "none" and not config.get("use_whitening")
     ),
@@ -788,7 +790,7 @@ class Doctor:
         self.series: dict[str, Series] = {}
         self.ill: dict[tuple[str, str], int] = {}  # (rule, metric) → observations since it was last seen ill
         self.ever: dict[str, Verdict] = {}  # the first verdict of every rule that has spoken
-        self.readers: dict[str, list[tuple[Rule, str]]] = {}  # metric → what reads it
+        self.readers: dict[str, list[Rule]] = {}  # metric → what reads it
 
     def observe(
         self, step: int, metrics: dict[str, float], rows: Callable[[], str] | None = None
@@ -799,22 +801,22 @@ class Doctor:
         if rate is not None and self.total_steps and "lr_scheduler" in self.config:
             expected = dist.learning_rate(step - 1, self.options, self.total_steps)
             metrics = {**metrics, "schedule/ratio": rate / expected if expected else 1.0 + rate}
-        for name, value in metrics.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                continue
-            if name not in self.series:
-                self.series[name] = Series()
-                self.readers[name] = [(rule, name) for rule in self.rules if self._reads(rule, name)]
+        figures = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
+        for name in figures:
+            self.series.setdefault(name, Series())
+        for name, value in figures.items():
+            if name not in self.readers:
+                self.readers[name] = [rule for rule in self.rules if self._reads(rule, name)]
             if not self.readers[name]:
                 continue
             seen = self.series[name]
-            seen.add(float(value), progress)
-            for rule, metric in self.readers[name]:
+            seen.add(value, progress)
+            for rule in self.readers[name]:
                 found = CHECKS[rule.check](rule, seen) if seen.count > rule.after else None
-                key = (rule.name, metric)
+                key = (rule.name, name)
                 if found is not None and key not in self.ill:
                     named = rows() if rows is not None and rule.check == "spike" else ""
-                    verdicts.append(Verdict(rule, step, metric, True, found, named))
+                    verdicts.append(Verdict(rule, step, name, True, found, named))
                     self.ever.setdefault(rule.name, verdicts[-1])
                 if found is not None:
                     self.ill[key] = 0
@@ -822,7 +824,7 @@ class Doctor:
                     self.ill[key] += 1
                     if self.ill[key] >= max(3, rule.window):  # not back and forth at the edge of a range
                         del self.ill[key]
-                        verdicts.append(Verdict(rule, step, metric, False))
+                        verdicts.append(Verdict(rule, step, name, False))
         # The gravest first, and among equals the order of the table.
         return sorted(verdicts, key=lambda v: (not v.ill, v.rule.severity != "critical"))
 
@@ -922,9 +924,8 @@ class MetricLogger:
             return
         actions = self.doctor.config["on_unhealthy"]
         for verdict in self.doctor.observe(step, metrics, rows):
-            log.warning("%s", verdict.line(self.doctor.config)) if verdict.ill else log.info(
-                "%s", verdict.line(self.doctor.config)
-            )
+            say = log.warning if verdict.ill else log.info
+            say("%s", verdict.line(self.doctor.config))
             action = actions if isinstance(actions, str) else actions.get(verdict.rule.severity, "warn")
             if verdict.ill and action != "warn" and not self.asked:
                 self.asked = ABANDON if action == "stop" else 1.0
@@ -1094,7 +1095,7 @@ def command_line(arguments: list[str]) -> int:
     if len(arguments) == 2 and arguments[0] == "diagnose":
         history, config = read_history(Path(arguments[1]))
         doctor = diagnose(history, config)
-        readers = [rule for found in doctor.readers.values() for rule, _ in found]
+        readers = [rule for found in doctor.readers.values() for rule in found]
         of, read = len(doctor.rules), sum(rule in readers for rule in doctor.rules)
         if not doctor.ever:
             print(f"well: {len(history)} logged steps, {read} of {of} rules had something to read")

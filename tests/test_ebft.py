@@ -577,6 +577,9 @@ def test_remaining_turns_that_cannot_be_played_are_refused(remaining, words, tok
     prompt = Prompt(tokenizer.encode_prompt(messages), messages, {"remaining_turns": remaining}, "f:1", "4.")
     with pytest.raises(DataError, match=f"f:1: .*{words}"):
         true_completion(prompt, tokenizer, 8)
+    prompt.columns["remaining_turns"] = CONVERSATION[3:5]
+    with pytest.raises(DataError, match="has 2 answers; raise max_turns"):
+        true_completion(prompt, tokenizer, 1)
 
 
 def test_a_template_that_rewrites_earlier_turns_cannot_roll_out(tokenizer_directory):

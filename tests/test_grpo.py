@@ -667,6 +667,9 @@ def task(tmp_path_factory):
     (directory / "letters.py").write_text(
         "def many_g(completions, answer, **_):\n"
         "    return [min(1.0, c[0]['content'].count('g') / 2) for c in completions]\n"
+        # Hardly ever the same for two completions: no step is without signal
+        "def spread(completion_ids, **_):\n"
+        "    return [sum(ids) % 101 / 101 for ids in completion_ids]\n"
     )
     return directory
 
@@ -748,6 +751,7 @@ def test_completions_are_logged_as_a_table_to_wandb_and_the_console(task, small_
 def test_a_resumed_run_ends_with_the_same_bytes(more, task, small_checkpoint, tmp_path):
     import shutil
 
+    more = [*more, "reward_funcs=[letters.many_g, letters.spread]"]
     arguments = embedded(task, small_checkpoint[0], tmp_path / "whole", *more)
     run_grpo(*arguments)
     whole = (tmp_path / "whole" / "final" / "model.safetensors").read_bytes()
@@ -763,7 +767,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(more, task, small_checkpoint, tm
 
 
 def test_a_run_can_be_replayed_from_what_it_recorded(task, small_checkpoint, tmp_path):
-    run_grpo(*embedded(task, small_checkpoint[0], tmp_path / "a"))
+    more = "reward_funcs=[letters.many_g, letters.spread]"
+    run_grpo(*embedded(task, small_checkpoint[0], tmp_path / "a", more))
     run_grpo(
         f"base_model={small_checkpoint[0]}", "rollout_engine=replay",
         f"replay_path={tmp_path / 'a' / 'rollouts'}",

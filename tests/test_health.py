@@ -138,6 +138,14 @@ def test_a_learning_rate_that_is_not_the_schedules_is_found():
         assert list(doctor.ever) == expected
 
 
+def test_a_rule_reads_one_of_its_metrics_in_whatever_order_they_come():
+    both = {"reward": 0.0, "reward_std": 0.2, "rewards/good/mean": 0.0}
+    for metrics in (both, dict(reversed(both.items()))):
+        doctor = Doctor(CONFIG)
+        spoken = [v for step in range(1, 30) for v in doctor.observe(step, metrics)]
+        assert [(v.rule.name, v.metric) for v in spoken] == [("reward_stuck_at_zero", "rewards/good/mean")]
+
+
 def test_the_gravest_comes_first():
     doctor = Doctor(CONFIG)
     spoken = [v for s in range(1, 12) for v in doctor.observe(s, {"kl": 5.0, "clip_ratio/region_mean": 0.9})]
