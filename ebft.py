@@ -41,8 +41,9 @@ from data import (
     split_held_out,
 )
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions
+from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
-from kernels import SharedPrompts, linear_cross_entropy, linear_logprobs
+from kernels import SharedPrompts, TokenStatistics, linear_cross_entropy, linear_logprobs
 from model import (
     Architecture,
     BlockCache,
@@ -115,6 +116,7 @@ class Config(
     ModelOptions, DataOptions, FeatureOptions, PolicyOptions, OptimizerOptions, CheckpointOptions,
     DistOptions,
     LogOptions,
+    ForensicOptions,
 ):  # fmt: skip
     mode: Literal["structured", "strided"] = "structured"
     """structured: prompts with a true completion, sampled by a rollout engine. strided: many short rollouts
@@ -686,6 +688,30 @@ def strided(config: Config) -> None:
             tally.mean("eval/loss", nll.item(), count)
         return tally.result(world)
 
+    watch = Forensics(model, config, world, tokenizer)
+
+    def pass_loss(
+        part: list[Document], tokens: Tensor, weight: Tensor, rollout_tokens: int, counted: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, TokenStatistics]:
+        """(what the backward pass starts from, loss, its REINFORCE part, Σ −log p of the true tokens,
+        log-probs) of some samples of every block. Sums over the whole step: × world.size undoes FSDP's
+        mean."""
+        batch = BlockPass.make(part, tokens)
+        nll = None
+        with world.autocast(config.bf16):
+            hidden, _ = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
+            made = linear_logprobs(
+                hidden[0].index_select(0, batch.sources.flatten()), model.head_weight,
+                batch.input_ids[0, batch.block_rows.flatten()], temperature=config.temperature,
+                softcap=arch.final_softcap,
+            )  # fmt: skip
+            rl_loss = -(weight * made.logprobs).sum() / rollout_tokens
+            loss = config.rl_coef * rl_loss
+            if counted is not None:
+                nll, _ = document_nll(model, part, hidden[0].index_select(0, batch.document_rows))
+                loss = loss + config.ce_coef * nll / counted
+        return loss * world.size, loss.detach(), rl_loss.detach(), nll, made
+
     # 5. The loop.
     if judged and state["eval_before"] is None:
         state["eval_before"] = evaluated(step)
@@ -719,28 +745,22 @@ def strided(config: Config) -> None:
             drawn.append((tokens, sampled, advantage))
 
             # c. REINFORCE on the samples, a few at a time so that memory stays near one sample's;
-            # cross-entropy on the true tokens with the first. Sums over the whole step: × world.size undoes
-            # FSDP's mean.
+            # cross-entropy on the true tokens with the first.
             n = config.n_samples_per_prompt
             for first in range(0, n, config.samples_a_pass):
                 now = slice(first, min(n, first + config.samples_a_pass))
-                batch = BlockPass.make(part, tokens[:, now].flatten(0, 1))
-                with world.autocast(config.bf16):
-                    hidden, _ = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
-                    made = linear_logprobs(
-                        hidden[0].index_select(0, batch.sources.flatten()), model.head_weight,
-                        batch.input_ids[0, batch.block_rows.flatten()], temperature=config.temperature,
-                        softcap=arch.final_softcap,
-                    )  # fmt: skip
-                    weight = advantage[:, now].reshape(-1, 1).expand(-1, config.generate_max_len).flatten()
-                    rl_loss = -(weight * made.logprobs).sum() / rollout_tokens
-                    loss = config.rl_coef * rl_loss
-                    if config.ce_coef and first == 0:
-                        nll, _ = document_nll(model, part, hidden[0].index_select(0, batch.document_rows))
-                        loss = loss + config.ce_coef * nll / counted
-                        tally.mean("ebft/ce_loss", nll.item(), sum(d.trained_tokens for d in part))
-                (loss * world.size).backward()
-                losses.append(loss.detach())
+                weight = advantage[:, now].reshape(-1, 1).expand(-1, config.generate_max_len).flatten()
+                compute = functools.partial(
+                    pass_loss, part, tokens[:, now].flatten(0, 1), weight, rollout_tokens,
+                    counted if config.ce_coef and first == 0 else None,
+                )  # fmt: skip
+                by_document = advantage.split([len(d.anchors) for d in part])
+                given = {"advantages": torch.stack([a.sum() for a in by_document])}
+                start, loss, rl_loss, nll, made = watch.forward(compute, [d.name for d in part], given)
+                start.backward()
+                losses.append(loss)
+                if nll is not None:
+                    tally.mean("ebft/ce_loss", nll.item(), sum(d.trained_tokens for d in part))
                 gap = (made.logprobs.detach() - sampled[:, now].flatten()).abs()
                 tally.mean("entropy", made.entropy.sum().item(), len(gap))
                 tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), len(gap))
@@ -749,14 +769,10 @@ def strided(config: Config) -> None:
 
         # d. The norm before clipping; nothing that is not finite may reach the weights.
         norm, with_gradient = dist.gradient_norm(trained)
-        if not math.isfinite(norm.item()) or not all(math.isfinite(loss.item()) for loss in losses):
-            names = ", ".join(d.name for d in chosen[:4])
-            raise health.NonFinite(
-                step + 1, "loss or gradient norm", f"documents {names}", "lower learning_rate"
-            )
-        dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
         rate = dist.learning_rate(step, config, total_steps)
-        dist.update(optimizers, rate)
+        if watch.healthy(step + 1, losses, norm):
+            dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
+            dist.update(optimizers, rate)
         step += 1
 
         # e. Metrics, evaluation, checkpoint.
@@ -766,7 +782,7 @@ def strided(config: Config) -> None:
         metrics |= {
             "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
             "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(skipped),
-            "step_time": seconds(),
+            "step_time": seconds(), **watch.metrics(),
             "epoch": step * a_step / len(documents), **health.memory(world.device),
         }  # fmt: skip
         write_blocks(output_dir / "rollouts", step - 1, parts, drawn, places, world)
@@ -900,6 +916,7 @@ def structured(config: Config) -> None:
         ahead = None if stored is None else [Rollout(**r) for r in stored]
     logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
     engine = make_engine(model, config, tokenizer, world, prompts)
+    watch = Forensics(model, config, world, tokenizer)
 
     def longest(truths: list[Truth]) -> int:
         wanted = max(math.ceil(len(ids) * config.gt_length_multiplier) for ids, _ in truths)
@@ -970,7 +987,8 @@ def structured(config: Config) -> None:
         _, facts = energies(made, k)
         tally = Tally()
         with torch.no_grad():
-            for nll, count, _ in truth_nll(model, made[::k], config, world):
+            for _, compute in truth_nll(model, made[::k], config, world):
+                _, nll, count = compute(1.0)
                 tally.mean("eval/loss", nll.item(), count)
         model.train()
         if world.main:
@@ -1020,22 +1038,20 @@ def structured(config: Config) -> None:
             micro = [rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
             with on_device(frozen if config.beta else None, config, world):
                 keep_logprobs(model, frozen if config.beta else None, micro, config, world, share, old=False)
-            tally, losses, used, skipped = accumulate_gradients(
-                model, rollouts, micro, config, world, share, step=step + 1, reused=False,
+            tally, losses, skipped = accumulate_gradients(
+                model, rollouts, micro, config, world, share, watch, step=step + 1, reused=False,
                 bonus=entropy_bonus(config, state.get("entropy", 0.0)), aux_coef=aux_coef,
             )  # fmt: skip
             if config.ce_coef:  # and the cross-entropy of the true completions, each prompt once
                 counted = sum(sum(true_rollout(r).written()) for r in rollouts[::n])
-                for nll, count, batch in truth_nll(model, rollouts[::n], config, world):
-                    loss = config.ce_coef * nll / counted
-                    (loss * world.size).backward()
-                    losses.append(loss.detach())
-                    used.append(batch)
+                for batch, compute in truth_nll(model, rollouts[::n], config, world):
+                    start, nll, count = watch.forward(functools.partial(compute, counted), batch.rows)
+                    start.backward()
+                    losses.append(config.ce_coef * nll / counted)
                     tally.mean("ebft/ce_loss", nll.item(), count)
             norm, with_gradient = dist.gradient_norm(trained)
             rate = dist.learning_rate(step, config, total_steps)
-            if losses:
-                health.check_finite(step + 1, losses, used, str, norm, model)
+            if losses and watch.healthy(step + 1, losses, norm):
                 dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
                 dist.update(optimizers, rate)
             step += 1
@@ -1053,7 +1069,8 @@ def structured(config: Config) -> None:
                 "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
                 "skipped_micro_batches": float(skipped), "step_time": sum(took.values()),
                 "weight_version_lag": float(step - 1 - min(r.weight_version for r in rollouts)),
-                **{f"step_time/{k}": v for k, v in took.items()}, **health.memory(world.device),
+                **{f"step_time/{k}": v for k, v in took.items()}, **watch.metrics(),
+                **health.memory(world.device),
             }  # fmt: skip
             logger.advance()
             asked = float(interrupt.signal is not None) + logger.asked
@@ -1188,16 +1205,21 @@ def true_rollout(rollout: Rollout) -> Rollout:
 
 def truth_nll(
     model: Transformer, rollouts: Sequence[Rollout], config: Config, world: dist.World
-) -> Iterator[tuple[Tensor, int, PolicyBatch]]:
-    """(Σ −log p, tokens, batch) of the true completions, this rank's share in micro-batches, as many on every
-    rank: one that fills up counts nothing."""
+) -> Iterator[tuple[PolicyBatch, Callable[[float], tuple[Tensor, Tensor, int]]]]:
+    """The true completions, this rank's share in micro-batches, as many on every rank (one that fills up
+    counts nothing); and for each what gives (what the backward pass starts from, Σ −log p, tokens), of a step
+    of so many tokens."""
+
+    def compute(batch: PolicyBatch, real: bool, counted: float) -> tuple[Tensor, Tensor, int]:
+        with world.autocast(config.bf16):
+            nll = -token_logprobs(model, batch, 1.0)[0].sum() * real
+        return nll * (config.ce_coef / counted * world.size), nll.detach(), len(batch.targets) * real
+
     mine, mb = rollouts[world.rank :: world.size], config.micro_batch_size
     for k in range(math.ceil(math.ceil(len(rollouts) / world.size) / mb)):
         part = mine[k * mb : (k + 1) * mb]
         batch = collate([true_rollout(r) for r in part or rollouts[:1]], world.device)
-        with world.autocast(config.bf16):
-            logprobs = token_logprobs(model, batch, 1.0)[0]
-        yield -logprobs.sum() * bool(part), len(batch.targets) * bool(part), batch
+        yield batch, functools.partial(compute, batch, bool(part))
 
 
 @torch.no_grad()

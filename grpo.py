@@ -45,6 +45,7 @@ from config import (
 )
 from data import DataOptions, Prompt, PromptOrder, Tokenizer, load_tokenizer, read_prompts, split_held_out
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
+from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
 from model import ModelOptions, check_model_options, read_architecture, resized
 from policy import (
@@ -75,7 +76,14 @@ from rollout import (
 
 @dataclass
 class Config(
-    ModelOptions, DataOptions, PolicyOptions, OptimizerOptions, CheckpointOptions, DistOptions, LogOptions
+    ModelOptions,
+    DataOptions,
+    PolicyOptions,
+    OptimizerOptions,
+    CheckpointOptions,
+    DistOptions,
+    LogOptions,
+    ForensicOptions,
 ):
     reward_funcs: list[str] = field(default_factory=list)
     """Reward functions: exact_match, numeric_match, reasoning_gym, format, length, or your own
@@ -692,6 +700,7 @@ def main(config: Config) -> None:
     engine = make_engine(model, config, tokenizer, world, prompts)
     sampler = Sampler(engine, prompts, config, tokenizer, world)
     judge = Sampler(engine, held_out, config, tokenizer, world) if held_out else None
+    watch = Forensics(model, config, world, tokenizer)
 
     def evaluated(step: int) -> dict[str, float]:
         assert judge is not None
@@ -766,8 +775,8 @@ def main(config: Config) -> None:
             # d. Loss and backward, over this rank's micro-batches: policy_loss in policy.py.
             bonus = entropy_bonus(config, state.get("entropy", 0.0))
             with health.profiled(step + 1, config, output_dir, world.rank, world.device):
-                tally, losses, batches_used, skipped = accumulate_gradients(
-                    model, in_step, micro, config, world, share, step=step + 1, reused=updates > 1,
+                tally, losses, skipped = accumulate_gradients(
+                    model, in_step, micro, config, world, share, watch, step=step + 1, reused=updates > 1,
                     bonus=bonus,
                     aux_coef=aux_coef,
                 )  # fmt: skip
@@ -777,8 +786,7 @@ def main(config: Config) -> None:
                 # nothing.
                 norm, with_gradient = dist.gradient_norm(trained)
                 rate = dist.learning_rate(step, config, total_steps)
-                if losses:
-                    health.check_finite(step + 1, losses, batches_used, str, norm, model)
+                if losses and watch.healthy(step + 1, losses, norm):
                     dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
                     dist.update(optimizers, rate)
             step += 1
@@ -801,7 +809,7 @@ def main(config: Config) -> None:
                 "skipped_micro_batches": float(skipped), "entropy_coef": bonus,
                 "epoch": order.size * (generation + 1) / max(1, len(prompts)) if replay is None else 0.0,
                 "step_time": sum(took.values()), **{f"step_time/{k}": v for k, v in took.items()},
-                **sync_metrics, **health.memory(world.device),
+                **sync_metrics, **watch.metrics(), **health.memory(world.device),
             }  # fmt: skip
             logger.advance()
             asked = float(interrupt.signal is not None) + logger.asked

@@ -83,13 +83,6 @@ def check_log_options(options: Any) -> None:
             )  # fmt: skip
 
 
-class NonFinite(BallastError):
-    """A loss or gradient that is NaN or infinite; the optimiser has not touched anything."""
-
-    def __init__(self, step: int, what: str, where: str, remedy: str):
-        super().__init__(f"step {step}: {what} is not finite; {where}; {remedy}")
-
-
 def start_log(output_dir: Path, main: bool) -> None:
     """Everything printed goes to run.log too. LOG_LEVEL=DEBUG shows more on the console; the file always has
     it."""
@@ -202,39 +195,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((tera * 1e12 for key, tera in PEAK_TFLOPS.items() if key in name), None)
-
-
-def check_finite(
-    step: int,
-    losses: list[torch.Tensor],
-    batches: list,
-    name_of: Callable[[int], str],
-    norm: torch.Tensor,
-    model: nn.Module,
-) -> None:
-    """Stop before the optimiser spreads a NaN into every weight, and say where it came from (reference page:
-    NaN)."""
-    if math.isfinite(norm.item()) and all(math.isfinite(loss.item()) for loss in losses):
-        return
-    for loss, batch in zip(losses, batches, strict=True):
-        if not math.isfinite(loss.item()):
-            rows = ", ".join(name_of(row) for row in batch.rows[:4]) + (" …" if len(batch.rows) > 4 else "")
-            raise NonFinite(
-                step, f"the loss ({loss.item()})", f"micro-batch of rows {rows}",
-                "see them with `python data.py inspect`; if they are sound, lower learning_rate or drop bf16",
-            )  # fmt: skip
-    if not math.isfinite(norm.item()):
-        bad = []
-        for name, parameter in model.named_parameters():
-            gradient = parameter.grad
-            gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            if gradient is not None and not torch.isfinite(gradient).all():
-                bad.append(name)
-        raise NonFinite(
-            step, f"the gradient norm ({norm.item()}), though the loss is finite",
-            f"{len(bad)} parameters, first {bad[-1] if bad else 'on another rank'} (in backward order)",
-            "the backward pass overflowed: lower learning_rate; drop bf16 to see if precision is the cause",
-        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -956,6 +916,7 @@ class MetricLogger:
         """Write the metrics of a step that is done (`step` counts from 1)."""
         if not self.main:
             return
+        metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}  # JSON has no NaN
         if self.doctor is not None:
             metrics = {**metrics, **self.doctor.metrics()}
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -1084,22 +1045,27 @@ def diagnose(history: list[dict], config: dict) -> Doctor:
     return doctor
 
 
-USAGE = """usage: python health.py diagnose RUN
-    verdicts for a finished run: its directory, a metrics.jsonl,
-    a trainer_state.json (TRL, axolotl) or a table
-    exported from wandb (.csv, .jsonl)"""
+USAGE = """usage: python health.py COMMAND …
+    diagnose RUN    verdicts for a finished run: its directory, a metrics.jsonl, a trainer_state.json
+                    (TRL, axolotl) or a table exported from wandb (.csv, .jsonl)
+    replay DIR      run an incident (output_dir/incidents/step-N) again, in one CPU process"""
 
 
 def command_line(arguments: list[str]) -> int:
-    """0: well, 1: a rule was broken, 2: bad usage."""
-    if len(arguments) == 2 and arguments[0] == "diagnose":
-        history, config = read_history(Path(arguments[1]))
+    """0: well, 1: something was found, 2: bad usage."""
+    command, *rest = arguments or [""]
+    if command == "diagnose" and len(rest) == 1:
+        history, config = read_history(Path(rest[0]))
         doctor = diagnose(history, config)
         readers = [rule for found in doctor.readers.values() for rule in found]
         of, read = len(doctor.rules), sum(rule in readers for rule in doctor.rules)
         if not doctor.ever:
             print(f"well: {len(history)} logged steps, {read} of {of} rules had something to read")
         return 1 if doctor.ever else 0
+    if command == "replay" and len(rest) == 1:
+        from forensics import replay  # its modules import this one
+
+        return 0 if replay(Path(rest[0])) else 1
     print(USAGE, file=sys.stderr)
     return 2
 

@@ -134,7 +134,7 @@ class SharedPrompts:
     TILE = 64  # continuations of a document attend side by side, so many tokens of them at a time
 
     def __init__(self, groups: list[tuple[int, list[tuple[int, int]]]], device: torch.device):
-        self.device = device
+        self.device, self.groups = device, groups
         document_ids, positions, kinds = [], [], []
         # Found: (longest P, tokens, first of the document, [(P, L, first of its own)])
         tiles: list[tuple[int, int, int, list[tuple[int, int, int]]]] = []

@@ -8,7 +8,7 @@ that the policy wrote.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 import dist
 from config import ConfigError, check_ranges
 from dist import World
+from forensics import Forensics
 from health import log
 from kernels import SharedPrompts, linear_logprobs
 from model import Transformer, base_of, load_balancing_loss
@@ -137,6 +138,11 @@ class PolicyBatch:
         padded = [row + [0.0] * (T - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.float32, device=self.mask.device)
 
+    def given(self) -> dict[str, Tensor]:
+        """What the loss takes besides the model: by completion, [B] or [B, T]."""
+        stored = {name: self.stored(name) for name in ("old_logprobs", "ref_logprobs")}
+        return {"advantages": self.advantages, **{k: v for k, v in stored.items() if v is not None}}
+
     def spread(self, flat: Tensor) -> Tensor:
         """Values of the written tokens, in order, to [B, T] with zeros elsewhere."""
         out = torch.zeros(self.mask.numel(), dtype=flat.dtype, device=flat.device)
@@ -224,28 +230,6 @@ def token_logprobs(
     )  # fmt: skip
     entropy = made.entropy if entropy_gradient else made.entropy.detach()
     return batch.spread(made.logprobs), batch.spread(entropy), router_logits, bad
-
-
-@torch.no_grad()
-def first_nonfinite_module(model: Transformer, batch: PolicyBatch) -> str:
-    """The module whose output is the first that is not finite, by one more forward pass with hooks."""
-    found: list[str] = []
-
-    def look(name: str) -> Callable:
-        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
-                found.append(name)
-
-        return hook
-
-    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
-    try:
-        hidden_states(model, batch)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return found[0] if found else "none on the second pass"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -482,15 +466,6 @@ def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
-def log_nonfinite(model: Transformer | None, batch: PolicyBatch, count: int, step: int) -> None:
-    """Without a model (sharded: a pass of one rank alone would hang) the module is not looked for."""
-    where = first_nonfinite_module(model, batch) if model is not None else "run one process to name it"
-    log.warning(
-        "step %d: %d hidden states are not finite and were replaced by 0; first module: %s; rows %s",
-        step, count, where, ", ".join(batch.rows[:4]),
-    )  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------------------------
 # One optimiser step's forward and backward passes
 # ------------------------------------------------------------------------------------------------------------
@@ -529,9 +504,9 @@ def keep_logprobs(
 def accumulate_gradients(
     model: Transformer, in_step: Sequence[Rollout], micro: Sequence[Sequence[Rollout]], options: Any,
     world: World,
-    share: bool, *, step: int, reused: bool, bonus: float, aux_coef: float,
-) -> tuple[Tally, list[Tensor], list[PolicyBatch], int]:  # fmt: skip
-    """Forward and backward over this rank's micro-batches of an optimiser step: (metrics, losses, batches,
+    share: bool, watch: Forensics, *, step: int, reused: bool, bonus: float, aux_coef: float,
+) -> tuple[Tally, list[Tensor], int]:  # fmt: skip
+    """Forward and backward over this rank's micro-batches of an optimiser step: (metrics, losses,
     skipped micro-batches).
 
     Micro-batches without any advantage are skipped, by all ranks alike: every rank knows all advantages. FSDP
@@ -542,7 +517,7 @@ def accumulate_gradients(
     threshold, bonus_tokens = None, size.tokens
     if options.top_entropy_quantile < 1:
         threshold, bonus_tokens = entropy_threshold(micro, options, world)
-    tally, losses, used, skipped = Tally(), [], [], 0
+    tally, losses, skipped = Tally(), [], 0
     rows = world.size * max(len(part) for part in micro)
     for k, part in enumerate(micro):
         across = in_step[k * rows : (k + 1) * rows]
@@ -550,35 +525,45 @@ def accumulate_gradients(
             skipped += 1
             continue
         batch = collate(part, world.device, share)
-        with world.autocast(options.bf16):
-            logprobs, entropy, router_logits, bad = token_logprobs(
-                model, batch, options.temperature, entropy_gradient=bool(bonus)
-            )
-        if bad:
-            log_nonfinite(model if world.size == 1 else None, batch, bad, step)
-            tally.max("nonfinite_hidden_states", float(bad))
         old = batch.stored("old_logprobs") if reused else None
-        old = logprobs.detach() if old is None else old
         entropy_mask = None
         if threshold is not None:
             entropies = batch.stored("entropies")
             assert entropies is not None
             entropy_mask = entropies >= threshold
-        loss, facts = policy_loss(
-            logprobs, old_logprobs=old, advantages=batch.advantages, mask=batch.mask, options=options,
-            size=size,
-            sampling_logprobs=batch.sampling_logprobs, truncated=batch.truncated, entropy_mask=entropy_mask,
-            ref_logprobs=batch.stored("ref_logprobs"),
-        )  # fmt: skip
-        if bonus:
-            counted = facts["mask"] if entropy_mask is None else facts["mask"] * entropy_mask
-            loss = loss - bonus * (entropy * counted).sum() / bonus_tokens
-        losses.append(loss.detach())
-        if aux_coef and router_logits:
-            real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=world.device)
-            balance = load_balancing_loss(router_logits, model.arch, real)
-            loss = loss + aux_coef * len(part) / len(in_step) * balance
-        (loss * world.size).backward()
-        used.append(batch)
-        tally_policy(tally, facts, entropy.detach(), old, batch.sampling_logprobs)
-    return tally, losses, used, skipped
+
+        def compute(
+            batch: PolicyBatch = batch, old: Tensor | None = old, entropy_mask: Tensor | None = entropy_mask
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor, int]:
+            """(what the backward pass starts from, loss, facts, entropy, π_old, non-finite hidden states)."""
+            with world.autocast(options.bf16):
+                logprobs, entropy, router_logits, bad = token_logprobs(
+                    model, batch, options.temperature, entropy_gradient=bool(bonus)
+                )
+            old = logprobs.detach() if old is None else old
+            loss, facts = policy_loss(
+                logprobs, old_logprobs=old, advantages=batch.advantages, mask=batch.mask, options=options,
+                size=size, sampling_logprobs=batch.sampling_logprobs, truncated=batch.truncated,
+                entropy_mask=entropy_mask, ref_logprobs=batch.stored("ref_logprobs"),
+            )  # fmt: skip
+            if bonus:
+                counted = facts["mask"] if entropy_mask is None else facts["mask"] * entropy_mask
+                loss = loss - bonus * (entropy * counted).sum() / bonus_tokens
+            start = loss
+            if aux_coef and router_logits:
+                real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=world.device)
+                balance = load_balancing_loss(router_logits, model.arch, real)
+                start = loss + aux_coef * len(batch.rollouts) / len(in_step) * balance
+            return start * world.size, loss.detach(), facts, entropy.detach(), old, bad
+
+        start, loss, facts, entropy, old, bad = watch.forward(compute, batch.rows, batch.given())
+        if bad:
+            log.warning(
+                "step %d: %d hidden states are not finite and were replaced by 0; rows %s",
+                step, bad, ", ".join(batch.rows[:4]),
+            )  # fmt: skip
+            tally.max("nonfinite_hidden_states", float(bad))
+        losses.append(loss)
+        start.backward()
+        tally_policy(tally, facts, entropy, old, batch.sampling_logprobs)
+    return tally, losses, skipped

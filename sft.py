@@ -10,6 +10,7 @@ would weigh a token by how full its micro-batch is, and make the result depend o
 page: Loss Spikes).
 """
 
+import functools
 import hashlib
 import sys
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ from data import (
     split_held_out,
 )
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
+from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
 from kernels import linear_cross_entropy
 from model import (
@@ -48,7 +50,9 @@ from model import (
 
 
 @dataclass
-class Config(ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, DistOptions, LogOptions):
+class Config(
+    ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, DistOptions, LogOptions, ForensicOptions
+):
     micro_batch_size: int = 1
     """Rows (packs) in one forward pass of one process."""
     gradient_accumulation_steps: int = 1
@@ -260,6 +264,16 @@ def main(config: Config) -> None:
         state["eval_before"] = evaluate(model, eval_order, config, world)["eval/loss"]
         log.info("held-out loss before training: %.4f", state["eval_before"])
     peak = health.peak_flops(world.device)
+    watch = Forensics(model, config, world, tokenizer)
+
+    def micro_loss(batch: Batch, tokens: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(this micro-batch's part of the step's loss, Σ NLL, load-balancing loss). FSDP averages gradients
+        over ranks, the loss is a sum over them: × world.size."""
+        with world.autocast(config.bf16):
+            nll, aux = sft_loss(model, batch, aux_coef)
+        loss = nll * (world.size / tokens)
+        return loss if aux is None else loss + aux_coef * aux / count, nll, aux
+
     log.debug("ready after %.1f s", since_start())
 
     # 5. The loop.
@@ -275,29 +289,23 @@ def main(config: Config) -> None:
             trained_tokens = order.trained_tokens(units)
             waited = seconds.so_far()
 
-            # b. Forward and backward. FSDP averages gradients over ranks, the loss is a sum over them: ×
-            # world.size.
+            # b. Forward and backward.
             losses: list[Tensor] = []
             aux_mean = 0.0
             for batch in batches:
-                on_device = batch.to(world.device)
-                with world.autocast(config.bf16):
-                    nll, aux = sft_loss(model, on_device, aux_coef)
-                loss = nll * (world.size / trained_tokens)
-                if aux is not None:
-                    loss = loss + aux_coef * aux / len(batches)
-                    aux_mean += aux.item() / len(batches)
+                compute = functools.partial(micro_loss, batch.to(world.device), trained_tokens, len(batches))
+                loss, nll, aux = watch.forward(compute, [dataset.name(row) for row in batch.rows])
                 loss.backward()
                 losses.append(nll.detach())
+                aux_mean += 0.0 if aux is None else aux.item() / len(batches)
 
-            # c. The norm before clipping; nothing that is not finite may reach the weights.
+            # c. The norm before clipping, and the update: nothing that is not finite may reach the weights.
             norm, with_gradient = dist.gradient_norm(trained)
-            health.check_finite(step + 1, losses, batches, dataset.name, norm, model)
-            dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-
-            # d. The update.
             rate = dist.learning_rate(step, config, total_steps)
-            dist.update(optimizers, rate)
+            healthy = watch.healthy(step + 1, losses, norm)
+            if healthy:
+                dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
+                dist.update(optimizers, rate)
         step += 1
         if first_step:
             first_step = False
@@ -307,9 +315,9 @@ def main(config: Config) -> None:
                 health.gib(states), config.optimizer, measured["memory/max_alloc"],
             )  # fmt: skip
 
-        # e. Sums over ranks, and whether any of them was asked to stop: one small collective a step.
+        # d. Sums over ranks, and whether any of them was asked to stop: one small collective a step.
         sums = {
-            "nll": sum(float(nll) for nll in losses),
+            "nll": sum(float(nll) for nll in losses) if healthy else 0.0,
             "tokens": float(sum(int((batch.document_ids >= 0).sum()) for batch in batches)),
             "slots": float(sum(batch.input_ids.numel() for batch in batches)),
             "aux": aux_mean / world.size,
@@ -319,27 +327,28 @@ def main(config: Config) -> None:
         stopping = sums.pop("stopping")
         logger.stop_if_asked(stopping, step, world)
         sums |= {"trained": trained_tokens, "documents": sum(len(unit) for unit in units), "steps": 1}
+        sums["learnt"] = trained_tokens if healthy else 0
         sums["seconds"] = seconds()
         now = {
-            "train/loss": sums["nll"] / trained_tokens,
-            "train/grad_norm": norm.item(),
             "train/learning_rate": rate,
             "trained_token_share": trained_tokens / sums["tokens"],
             "step_time": sums["seconds"],
             "step_time/data_share": waited / sums["seconds"],
             **health.memory(world.device),
         }
+        if healthy:
+            now |= {"train/loss": sums["nll"] / trained_tokens, "train/grad_norm": norm.item()}
+        now |= watch.metrics()
         window = {name: window.get(name, 0.0) + value for name, value in sums.items()}
         state["num_tokens"] += int(sums["tokens"])
         logger.advance()
 
-        # f. Metrics, evaluation, checkpoint.
+        # e. Metrics, evaluation, checkpoint.
         metrics: dict[str, float] = {}
         if step % config.logging_steps == 0 or step == total_steps:
             elapsed = window["seconds"]
             metrics = {
                 **now,
-                "train/loss": window["nll"] / window["trained"],
                 "epoch": order.epoch_of(step),
                 "num_tokens": state["num_tokens"],
                 "tokens_per_second": window["tokens"] / elapsed,
@@ -347,6 +356,8 @@ def main(config: Config) -> None:
                 "trained_token_share": window["trained"] / window["tokens"],
                 "packing_efficiency": window["tokens"] / window["slots"],
             }
+            if window["learnt"]:
+                metrics["train/loss"] = window["nll"] / window["learnt"]
             if aux_coef and arch.num_experts:
                 metrics["train/router_aux_loss"] = window["aux"] / window["steps"]
             if peak is not None:

@@ -23,7 +23,6 @@ from policy import (
     Tally,
     collate,
     completion_metrics,
-    first_nonfinite_module,
     policy_loss,
     sampler_ratio,
     tally_policy,
@@ -404,14 +403,13 @@ def test_completions_behind_one_copy_of_their_prompt_get_the_same_log_probs_and_
         assert (a - b).abs().max() <= 1e-10 * max(1.0, a.abs().max().item())
 
 
-def test_a_non_finite_hidden_state_is_counted_and_its_module_named(small_checkpoint):
+def test_a_non_finite_hidden_state_is_replaced_and_counted(small_checkpoint):
     model = load_pretrained(str(small_checkpoint[0]), dtype=torch.float32)
     with torch.no_grad():
         model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
     batch = collate([Rollout([5, 6], [7, 8, 2])], torch.device("cpu"))
     logprobs, _, _, bad = token_logprobs(model, batch, 1.0)
     assert bad == 3 and torch.isfinite(logprobs).all()
-    assert first_nonfinite_module(model, batch) == "layers.1.mlp.up_proj"
 
 
 def test_limits_and_batches_of_the_embedded_engine(small_checkpoint):

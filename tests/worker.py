@@ -19,6 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import dist
+import forensics
 import grpo
 import health
 import rollout
@@ -68,6 +69,30 @@ def slow(seconds: str) -> None:
     dist.learning_rate = wait
 
 
+def poison(steps: str) -> None:
+    """The last rank's feed-forward gives NaN in these optimiser steps."""
+    wanted, forward = [int(s) for s in steps.split(",")], forensics.Forensics.forward
+    healthy, now = forensics.Forensics.healthy, [1]
+    last = int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+    def broken(module, inputs, output):
+        if now[0] in wanted and int(os.environ.get("RANK", 0)) == last:
+            return (output[0] * float("nan"), *output[1:])
+
+    def watched(self, *arguments):
+        if not self.model.layers[1].mlp._forward_hooks:
+            self.model.layers[1].mlp.register_forward_hook(broken)
+        return forward(self, *arguments)
+
+    def counted(self, *arguments):
+        try:
+            return healthy(self, *arguments)
+        finally:
+            now[0] += 1
+
+    forensics.Forensics.forward, forensics.Forensics.healthy = watched, counted
+
+
 def silent_sync(way: str) -> None:
     def reload(engine, server, folder):
         if way == "reload_weights":
@@ -84,6 +109,7 @@ if __name__ == "__main__":
         "silent-sync": silent_sync,
         "kill-in-save": kill_in_save,
         "slow": slow,
+        "poison": poison,
         "plain": lambda _: None,
     }[sys.argv[1]](sys.argv[2])
     health.run(recipe.main, lambda: parse_config(recipe.Config, sys.argv[3:]))
