@@ -213,10 +213,14 @@ def import_attribute(key: str, name: str, directory: str | Path) -> Any:
 
 
 def resolve_checkpoint(
-    path_or_repo_id: str, revision: str | None = None, directory: Path | None = None
+    path_or_repo_id: str,
+    revision: str | None = None,
+    directory: Path | None = None,
+    *,
+    only_config: bool = False,
 ) -> Path:
     """The local directory of a checkpoint: as given, relative to `directory` (of the config) first, or by hub
-    id.
+    id. With `only_config` no weights are downloaded.
 
     Raises CheckpointError where there is none.
     """
@@ -235,7 +239,7 @@ def resolve_checkpoint(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+    patterns = ["config.json"] if only_config else ["*.json", "*.safetensors", "*.jinja", "*.model"]
     try:
         return Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
     except RepositoryNotFoundError:

@@ -82,7 +82,7 @@ class DistOptions:
     node."""
     deterministic: bool = False
     """On CUDA: only kernels that give the same bits every time, slower. CPU runs always do."""
-    gpu_timeout_minutes: int = 30
+    gpu_timeout_minutes: float = 30
     """A collective that waits longer stops the run: some rank died or took another path."""
 
 
@@ -164,6 +164,8 @@ def init(options: DistOptions) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
+    if not options.gpu_timeout_minutes > 0:
+        raise ConfigError("gpu_timeout_minutes", options.gpu_timeout_minutes, "must be above 0")
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -260,6 +262,30 @@ def main_first(work: Callable[[], T], world: World) -> T:
     if failure[0] is not None:
         raise BallastError(failure[0])
     return result if world.main else work()  # type: ignore[return-value]
+
+
+def beat(step: int, world: World) -> None:
+    """Tell the others which step this rank has begun, so that a rank which is missing can be named."""
+    if world.size > 1:
+        store = td.distributed_c10d._get_default_store()
+        store.set(f"ballast-step-{world.rank}", str(step))
+
+
+def behind() -> str:
+    """After a collective failed: which ranks have not come as far as the others, or which have gone."""
+    if not td.is_initialized() or td.get_world_size() == 1:
+        return ""
+    try:
+        store = td.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=2))
+        steps = [int(store.get(f"ballast-step-{rank}")) for rank in range(td.get_world_size())]
+    except Exception:  # the store lived in rank 0, which is gone
+        return "rank 0 is gone"
+    late = [rank for rank, step in enumerate(steps) if step < max(steps)]
+    if late:
+        named = ", ".join(f"rank {rank} is in step {steps[rank]}" for rank in late)
+        return f"{named}, the others in step {max(steps)}"
+    return f"all ranks had begun step {max(steps)}"
 
 
 class Interrupt:
@@ -376,13 +402,14 @@ def make_optimizers(model: nn.Module, options: OptimizerOptions) -> list[torch.o
     return [muon, adamw]
 
 
-def update(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
-    """One step at this learning rate, and the gradients dropped."""
+def update(optimizers: list[torch.optim.Optimizer], rate: float) -> float:
+    """One step at this learning rate, and the gradients dropped; the rate that the optimiser then has."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    return optimizers[0].param_groups[0]["lr"]
 
 
 def warmup(options: OptimizerOptions, total_steps: int) -> int:

@@ -718,6 +718,7 @@ def strided(config: Config) -> None:
         logger.log(step, state["eval_before"])
     seconds = dist.Timer()
     while step < total_steps:
+        dist.beat(step + 1, world)
         # a. This step's documents, the same on every rank, and this rank's micro-batches.
         replayed = config.replay_path is not None
         chosen = [
@@ -772,7 +773,7 @@ def strided(config: Config) -> None:
         rate = dist.learning_rate(step, config, total_steps)
         if watch.healthy(step + 1, losses, norm):
             dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-            dist.update(optimizers, rate)
+            rate = dist.update(optimizers, rate)
         step += 1
 
         # e. Metrics, evaluation, checkpoint.
@@ -780,7 +781,8 @@ def strided(config: Config) -> None:
         metrics = tally.result(world)
         state["num_tokens"] += sum(len(d.ids) for d in chosen) + rollout_tokens
         metrics |= {
-            "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
+            "grad_norm": norm.item(), "learning_rate": rate,
+             "num_tokens": state["num_tokens"],
             "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(skipped),
             "step_time": seconds(), **watch.metrics(),
             "epoch": step * a_step / len(documents), **health.memory(world.device),
@@ -1004,6 +1006,7 @@ def structured(config: Config) -> None:
             state["eval_before"] = evaluated(step)
             logger.log(step, state["eval_before"])
         while step < total_steps:
+            dist.beat(step + 1, world)
             seconds, took, sync = dist.Timer(), {}, {}
             # a. Samples of each prompt, from the engine or a recorded file.
             if replay is not None:
@@ -1053,7 +1056,7 @@ def structured(config: Config) -> None:
             rate = dist.learning_rate(step, config, total_steps)
             if losses and watch.healthy(step + 1, losses, norm):
                 dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-                dist.update(optimizers, rate)
+                rate = dist.update(optimizers, rate)
             step += 1
             took["train"] = seconds()
 
@@ -1066,7 +1069,8 @@ def structured(config: Config) -> None:
                 **policy_metrics, **completion_metrics(rollouts), **sync,
                 **{f"ebft/{name}": values.mean().item() for name, values in facts.items()},
                 "ebft/advantages_std": advantage.std(-1).mean().item() if n > 1 else 0.0,
-                "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
+                "grad_norm": norm.item(), "learning_rate": rate,
+             "num_tokens": state["num_tokens"],
                 "skipped_micro_batches": float(skipped), "step_time": sum(took.values()),
                 "weight_version_lag": float(step - 1 - min(r.weight_version for r in rollouts)),
                 **{f"step_time/{k}": v for k, v in took.items()}, **watch.metrics(),

@@ -150,7 +150,7 @@ class Config(
             )
         check_at_least_one(
             self, "micro_batch_size", "gradient_accumulation_steps", "num_iterations", "logging_steps",
-            "eval_num_generations", "save_total_limit", "gpu_timeout_minutes", "pad_vocab_to_multiple_of",
+            "eval_num_generations", "save_total_limit", "pad_vocab_to_multiple_of",
             "lora_r",
             "max_steps", "eval_steps", "save_steps", "steps_per_generation", "ref_model_sync_steps",
         )  # fmt: skip
@@ -724,6 +724,7 @@ def main(config: Config) -> None:
             state["eval_before"] = evaluated(step)
             logger.log(step, state["eval_before"])
         while step < total_steps:
+            dist.beat(step + 1, world)
             generation, used = divmod(step, updates)
             seconds = dist.Timer()
             took = {"sync": 0.0, "logprob": 0.0, "train": 0.0}
@@ -788,7 +789,7 @@ def main(config: Config) -> None:
                 rate = dist.learning_rate(step, config, total_steps)
                 if losses and watch.healthy(step + 1, losses, norm):
                     dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-                    dist.update(optimizers, rate)
+                    rate = dist.update(optimizers, rate)
             step += 1
             took["train"] += seconds()
             if (
@@ -805,7 +806,8 @@ def main(config: Config) -> None:
             took |= sampler.seconds
             metrics: dict[str, float] = {
                 **state["batch_metrics"], **policy_metrics,
-                "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
+                "grad_norm": norm.item(), "learning_rate": rate,
+                 "num_tokens": state["num_tokens"],
                 "skipped_micro_batches": float(skipped), "entropy_coef": bonus,
                 "epoch": order.size * (generation + 1) / max(1, len(prompts)) if replay is None else 0.0,
                 "step_time": sum(took.values()), **{f"step_time/{k}": v for k, v in took.items()},

@@ -5,11 +5,13 @@ import collections
 import csv
 import difflib
 import fnmatch
+import importlib
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -30,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dist
-from config import BallastError, ConfigError
+from config import BallastError, ConfigError, parse_config, resolve_checkpoint
 
 log = logging.getLogger("ballast")
 
@@ -109,37 +111,87 @@ class _Console(logging.Handler):
         sys.stdout.flush()
 
 
+# What a message of torch, NCCL, CUDA, a hub or the system means here: (pattern, cause, what to do). The
+# page's table of errors, without the rows that cannot occur in this code: docs/stability.md says why.
+ERRORS: tuple[tuple[str, str, str], ...] = (
+    (r"timed? ?out.*(recv|send|operation|waiting|collective)|Watchdog caught collective operation timeout",
+     "a process waited longer than gpu_timeout_minutes for the others: one is stuck, or took another path",
+     "look at that rank's machine, disk and server; raise gpu_timeout_minutes if it was only slow"),
+    (r"Connection (closed|reset) by peer|Broken pipe|Connection refused.*TCPStore|Socket closed",
+     "another process of this run is gone: killed (exit code −9: out of host memory), or ended by an error",
+     "look for the first error above or in dmesg; fewer or smaller rows (sequence_len) if memory was it"),
+    (r"NCCL.*(abort|error|unhandled)|ncclUnhandled|ncclSystem|ncclRemote|communicator was aborted",
+     "the link between GPUs failed, or another process ended first",
+     "set NCCL_DEBUG=INFO and look for the first rank that reports; check NCCL_SOCKET_IFNAME and /dev/shm"),
+    (r"device-side assert|index out of (range|bounds)",
+     "a token id or index is beyond a table",
+     "run once on a CPU, or with CUDA_LAUNCH_BLOCKING=1: the row is named there; was it made with another "
+     "tokenizer?"),
+    (r"CheckpointError|number of tensors saved|different number of tensors",
+     "activation checkpointing recomputed something else than it had saved",
+     "gradient_checkpointing_kwargs: {use_reentrant: true}"),
+    (r"returned nan values in its",
+     "detect_anomaly found the operation whose gradient is NaN; it is named in the traceback in run.log",
+     "detect_anomaly: false lets the forensics name module and rows; then lower learning_rate"),
+    (r"CAS service|hf_xet|xet_get",
+     "the hub's XET storage could not be reached", "export HF_HUB_DISABLE_XET=1 and try again"),
+    (r"No space left on device|Disk quota exceeded",
+     "the disk is full; the newest whole checkpoint is untouched",
+     "free space, or lower save_total_limit; the same command goes on from there"),
+    (r"Read-only file system|Permission denied",
+     "output_dir cannot be written", "choose another output_dir"),
+    (r"triton.*(compil|out of resource|PTX)|out of resource: shared memory",
+     "a Triton kernel could not be built for this GPU",
+     "after editing a kernel clear its cache: rm -rf ~/.triton/cache"),
+    (r"CUDA driver version is insufficient|no kernel image is available",
+     "torch was built for another driver or GPU", "install the torch that pyproject.toml pins"),
+    (r"Too many open files", "the process's limit of open files is reached", "ulimit -n 65536"),
+)  # fmt: skip
+
+
+def explain_error(error: BaseException) -> str | None:
+    """Cause and remedy of an error that is not ours, in one line, or None where it is not known."""
+    text = f"{type(error).__name__}: {error}"
+    for pattern, cause, remedy in ERRORS:
+        if re.search(pattern, text, re.IGNORECASE | re.DOTALL):
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            return f"{cause} ({first[:160]}); {remedy}"
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the host (torch's CPU allocator raises a plain RuntimeError)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def run(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
-    """Run a recipe. A user's mistake ends as one line and exit code 2, its traceback in run.log; on several
-    ranks the first to fail prints it."""
+    """Run a recipe. A user's mistake, and an error whose cause is known, end as one line and exit code 2, the
+    traceback in run.log; on several ranks the first to fail prints it."""
+    config = None
     try:
-        main(parse())
-    except BallastError as error:
-        log.debug("%s", traceback.format_exc())
-        if _first_to_fail():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            log.debug("error: %s", error)
-        logging.shutdown()
-        os._exit(
-            2
-        )  # at once: another rank may wait in a collective, and torchrun stops it when this one is gone
-    except torch.OutOfMemoryError as error:
-        log.debug("%s", traceback.format_exc())
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        print(
-            "mend it in this order: micro_batch_size: 1 with more gradient_accumulation_steps; "
-            "gradient_checkpointing: true; smaller sequence_len; adapter: lora; more GPUs; fsdp_cpu_offload",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        os._exit(2)
-    except Exception:
-        log.debug(
-            "%s", traceback.format_exc()
-        )  # a fault of ours: the whole traceback, on the console and in run.log
-        raise
+        config = parse()
+        main(config)
     except KeyboardInterrupt:
         print("stopped at once; the newest checkpoint is where a resumed run begins", file=sys.stderr)
         os._exit(130)
+    except Exception as error:
+        log.debug("%s", traceback.format_exc())
+        if is_out_of_memory(error):
+            from memory import what_to_change  # its modules import this one
+
+            said = what_to_change(error, config)
+        else:
+            said = str(error) if isinstance(error, BallastError) else explain_error(error)
+        if said is None:
+            raise  # a fault of ours: the whole traceback, on the console and in run.log
+        if not isinstance(error, BallastError) and (missing := dist.behind()):
+            said = f"{missing}: {said}"
+        if _first_to_fail():
+            print(f"error: {said}", file=sys.stderr, flush=True)
+            log.debug("error: %s", said)
+        logging.shutdown()
+        # At once: another rank may wait in a collective, and torchrun stops it when this one is gone.
+        os._exit(2)
 
 
 def _first_to_fail() -> bool:
@@ -289,6 +341,13 @@ RULES: tuple[Rule, ...] = (
         "something else than the schedule sets it: an edited loop, a second scheduler, a wrong resume",
         (("lr_scheduler", "let dist.learning_rate alone set it"),),
         low=0.999, high=1.001, window=2, severity="critical",
+    ),
+    Rule(
+        "loss_mis_scaled", ("train/loss_consistency",), "outside",
+        "what is differentiated is not the mean over the step's tokens that is reported",
+        "micro-batches are averaged each for itself, or divided by the wrong count (an edited loop)",
+        (("gradient_accumulation_steps", "divide each micro-batch's sum by the tokens of the whole step"),),
+        low=0.999, high=1.001, window=3, severity="critical",
     ),
     Rule(
         "few_trained_tokens", ("trained_token_share",), "outside", "hardly any token is trained",
@@ -443,6 +502,11 @@ RULES: tuple[Rule, ...] = (
         low=0.5, window=10, after=20, severity="critical",
     ),
     Rule(
+        "step_skipped", ("skipped_steps",), "outside", "steps were left out: they were not finite",
+        "see the incidents in output_dir/incidents", (("on_nonfinite", ""), ("learning_rate", "halve it")),
+        high=0.0,
+    ),
+    Rule(
         "nonfinite_activations", ("nonfinite_hidden_states",), "outside",
         "hidden states that are not finite were replaced",
         "an overflow in the forward pass; see run.log for the module and the rows",
@@ -474,6 +538,14 @@ RULES: tuple[Rule, ...] = (
         (("temperature", "try 0.8 to 1.0", (0.8, math.inf)), ("diversity_coef", "raise it"),
         ("learning_rate", "halve it")),
         high=1.0, window=10, after=5, guard="raw_features",
+    ),
+    Rule(
+        "samples_identical", ("ebft/pairwise_cosine",), "outside",
+        "the samples of a prompt are the same: mode collapse",
+        "alignment outweighs the penalty on likeness, or the temperature leaves no choice",
+        (("temperature", "try 0.8 to 1.0", (0.8, math.inf)), ("diversity_coef", "raise it"),
+         ("learning_rate", "halve it")),
+        high=0.9999, window=5, after=3, severity="critical",
     ),
     Rule(
         "feature_distance_high", ("ebft/cfm_unwhitened",), "outside",
@@ -1046,9 +1118,46 @@ def diagnose(history: list[dict], config: dict) -> Doctor:
 
 
 USAGE = """usage: python health.py COMMAND …
-    diagnose RUN    verdicts for a finished run: its directory, a metrics.jsonl, a trainer_state.json
-                    (TRL, axolotl) or a table exported from wandb (.csv, .jsonl)
-    replay DIR      run an incident (output_dir/incidents/step-N) again, in one CPU process"""
+    diagnose RUN          verdicts for a finished run: its directory, a metrics.jsonl, a trainer_state.json
+                          (TRL, axolotl) or a table exported from wandb (.csv, .jsonl)
+    replay DIR            run an incident (output_dir/incidents/step-N) again, in one CPU process
+    memory --config X     what a run needs of a GPU's memory, and what to change; also key=value, processes=N
+                          and recipe=sft|grpo|ebft
+    drill NAME | all      break a tiny run on purpose, see it named, mend it (drills/*.yaml)"""
+
+
+def recipe_config(arguments: list[str]) -> Any:
+    """The config that a command line describes, of the recipe that knows all of its keys."""
+    named = [a.partition("=")[2] for a in arguments if a.startswith("recipe=")]
+    arguments = [a for a in arguments if not a.startswith("recipe=")]
+    refused: ConfigError | None = None
+    for name in named or ("sft", "grpo", "ebft"):
+        if name not in ("sft", "grpo", "ebft"):
+            raise ConfigError("recipe", name, "is none; sft, grpo or ebft")
+        recipe = importlib.import_module(name)  # this is a program here: modules never import recipes
+        try:
+            return parse_config(recipe.Config, arguments)
+        except ConfigError as error:
+            if "is not an option" not in str(error):
+                raise
+            refused = error
+    assert refused is not None
+    raise refused
+
+
+def memory_table(arguments: list[str]) -> str:
+    from memory import table
+    from model import read_architecture
+
+    processes = [a.partition("=")[2] for a in arguments if a.startswith("processes=")]
+    if processes and not (processes[-1].isdigit() and int(processes[-1])):
+        raise ConfigError("processes", processes[-1], "must be a whole number of at least 1")
+    config = recipe_config([a for a in arguments if not a.startswith("processes=")])
+    place = resolve_checkpoint(
+        config.base_model, config.base_model_revision, Path(config.config_directory), only_config=True
+    )
+    arch = read_architecture(place, config.ignore_config_fields)
+    return table(arch, config, int(processes[-1]) if processes else 1)
 
 
 def command_line(arguments: list[str]) -> int:
@@ -1066,6 +1175,14 @@ def command_line(arguments: list[str]) -> int:
         from forensics import replay  # its modules import this one
 
         return 0 if replay(Path(rest[0])) else 1
+    if command == "memory" and rest:
+        print(memory_table(rest))
+        return 0
+    if command == "drill" and len(rest) == 1:
+        from drill import show, show_all
+
+        root = Path("outputs/drills").absolute()
+        return 0 if (show_all(root) if rest[0] == "all" else show(rest[0], root)) else 1
     print(USAGE, file=sys.stderr)
     return 2
 

@@ -78,7 +78,7 @@ class Config(
         check_at_least_one(
             self, "micro_batch_size", "gradient_accumulation_steps", "sequence_len", "logging_steps",
             "lora_r",
-            "pad_vocab_to_multiple_of", "save_total_limit", "gpu_timeout_minutes", "eval_max_new_tokens",
+            "pad_vocab_to_multiple_of", "save_total_limit", "eval_max_new_tokens",
             "max_steps", "eval_steps", "save_steps", "tokenizer_vocab_size",
         )  # fmt: skip
         if self.num_epochs <= 0:
@@ -281,6 +281,7 @@ def main(config: Config) -> None:
     first_step = True
     seconds = dist.Timer()
     while step < total_steps:
+        dist.beat(step + 1, world)
         with health.profiled(step + 1, config, output_dir, world.rank, world.device):
             # a. The rows of this step, the same on every rank; this rank's micro-batches; and the tokens that
             # all of them train together.
@@ -291,12 +292,13 @@ def main(config: Config) -> None:
 
             # b. Forward and backward.
             losses: list[Tensor] = []
-            aux_mean = 0.0
+            aux_mean = differentiated = 0.0
             for batch in batches:
                 compute = functools.partial(micro_loss, batch.to(world.device), trained_tokens, len(batches))
                 loss, nll, aux = watch.forward(compute, [dataset.name(row) for row in batch.rows])
                 loss.backward()
                 losses.append(nll.detach())
+                differentiated += loss.item()
                 aux_mean += 0.0 if aux is None else aux.item() / len(batches)
 
             # c. The norm before clipping, and the update: nothing that is not finite may reach the weights.
@@ -305,7 +307,7 @@ def main(config: Config) -> None:
             healthy = watch.healthy(step + 1, losses, norm)
             if healthy:
                 dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-                dist.update(optimizers, rate)
+                rate = dist.update(optimizers, rate)
         step += 1
         if first_step:
             first_step = False
@@ -321,6 +323,7 @@ def main(config: Config) -> None:
             "tokens": float(sum(int((batch.document_ids >= 0).sum()) for batch in batches)),
             "slots": float(sum(batch.input_ids.numel() for batch in batches)),
             "aux": aux_mean / world.size,
+            "differentiated": (differentiated - aux_coef * aux_mean) / world.size if healthy else 0.0,
             "stopping": float(interrupt.signal is not None) + logger.asked,
         }
         sums = dict(zip(sums, dist.all_reduce(list(sums.values()), world), strict=True))
@@ -338,6 +341,8 @@ def main(config: Config) -> None:
         }
         if healthy:
             now |= {"train/loss": sums["nll"] / trained_tokens, "train/grad_norm": norm.item()}
+            if sums["nll"]:
+                now["train/loss_consistency"] = sums["differentiated"] / now["train/loss"]
         now |= watch.metrics()
         window = {name: window.get(name, 0.0) + value for name, value in sums.items()}
         state["num_tokens"] += int(sums["tokens"])

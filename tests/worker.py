@@ -8,6 +8,7 @@ it.
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -93,6 +94,21 @@ def poison(steps: str) -> None:
     forensics.Forensics.forward, forensics.Forensics.healthy = watched, counted
 
 
+def out_of_memory(step: str) -> None:
+    """From this step on the process may have 64 MiB more, and asks for 4 GiB."""
+    beat = dist.beat
+
+    def limit(now, world):
+        beat(now, world)
+        if now == int(step):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), resource.RLIM_INFINITY))
+            held.append(torch.empty(1 << 30))
+
+    held: list = []
+    dist.beat = limit
+
+
 def silent_sync(way: str) -> None:
     def reload(engine, server, folder):
         if way == "reload_weights":
@@ -109,6 +125,7 @@ if __name__ == "__main__":
         "silent-sync": silent_sync,
         "kill-in-save": kill_in_save,
         "slow": slow,
+        "out-of-memory": out_of_memory,
         "poison": poison,
         "plain": lambda _: None,
     }[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,300 @@
+"""Failures on purpose: each file in drills/ breaks a tiny run in one way, and says what should be seen and
+what puts it right. `python health.py drill NAME` shows all three in about a minute; `drill all` prints a
+table.
+
+A drill changes options of a healthy run (drills/base), or brings a few lines of Python (`patch`) that run in
+the broken process before the recipe does: nothing in the recipes knows of drills. The rows are made here:
+three letters to be written again, which a tenth of a million weights learn in seconds.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import string
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from config import ConfigError, parse_config
+
+HERE = Path(__file__).resolve().parent / "drills"
+
+
+@dataclass
+class Drill:
+    name: str
+    breaks: str  # what, in a sentence
+    why: str  # the mechanism
+    sees: dict[str, Any]  # {rule: …, within: steps} or {error: a regular expression}
+    fix: dict[str, Any]  # the options that put it right
+    base: str = "sft"
+    options: dict[str, Any] = field(default_factory=dict)
+    patch: str = ""
+    keep_patch: bool = False  # the fix is an option; otherwise it is to take the patch out
+    processes: int = 1
+
+    @staticmethod
+    def read(name: str) -> "Drill":
+        path = HERE / f"{name}.yaml"
+        if not path.is_file():
+            raise ConfigError("drill", name, f"is none; there are {', '.join(names())}")
+        return Drill(name=name, **yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+@dataclass
+class Outcome:
+    """How a run ended: what the rules said first, all that they said, and an error."""
+
+    code: int
+    first: str = ""  # rule
+    step: int = 0
+    line: str = ""
+    rules: list[str] = field(default_factory=list)
+    error: str = ""
+    seconds: float = 0.0
+
+    def shows(self, sees: dict[str, Any]) -> bool:
+        if "error" in sees:
+            return self.code == 2 and re.search(sees["error"], self.error) is not None
+        return self.code == 0 and self.first == sees["rule"] and self.step <= sees["within"]
+
+    @property
+    def well(self) -> bool:
+        return self.code == 0 and not self.rules
+
+    def said(self) -> str:
+        return self.error.removeprefix("error: ") if self.error else self.line or "well from beginning to end"
+
+
+def names() -> list[str]:
+    return sorted(p.stem for p in HERE.glob("*.yaml"))
+
+
+def prepare(root: Path) -> None:
+    """Rows, model and base configs in `root`, and the checkpoint that RL drills begin from: once."""
+
+    def rows(count: int, seed: int, right: float) -> str:
+        rng, lines = random.Random(seed), []
+        for _ in range(count):
+            a, b, c = rng.sample(string.ascii_lowercase, 3)
+            orders = [f"{a} {b} {c}", f"{c} {b} {a}", f"{b} {c} {a}", f"{c} {a} {b}"]
+            answer = rng.choices(orders, [right, *[(1 - right) / 3] * 3])[0]
+            turns = [{"role": "user", "content": orders[0]}, {"role": "assistant", "content": answer}]
+            lines.append(json.dumps({"messages": turns}) + "\n")
+        return "".join(lines)
+
+    letters = rows(20000, 1, 0.4)
+    few = letters.splitlines(keepends=True)
+    noise = "".join(random.Random(5).choices(string.ascii_letters + string.digits, k=1500))
+    odd, long = random.Random(6), "well " * 200
+    asks = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": ""}]
+    files = {
+        "letters": letters, "few_letters": rows(128, 2, 0.4), "held_out_letters": rows(200, 3, 0.4),
+        "questions": rows(4000, 4, 1.0),
+        "letters_and_noise": few[0].replace(json.loads(few[0])["messages"][1]["content"], noise) + letters,
+        "long_questions": "".join(_after(long, r) for r in few[:200]),
+        "uneven": "".join(_repeated(r, odd.choice([1, 1, 1, 8])) for r in few),
+        "empty": "".join(few[:2]) + json.dumps({"messages": asks}) + "\n" + "".join(few[2:]),
+        "foreign_ids": '{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}\n'
+                       '{"input_ids": [5, 151643, 7], "labels": [-100, 6, 7]}\n' * 40,
+    }  # fmt: skip
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        path = root / "data" / f"{name}.jsonl"
+        if not path.exists() or path.stat().st_size != len(text):
+            path.write_text(text, encoding="utf-8")
+    shutil.copytree(HERE / "model", root / "model", dirs_exist_ok=True)
+    shutil.copytree(HERE / "base", root / "base", dirs_exist_ok=True)
+    if not (root / "checkpoint" / "final").exists():
+        options = {"max_steps": 400, "optimizer": "muon", "output_dir": str(root / "checkpoint"),
+                   "eval_steps": 100, "logging_steps": 20}  # fmt: skip
+        print("making the checkpoint that RL drills begin from (once, about half a minute)", flush=True)
+        done = run(root, "sft", options)
+        if done.code != 0:
+            raise ConfigError("drill", None, f"its checkpoint could not be made: {done.said()}")
+
+
+def _after(words: str, line: str) -> str:
+    """The row with these words before its question."""
+    row = json.loads(line)
+    row["messages"][0]["content"] = words + row["messages"][0]["content"]
+    return json.dumps(row) + "\n"
+
+
+def _repeated(line: str, times: int) -> str:
+    """The row with its answer written so often."""
+    row = json.loads(line)
+    row["messages"][1]["content"] = " ".join([row["messages"][1]["content"]] * times)
+    return json.dumps(row) + "\n"
+
+
+def _child(root: Path, recipe: str, arguments: list[str], patch: str, out: Path) -> None:
+    """The run itself, in a process of its own."""
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.chdir(root)
+    torch.set_num_threads(1)
+    if patch:
+        exec(compile(patch, "patch", "exec"), {"__name__": "patch"})
+    health, module = importlib.import_module("health"), importlib.import_module(recipe)
+    health.run(module.main, lambda: parse_config(module.Config, arguments))
+    os._exit(0)
+
+
+def run(
+    root: Path, base: str, options: dict[str, Any], patch: str = "", processes: int = 1, seed: int = 42
+) -> Outcome:
+    """A base run with these options changed."""
+    out = Path(options.get("output_dir") or root / "runs" / f"{base}-{time.monotonic_ns()}")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    settings = {"seed": seed, **options, "output_dir": str(out)}
+    arguments = ["--config", str(root / "base" / f"{base}.yaml")]
+    arguments += [f"{k}={json.dumps(v)}" for k, v in settings.items()]
+    recipe = {"strided": "ebft"}.get(base, base)
+    begun = time.monotonic()
+    if processes == 1:
+        for name in ("sft", "grpo", "ebft"):  # imported here once, for all that are forked
+            importlib.import_module(name)
+        child = multiprocessing.get_context("fork").Process(
+            target=_guarded, args=(root, recipe, arguments, patch, out)
+        )
+        child.start()
+        child.join(600)
+        if child.is_alive():
+            child.kill()
+        code = -1 if child.exitcode is None else child.exitcode
+    else:
+        job = json.dumps([str(root), recipe, arguments, patch, str(out)])
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (out / "launch").open("w") as log:
+            code = subprocess.run(
+                [*launch, __file__, job], stdout=log, stderr=log, env=environment
+            ).returncode
+        code = 2 if code else 0  # torchrun's own is 1
+    return _outcome(out, code, time.monotonic() - begun)
+
+
+def _guarded(root: Path, recipe: str, arguments: list[str], patch: str, out: Path) -> None:
+    try:
+        _child(root, recipe, arguments, patch, out)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _outcome(out: Path, code: int, seconds: float) -> Outcome:
+    found = Outcome(code, seconds=seconds)
+    log = out / "run.log"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        said = re.search(r" WARNING health: step (\d+): (\w+): (.*)", line)
+        if said:
+            found.rules.append(said[2])
+            if not found.first:
+                found.step, found.first, found.line = int(said[1]), said[2], line.split(" WARNING ", 1)[1]
+    errors = [p.read_text(errors="replace") for p in (out / "stderr", *out.glob("stderr-*")) if p.exists()]
+    lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
+    found.error = (
+        lines[0] if lines else (errors[0].strip().splitlines() or [""])[-1] if code and errors else ""
+    )
+    return found
+
+
+def attempt(name: str, root: Path, seed: int = 42) -> tuple[Drill, Outcome, Outcome]:
+    """(the drill, the broken run, the mended run)."""
+    drill = Drill.read(name)
+
+    def placed(options: dict[str, Any]) -> dict[str, Any]:
+        return json.loads(json.dumps(options).replace("ROOT", str(root)))
+
+    options = placed(drill.options)
+    runs = root / "runs" / name
+    broken = run(root, drill.base, {**options, "output_dir": str(runs / f"broken-{seed}")}, drill.patch,
+                 drill.processes, seed)  # fmt: skip
+    mended = {**options, **placed(drill.fix), "output_dir": str(runs / f"mended-{seed}")}
+    patch = drill.patch if drill.keep_patch else ""
+    return drill, broken, run(root, drill.base, mended, patch, drill.processes, seed)
+
+
+def show(name: str, root: Path) -> bool:
+    """`drill NAME`: what breaks, what is seen, what mends it, and that it does."""
+    drill = Drill.read(name)
+    prepare(root)
+    print(f"{name}: {drill.breaks}\\n  why    {drill.why}".replace("\\n", "\n"))
+    changed = ", ".join(f"{k}: {v}" for k, v in drill.options.items())
+    print(
+        f"  broken {drill.base}.yaml"
+        + (f" with {changed}" if changed else "")
+        + (", patched" if drill.patch else "")
+    )
+    _, broken, mended = attempt(name, root)
+    expected = drill.sees.get("rule") or f"an error: {drill.sees.get('error')}"
+    print(f"  sees   {broken.said()}")
+    seen = broken.shows(drill.sees)
+    if not seen:
+        print(f"  BUT    expected {expected} within {drill.sees.get('within', '—')} steps")
+    fix = ", ".join(f"{k}: {v}" for k, v in drill.fix.items()) or "take the patch out"
+    print(f"  fix    {fix}\n  then   {mended.said()}  ({broken.seconds + mended.seconds:.0f} s)")
+    return seen and mended.well
+
+
+def show_all(
+    root: Path, chosen: list[str] | None = None, seeds: tuple[int, ...] = (42,), jobs: int = 2
+) -> bool:
+    """`drill all`: a line for each, `jobs` at a time."""
+    prepare(root)
+    torch.set_num_threads(1)
+    wanted = [(name, seed) for name in chosen or names() for seed in seeds]
+    context = multiprocessing.get_context("fork")
+    results: Any = context.Queue()
+
+    def work(mine: list[tuple[str, int]]) -> None:
+        for name, seed in mine:
+            drill, broken, mended = attempt(name, root, seed)
+            results.put((name, seed, drill.sees, broken, mended))
+
+    workers = [context.Process(target=work, args=(wanted[k::jobs],)) for k in range(jobs)]
+    for worker in workers:
+        worker.start()
+    good = True
+    print(f"{'drill':<26}{'seed':>5}  {'seen first':<28}{'step':>5}  {'mended':<24}{'s':>4}")
+    for _ in wanted:
+        name, seed, sees, broken, mended = results.get(timeout=1200)
+        right = broken.shows(sees)
+        good &= right and mended.well
+        seen = broken.first if "rule" in sees else "its error" if right else f"exit {broken.code}"
+        seen = ("" if right else "NOT ") + (seen or "nothing")
+        after = "well" if mended.well else f"NOT WELL: {mended.first or mended.said()[:60]}"
+        seconds = broken.seconds + mended.seconds
+        print(
+            f"{name:<26}{seed:>5}  {seen:<28}{broken.step or '':>5}  {after:<24}{seconds:>4.0f}", flush=True
+        )
+    for worker in workers:
+        worker.join()
+    return good
+
+
+if __name__ == "__main__":  # one rank of a drill on several processes
+    place, recipe_name, given, code, folder = json.loads(sys.argv[1])
+    part = Path(folder) / f"rank-{os.environ['RANK']}"
+    part.mkdir(exist_ok=True)
+    _guarded(Path(place), recipe_name, given, code, part)

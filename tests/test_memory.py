@@ -1,0 +1,124 @@
+"""The memory estimate against what torch's allocator counts in a real step; the ladder; running out."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import dist
+import health
+import memory
+from conftest import ROOT, run_program
+from data import Batch
+from dist import World
+from model import Architecture, apply_lora, initialize, initialize_lora, read_architecture
+from sft import Config, sft_loss
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+TINY = json.loads((ROOT / "configs" / "tiny" / "config.json").read_text())
+
+
+def config_of(**changes) -> Config:
+    datasets = [{"path": "x", "type": "chat"}]
+    values: dict = dict(base_model="x", micro_batch_size=16, sequence_len=64, datasets=datasets)
+    return Config(**{**values, **changes})
+
+
+def measured_peak(arch: Architecture, config: Config) -> int:
+    """Weights and optimiser, and the highest sum of allocations and frees of a second step."""
+    config = dataclasses.replace(config)
+    adapter, config.adapter = config.adapter, None
+    config.random_init = True
+    model = dist.build_model(arch, Path("."), config, ALONE)
+    if adapter:
+        apply_lora(model, dataclasses.replace(config, random_init=False, adapter=adapter))
+        initialize(model, 0)
+        initialize_lora(model, 0)
+    optimizers = dist.make_optimizers(model, config)
+    B, T = config.micro_batch_size, config.sequence_len
+    ids = torch.randint(0, arch.vocab_size, (B, T))
+    documents = torch.arange(B)[:, None].expand(B, T).contiguous()
+    batch = Batch(ids, ids.clone(), torch.arange(T).expand(B, T).contiguous(), documents, list(range(B)))
+
+    def step():
+        for _ in range(config.gradient_accumulation_steps):
+            with ALONE.autocast(config.bf16):
+                sft_loss(model, batch)[0].backward()
+        dist.update(optimizers, 1e-4)
+
+    step()
+    before = health.weight_bytes(model) + health.optimizer_bytes(optimizers)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        step()
+    now = peak = 0
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return before + peak
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"bf16": True},
+        {"micro_batch_size": 64, "sequence_len": 128}, {"adapter": "lora"}, {"optimizer": "muon"},
+        {"optimizer": "adamw_8bit"}, {"bf16": True, "gradient_checkpointing": True, "micro_batch_size": 64},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(changes):
+    arch, config = Architecture.from_config(TINY), config_of(**changes)
+    ratio = memory.estimate(arch, config).peak / measured_peak(arch, config)
+    assert 0.9 < ratio < 1.1
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma2", "qwen3-moe"])
+def test_of_other_families_too(references, family):
+    arch = read_architecture(references(family)[1])
+    config = config_of(micro_batch_size=32)
+    ratio = memory.estimate(arch, config).peak / measured_peak(arch, config)
+    assert 0.9 < ratio < 1.1
+
+
+def test_more_processes_share_weights_and_optimiser():
+    arch = Architecture.from_config(TINY)
+    one, four = (memory.estimate(arch, config_of(), n) for n in (1, 4))
+    assert four.optimizer * 4 == pytest.approx(one.optimizer, rel=0.01)
+    assert four.gradients * 4 == pytest.approx(one.gradients, rel=0.01)
+    assert four.activations == one.activations
+
+
+def test_the_ladder_saves_more_at_each_rung_and_names_values_of_now():
+    rungs = memory.ladder(Architecture.from_config(TINY), config_of())
+    saved = [bytes_ for _, bytes_ in rungs]
+    assert saved == sorted(saved) and saved[0] > 0
+    assert rungs[0][0].startswith("micro_batch_size: 1 (is 16) with gradient_accumulation_steps: 16 (is 1)")
+    assert any("sequence_len: 32 (is 64)" in text for text, _ in rungs)
+
+
+def test_the_command_prints_a_table_for_each_recipe():
+    for name, expected in (("sft", "activations"), ("grpo", "keys and values"), ("ebft", "frozen copy")):
+        where = f"base_model={ROOT / 'configs' / 'tiny'}"
+        config = ROOT / "configs" / "tiny" / f"{name}.yaml"
+        done = run_program(ROOT / "health.py", "memory", "--config", str(config), where, "processes=2")
+        assert done.returncode == 0, done.stderr
+        assert "estimated peak of a process" in done.stdout and expected in done.stdout
+    done = run_program(ROOT / "health.py", "memory", "--config", str(config), "processes=no")
+    assert done.returncode == 2 and "processes" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_running_out_says_what_was_alive_and_what_to_change(small_checkpoint, chat_file, tmp_path):
+    arguments = [
+        f"base_model={small_checkpoint[0]}", f"datasets=[{{path: {chat_file}, type: chat}}]",
+        f"output_dir={tmp_path / 'out'}", "sequence_len=256", "micro_batch_size=4", "max_steps=3",
+    ]  # fmt: skip
+    done = run_program(ROOT / "tests" / "worker.py", "out-of-memory", "2", *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: out of memory: " in done.stderr
+    assert "micro_batch_size: 1 (is 4) with gradient_accumulation_steps: 4" in done.stderr
+    assert "alive: " in done.stdout and "float32" in done.stdout
