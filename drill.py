@@ -98,14 +98,13 @@ def prepare(root: Path) -> None:
     few = letters.splitlines(keepends=True)
     noise = "".join(random.Random(5).choices(string.ascii_letters + string.digits, k=1500))
     odd, long = random.Random(6), "well " * 200
-    asks = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": ""}]
     files = {
         "letters": letters, "few_letters": rows(128, 2, 0.4), "held_out_letters": rows(200, 3, 0.4),
         "questions": rows(4000, 4, 1.0),
         "letters_and_noise": few[0].replace(json.loads(few[0])["messages"][1]["content"], noise) + letters,
         "long_questions": "".join(_after(long, r) for r in few[:200]),
         "uneven": "".join(_repeated(r, odd.choice([1, 1, 1, 8])) for r in few),
-        "empty": "".join(few[:2]) + json.dumps({"messages": asks}) + "\n" + "".join(few[2:]),
+        "empty": "".join(few[:2]) + json.dumps({"messages": []}) + "\n" + "".join(few[2:]),
         "foreign_ids": '{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}\n'
                        '{"input_ids": [5, 151643, 7], "labels": [-100, 6, 7]}\n' * 40,
     }  # fmt: skip

@@ -102,6 +102,20 @@ def span(tensor: Tensor) -> str:
     return f"{finite.min():.4g} to {finite.max():.4g}" + (f" and {described(tensor)}" if rest else "")
 
 
+def in_fp8(module: nn.Module) -> bool:
+    return isinstance(module, Linear) and (module.fp8 or module.kind == "fp8")
+
+
+def zero_tiles(x: Tensor, what: str) -> list[str]:
+    """A note where 1 × 128 tiles of `x` hold nothing but zeros."""
+    x = x.detach().reshape(-1, x.shape[-1])
+    padded = nn.functional.pad(x, (0, -x.shape[-1] % FP8_BLOCK))
+    tiles = padded.view(len(x), -1, FP8_BLOCK).abs().amax(-1)
+    zero = int((tiles == 0).sum())
+    said = f"{zero:,} of {tiles.numel():,} FP8 tiles of {what} are all zero: without a guard their scale is 0"
+    return [f"{said} and they are divided by it"] if zero else []
+
+
 class Probe:
     """Hooks on every module for one forward and backward pass: the first output that is not finite, and the
     first gradient, in the order in which they were computed.
@@ -119,6 +133,7 @@ class Probe:
         self.gradient: Tensor | None = None  # what came back to it
         self._names = {module: name for name, module in model.named_modules()}
         self._handles: list[Any] = []
+        self._arrived: dict[nn.Module, Tensor] = {}  # gradients of the outputs of FP8 layers
 
     def __enter__(self) -> "Probe":
         for module in self._names:
@@ -167,6 +182,8 @@ class Probe:
     def _after(self, module: nn.Module, inputs: tuple, output: Any) -> None:
         for out in self._tensors(output):
             if out.requires_grad:
+                if in_fp8(module):
+                    out.register_hook(functools.partial(self._arrived.__setitem__, module))
                 out.register_hook(functools.partial(self._sent_back, module, "gradient of its output"))
             if self.forward_fault is None and not_finite(out).any():
                 self.forward_fault = self._born(module, self._tensors(inputs), out)
@@ -184,6 +201,8 @@ class Probe:
             tensor = f"gradient of {name}'s output"
             name = culprit or "the model"
         self.backward_fault = self._fault("backward", name, tensor, gradient)
+        if module in self._arrived:
+            self.backward_fault.notes += zero_tiles(self._arrived[module], "the gradient of its output")
 
     def _born(self, module: nn.Module, inputs: list[Tensor], output: Tensor) -> Fault:
         name = self._names[module]
@@ -196,15 +215,8 @@ class Probe:
         for label, values in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if values.is_floating_point() and not_finite(values.float()).any():
                 fault.notes.append(f"its {label} holds {described(values.float())}")
-        if isinstance(module, Linear) and (module.fp8 or module.kind == "fp8") and inputs:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1])
-            width = -x.shape[-1] % FP8_BLOCK
-            tiles = nn.functional.pad(x, (0, width)).view(len(x), -1, FP8_BLOCK).abs().amax(-1)
-            if zero := int((tiles == 0).sum()):
-                fault.notes.append(
-                    f"{zero} of {tiles.numel()} FP8 tiles of its input are all zero: without a guard "
-                    "their scale is 0 and they are divided by it"
-                )
+        if in_fp8(module) and inputs:
+            fault.notes += zero_tiles(inputs[0], "its input")
         return fault
 
     def _fault(self, direction: Any, name: str, tensor: str, values: Tensor) -> Fault:

@@ -334,7 +334,7 @@ def main(config: Config) -> None:
         sums["seconds"] = seconds()
         now = {
             "train/learning_rate": rate,
-            "trained_token_share": trained_tokens / sums["tokens"],
+            "trained_token_share": trained_tokens / max(1, sums["tokens"] - sums["documents"]),
             "step_time": sums["seconds"],
             "step_time/data_share": waited / sums["seconds"],
             **health.memory(world.device),
@@ -358,7 +358,7 @@ def main(config: Config) -> None:
                 "num_tokens": state["num_tokens"],
                 "tokens_per_second": window["tokens"] / elapsed,
                 "step_time": elapsed / window["steps"],
-                "trained_token_share": window["trained"] / window["tokens"],
+                "trained_token_share": window["trained"] / max(1, window["tokens"] - window["documents"]),
                 "packing_efficiency": window["tokens"] / window["slots"],
             }
             if window["learnt"]:
