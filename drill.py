@@ -97,31 +97,36 @@ def prepare(root: Path) -> None:
     letters = rows(20000, 1, 0.4)
     few = letters.splitlines(keepends=True)
     noise = "".join(random.Random(5).choices(string.ascii_letters + string.digits, k=1500))
-    odd, long = random.Random(6), "well " * 200
+    odd, long = random.Random(6), "well " * 900
     files = {
         "letters": letters, "few_letters": rows(128, 2, 0.4), "held_out_letters": rows(200, 3, 0.4),
         "questions": rows(4000, 4, 1.0),
         "letters_and_noise": few[0].replace(json.loads(few[0])["messages"][1]["content"], noise) + letters,
         "long_questions": "".join(_after(long, r) for r in few[:200]),
-        "uneven": "".join(_repeated(r, odd.choice([1, 1, 1, 8])) for r in few),
+        "uneven": "".join(_repeated(r, odd.choice([1, 1, 1, 2, 3, 4, 6, 8])) for r in few),
         "empty": "".join(few[:2]) + json.dumps({"messages": []}) + "\n" + "".join(few[2:]),
+        "no_end.jinja": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }} {% endfor %}"
+                        "{% if add_generation_prompt %}assistant: {% endif %}",
         "foreign_ids": '{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}\n'
                        '{"input_ids": [5, 151643, 7], "labels": [-100, 6, 7]}\n' * 40,
     }  # fmt: skip
     (root / "data").mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        path = root / "data" / f"{name}.jsonl"
+        path = root / "data" / (name if "." in name else f"{name}.jsonl")
         if not path.exists() or path.stat().st_size != len(text):
             path.write_text(text, encoding="utf-8")
     shutil.copytree(HERE / "model", root / "model", dirs_exist_ok=True)
     shutil.copytree(HERE / "base", root / "base", dirs_exist_ok=True)
-    if not (root / "checkpoint" / "final").exists():
-        options = {"max_steps": 400, "optimizer": "muon", "output_dir": str(root / "checkpoint"),
+    for name, rows_of in (("checkpoint", "letters"), ("wordy_checkpoint", "uneven")):
+        if (root / name / "final").exists():
+            continue
+        print(f"making the {name} that RL drills begin from (once, about half a minute)", flush=True)
+        data = [{"path": str(root / "data" / f"{rows_of}.jsonl"), "type": "chat"}]
+        options = {"max_steps": 400, "optimizer": "muon", "output_dir": str(root / name), "datasets": data,
                    "eval_steps": 100, "logging_steps": 20}  # fmt: skip
-        print("making the checkpoint that RL drills begin from (once, about half a minute)", flush=True)
         done = run(root, "sft", options)
         if done.code != 0:
-            raise ConfigError("drill", None, f"its checkpoint could not be made: {done.said()}")
+            raise ConfigError("drill", None, f"its {name} could not be made: {done.said()}")
 
 
 def _after(words: str, line: str) -> str:
@@ -210,7 +215,11 @@ def _outcome(out: Path, code: int, seconds: float) -> Outcome:
             found.rules.append(said[2])
             if not found.first:
                 found.step, found.first, found.line = int(said[1]), said[2], line.split(" WARNING ", 1)[1]
-    errors = [p.read_text(errors="replace") for p in (out / "stderr", *out.glob("stderr-*")) if p.exists()]
+    errors = [
+        p.read_text(errors="replace")
+        for p in (out / "stderr", *sorted(out.glob("rank-*/stderr")))
+        if p.exists()
+    ]
     lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
     found.error = (
         lines[0] if lines else (errors[0].strip().splitlines() or [""])[-1] if code and errors else ""

@@ -858,7 +858,8 @@ class Doctor:
                         del self.ill[key]
                         verdicts.append(Verdict(rule, step, name, False))
         # The gravest first, and among equals the order of the table.
-        return sorted(verdicts, key=lambda v: (not v.ill, v.rule.severity != "critical"))
+        order = {rule.name: place for place, rule in enumerate(self.rules)}
+        return sorted(verdicts, key=lambda v: (not v.ill, v.rule.severity != "critical", order[v.rule.name]))
 
     def _reads(self, rule: Rule, name: str) -> bool:
         """Whether a rule reads this metric: its first name that the run has."""

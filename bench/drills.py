@@ -1,0 +1,69 @@
+"""The detection matrix: every drill over some seeds, broken and mended, and healthy runs of each recipe that
+must stay silent.
+
+    python bench/drills.py                                  one seed, 3 healthy runs of each: what CI runs
+    python bench/drills.py --seeds 42 43 44 --healthy 20    the whole proof, about an hour on two cores
+
+Prints a line for each drill: what was seen first, in which step, and how the mended run was. Exit code 1
+where a drill was not seen first by its own rule within its window, or where a mended or a healthy run was not
+well.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import drill
+
+HEALTHY = {"sft": {}, "grpo": {}, "ebft": {}, "strided": {}}
+
+
+def healthy_runs(root: Path, count: int, jobs: int) -> list[tuple[str, int, drill.Outcome]]:
+    context = multiprocessing.get_context("fork")
+    wanted = [(base, 1000 + seed) for base in HEALTHY for seed in range(count)]
+    results = context.Queue()
+
+    def work(mine: list) -> None:
+        for base, seed in mine:
+            where = root / "runs" / f"healthy-{base}-{seed}"
+            results.put((base, seed, drill.run(root, base, {"output_dir": str(where)}, seed=seed)))
+
+    workers = [context.Process(target=work, args=(wanted[k::jobs],)) for k in range(jobs)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=1200) for _ in wanted]
+    for worker in workers:
+        worker.join()
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--healthy", type=int, default=3, help="healthy runs of each recipe")
+    parser.add_argument("--only", nargs="+", help="these drills alone")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--root", type=Path, default=Path("outputs/drills"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    place = given.root.absolute()
+    good = drill.show_all(place, given.only, tuple(given.seeds), given.jobs)
+    runs = healthy_runs(place, given.healthy, given.jobs)
+    alarms = [(base, seed, outcome) for base, seed, outcome in runs if not outcome.well]
+    for base, seed, outcome in alarms:
+        print(f"healthy {base}, seed {seed}: {outcome.said()[:160]}")
+    counts = Counter(base for base, _, _ in runs)
+    print(
+        "healthy runs: "
+        + ", ".join(f"{n} of {base}" for base, n in counts.items())
+        + f"; alarms: {len(alarms)}"
+    )
+    sys.exit(0 if good and not alarms else 1)
