@@ -63,6 +63,9 @@ class LogOptions:
     """Id of the run there; a resumed run goes on under the same id."""
     profiler_steps: list[int] = field(default_factory=list)
     """Steps to record with the PyTorch profiler, into output_dir/profile."""
+    report: bool = True
+    """At the end write output_dir/report.html: verdict, every metric with its healthy band, samples, config,
+    where the run has 10 steps or more."""
     health: bool = True
     """Judge every step by the rules of health.py, and say when one is broken or well again."""
     health_rules: dict = field(default_factory=dict)
@@ -912,6 +915,7 @@ class MetricLogger:
 
     def __init__(self, config: Any, output_dir: Path, *, main: bool, first_step: int, total_steps: int):
         self.main, self.output_dir = main, output_dir
+        self.reporting = config.report and total_steps >= 10  # fewer points show nothing
         self.doctor: Doctor | None = None
         self.asked = 0.0  # what the rules ask for: 0 to go on, 1 to save and stop, ABANDON to stop
         self.why = ""
@@ -1015,6 +1019,14 @@ class MetricLogger:
         self.tensorboard.close()
         if self.bar is not None:
             self.bar.close()
+        if self.reporting:
+            try:
+                from report import write
+
+                log.info("report              %s", write([self.output_dir], self.output_dir / "report.html"))
+            except Exception:  # a page that cannot be drawn must not fail a run that is done
+                log.warning("no report could be written; the traceback is in run.log")
+                log.debug("%s", traceback.format_exc())
         if self.wandb is not None:
             self.wandb.finish()
 
@@ -1106,21 +1118,22 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
     return history, config
 
 
-def diagnose(history: list[dict], config: dict) -> Doctor:
+def judge(history: list[dict], config: dict) -> tuple[Doctor, list[Verdict]]:
     """The verdicts that a run with these metrics would have had."""
     # How long it was meant to be is unknown, and with it the schedule.
     known = {k: v for k, v in config.items() if k != "lr_scheduler"}
     doctor = Doctor(known, total_steps=history[-1]["step"])
+    verdicts = []
     for row in history:
         metrics = {k: v for k, v in row.items() if k != "step" and not k.startswith("health/")}
-        for verdict in doctor.observe(row["step"], metrics):
-            print(verdict.line(config))
-    return doctor
+        verdicts += doctor.observe(row["step"], metrics)
+    return doctor, verdicts
 
 
 USAGE = """usage: python health.py COMMAND …
     diagnose RUN          verdicts for a finished run: its directory, a metrics.jsonl, a trainer_state.json
                           (TRL, axolotl) or a table exported from wandb (.csv, .jsonl)
+    report DIR [DIR …]    one page about a run, or several side by side: report.html; out=FILE
     replay DIR            run an incident (output_dir/incidents/step-N) again, in one CPU process
     memory --config X     what a run needs of a GPU's memory, and what to change; also key=value, processes=N
                           and recipe=sft|grpo|ebft
@@ -1166,12 +1179,23 @@ def command_line(arguments: list[str]) -> int:
     command, *rest = arguments or [""]
     if command == "diagnose" and len(rest) == 1:
         history, config = read_history(Path(rest[0]))
-        doctor = diagnose(history, config)
+        doctor, verdicts = judge(history, config)
+        for verdict in verdicts:
+            print(verdict.line(config))
         readers = [rule for found in doctor.readers.values() for rule in found]
         of, read = len(doctor.rules), sum(rule in readers for rule in doctor.rules)
         if not doctor.ever:
             print(f"well: {len(history)} logged steps, {read} of {of} rules had something to read")
         return 1 if doctor.ever else 0
+    if command == "report" and rest:
+        from report import write
+
+        runs = [Path(a) for a in rest if not a.startswith("out=")]
+        named = [Path(a.removeprefix("out=")) for a in rest if a.startswith("out=")]
+        if runs:
+            beside = runs[0] if len(runs) == 1 and runs[0].is_dir() else Path(".")
+            print(write(runs, named[-1] if named else beside / "report.html"))
+            return 0
     if command == "replay" and len(rest) == 1:
         from forensics import replay  # its modules import this one
 

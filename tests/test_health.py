@@ -12,7 +12,7 @@ import grpo
 import health
 from config import ConfigError, parse_config
 from conftest import ROOT, run_program
-from health import RULES, Doctor, diagnose, read_history, rules_of
+from health import RULES, Doctor, judge, read_history, rules_of
 
 CONFIG = {
     "learning_rate": 1e-3, "temperature": 0.6, "vllm_sync_interval": 4, "num_generations": 8, "beta": 0.0,
@@ -212,13 +212,13 @@ def test_histories_of_other_trainers_get_the_same_verdicts(tmp_path, capsys):
         '"Step","run-1 - train/loss"\n' + "".join(f"{r['step']},{r['train/loss']}\n" for r in rows)
     )
     for path in (ours.parent, ours, trl, wandb):
-        doctor = diagnose(*read_history(path))
+        doctor = judge(*read_history(path))[0]
         assert list(doctor.ever) == ["loss_spike"] and doctor.ever["loss_spike"].step == 61
         assert "loss_spike: train/loss 6 after a median of" in capsys.readouterr().out
     grpo_log = tmp_path / "rl.json"
     log = [{"step": i, "loss": 0.0, "grad_norm": 0.5, "reward": 0.4, "entropy": 0.005} for i in range(1, 20)]
     grpo_log.write_text(json.dumps({"log_history": log}))
-    assert list(diagnose(*read_history(grpo_log)).ever) == ["entropy_collapse"]
+    assert list(judge(*read_history(grpo_log))[0].ever) == ["entropy_collapse"]
 
 
 @pytest.mark.parametrize("name, text", [
