@@ -1059,11 +1059,15 @@ def profiled(step: int, options: LogOptions, output_dir: Path, rank: int, device
         yield
     directory = output_dir / "profile"
     directory.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(directory / f"step-{step}-rank-{rank}.json"))
+    # The ending is what TensorBoard's profiler page looks for; chrome://tracing and Perfetto do not mind.
+    profiler.export_chrome_trace(str(directory / f"step-{step}-rank-{rank}.pt.trace.json"))
     if device.type == "cuda":
         torch.cuda.memory._dump_snapshot(str(directory / f"memory-step-{step}-rank-{rank}.pickle"))
         torch.cuda.memory._record_memory_history(enabled=None)
-    log.info("profile of step %d in %s (open in chrome://tracing or ui.perfetto.dev)", step, directory)
+    log.info(
+        "profile of step %d in %s: chrome://tracing, ui.perfetto.dev, or tensorboard --logdir there",
+        step, directory,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -47,12 +47,6 @@ def judged(watch: Forensics, model, compute, names, given=None) -> str:
     return str(caught.value)
 
 
-def test_nan_in_every_module_and_every_gradient_is_named_with_its_row(small_checkpoint, tmp_path):
-    *wrong, count = forensics_ranks.run_cases(str(small_checkpoint[0]), str(tmp_path), quick=True)
-    assert not wrong, "\n".join(wrong)
-    assert int(count.split()[-1]) > 60
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nan_and_inf_are_named_on_the_rank_that_has_them(small_checkpoint, tmp_path, ranks):

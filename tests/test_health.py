@@ -198,7 +198,7 @@ def test_values_that_are_not_finite_are_left_to_the_forensics():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_histories_of_other_trainers_get_the_same_verdicts(tmp_path, capsys):
+def test_histories_of_other_trainers_get_the_same_verdicts(tmp_path):
     losses = [*falling(3.0, 1.0, 60), 6.0]
     rows = [{"step": i, "train/loss": x, "train/grad_norm": 1.0} for i, x in enumerate(losses, 1)]
     ours = tmp_path / "ours" / "metrics.jsonl"
@@ -212,9 +212,9 @@ def test_histories_of_other_trainers_get_the_same_verdicts(tmp_path, capsys):
         '"Step","run-1 - train/loss"\n' + "".join(f"{r['step']},{r['train/loss']}\n" for r in rows)
     )
     for path in (ours.parent, ours, trl, wandb):
-        doctor = judge(*read_history(path))[0]
+        doctor, verdicts = judge(*read_history(path))
         assert list(doctor.ever) == ["loss_spike"] and doctor.ever["loss_spike"].step == 61
-        assert "loss_spike: train/loss 6 after a median of" in capsys.readouterr().out
+        assert "loss_spike: train/loss 6 after a median of" in verdicts[0].line({})
     grpo_log = tmp_path / "rl.json"
     log = [{"step": i, "loss": 0.0, "grad_norm": 0.5, "reward": 0.4, "entropy": 0.005} for i in range(1, 20)]
     grpo_log.write_text(json.dumps({"log_history": log}))
