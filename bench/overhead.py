@@ -5,6 +5,7 @@ healthy runs.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -36,7 +37,7 @@ def interval(root: Path, base: str, steps: int, health: bool) -> float:
     done = drill.run(root, base, options, patch)
     assert done.code == 0, done.said()
     stamps = json.loads(times.read_text())
-    return statistics.median(b - a for a, b in zip(stamps[5:], stamps[6:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(stamps[5:]))
 
 
 if __name__ == "__main__":

@@ -332,7 +332,9 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
     assert "held-out loss" in done.stdout and f"model.py chat {out}/final" in done.stdout
     assert "held-out loss" in (out / "run.log").read_text()
     assert yaml.safe_load((out / "config.yaml").read_text())["learning_rate"] == 1e-3
-    assert list((out / "tensorboard").iterdir()) and list((out / "profile").glob("step-2-rank-0.json"))
+    assert list((out / "tensorboard").iterdir()) and list(
+        (out / "profile").glob("step-2-rank-0.pt.trace.json")
+    )
     assert list((out / "wandb").glob("offline-run-*"))
     final = transformers.AutoModelForCausalLM.from_pretrained(out / "final").eval()
     ids = torch.tensor([[5, 6, 7, 300]])
