@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from config import resolve_checkpoint
+from config import ConfigError, resolve_checkpoint
 from health import gib, log
 from model import Architecture, Block, Pass, Transformer, apply_lora, read_architecture, set_precision
 
@@ -224,9 +224,14 @@ def ladder(arch: Architecture, config: Any, processes: int = 1) -> list[tuple[st
     found: list[tuple[str, int]] = []
 
     def rung(text: str, processes: int = processes, **changes: Any) -> None:
+        changed = copy.copy(now)
         for key, value in changes.items():
-            setattr(now, key, value)
-        after = estimate(arch, now, processes).peak
+            setattr(changed, key, value)
+        try:
+            after = estimate(arch, changed, processes).peak
+        except ConfigError:  # not possible for this model
+            return
+        vars(now).update(vars(changed))
         if before - after > (found[-1][1] if found else 0):
             found.append((text, before - after))
 

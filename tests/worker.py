@@ -95,14 +95,14 @@ def poison(steps: str) -> None:
 
 
 def out_of_memory(step: str) -> None:
-    """From this step on the process may have 64 MiB more, and asks for 4 GiB."""
+    """From this step on the process may have half a GiB more, and asks for four."""
     beat = dist.beat
 
     def limit(now, world):
         beat(now, world)
         if now == int(step):
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 29), resource.RLIM_INFINITY))
             held.append(torch.empty(1 << 30))
 
     held: list = []
