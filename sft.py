@@ -292,13 +292,14 @@ def main(config: Config) -> None:
 
             # b. Forward and backward.
             losses: list[Tensor] = []
-            aux_mean = differentiated = 0.0
+            differentiated: list[Tensor] = []
+            aux_mean = 0.0
             for batch in batches:
                 compute = functools.partial(micro_loss, batch.to(world.device), trained_tokens, len(batches))
                 loss, nll, aux = watch.forward(compute, [dataset.name(row) for row in batch.rows])
                 loss.backward()
                 losses.append(nll.detach())
-                differentiated += loss.item()
+                differentiated.append(loss.detach())
                 aux_mean += 0.0 if aux is None else aux.item() / len(batches)
 
             # c. The norm before clipping, and the update: nothing that is not finite may reach the weights.
@@ -323,7 +324,9 @@ def main(config: Config) -> None:
             "tokens": float(sum(int((batch.document_ids >= 0).sum()) for batch in batches)),
             "slots": float(sum(batch.input_ids.numel() for batch in batches)),
             "aux": aux_mean / world.size,
-            "differentiated": (differentiated - aux_coef * aux_mean) / world.size if healthy else 0.0,
+            "differentiated": (sum(map(float, differentiated)) - aux_coef * aux_mean) / world.size
+            if healthy
+            else 0.0,
             "stopping": float(interrupt.signal is not None) + logger.asked,
         }
         sums = dict(zip(sums, dist.all_reduce(list(sums.values()), world), strict=True))
