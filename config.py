@@ -10,6 +10,7 @@ is documented once. jsonargparse does the parsing, the type checks and `--help`;
 import dataclasses
 import difflib
 import importlib
+import inspect
 import math
 import re
 import sys
@@ -18,6 +19,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+import docstring_parser
 import jsonargparse
 import yaml
 
@@ -251,3 +253,49 @@ def resolve_checkpoint(
         raise CheckpointError(
             f"{path_or_repo_id}: no such directory, and the hub did not answer: {reason}"
         ) from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# docs/configs.md
+# ------------------------------------------------------------------------------------------------------------
+
+
+def options_page(recipes: dict[str, type]) -> str:
+    """Every option of these recipes' configs, by the dataclass that holds it, as Markdown."""
+    owners: dict[type, list[str]] = {}  # dataclass → recipes
+    for name, config_class in recipes.items():
+        for part in config_class.__mro__:
+            if dataclasses.is_dataclass(part):
+                owners.setdefault(part, []).append(name)
+    lines = [
+        "# Options", "",
+        "Made from the dataclasses by `python config.py > docs/configs.md`; a test compares. A flat YAML "
+        "file sets them, `key=value` on the command line goes before it.",
+    ]  # fmt: skip
+    for part, names in sorted(owners.items(), key=lambda entry: (-len(entry[1]), entry[0].__module__)):
+        declared = inspect.get_annotations(part)
+        own = [f for f in dataclasses.fields(part) if f.name in declared and f.name != "config_directory"]
+        if not own:
+            continue
+        hints = typing.get_type_hints(part)
+        meanings = {p.arg_name: p.description for p in docstring_parser.parse_from_object(part).params}
+        title = f"{part.__module__}.py"
+        title = title if part.__name__ == "Config" else f"{part.__name__} ({title})"
+        lines += ["", f"## {title}", "", f"In {', '.join(f'`{name}.py`' for name in names)}.", "",
+                  "| option | type | default | meaning |", "|---|---|---|---|"]  # fmt: skip
+        for field in own:
+            default = field.default_factory() if callable(field.default_factory) else field.default  # type: ignore[misc]
+            shown = "must be set" if default is dataclasses.MISSING else f"`{yaml_of(default)}`"
+            meaning = " ".join((meanings.get(field.name) or "").split()).replace("|", "\\|")
+            kind = _type_name(hints[field.name]).replace("|", "\\|")
+            lines.append(f"| `{field.name}` | {kind} | {shown} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def yaml_of(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0].removesuffix("...").strip()
+
+
+if __name__ == "__main__":  # a program here: modules never import recipes
+    recipes = {name: importlib.import_module(name).Config for name in ("sft", "grpo", "ebft")}
+    print(importlib.import_module("config").options_page(recipes), end="")
