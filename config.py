@@ -40,6 +40,10 @@ class ConfigError(BallastError):
         super().__init__(f"{key}: {remedy}" if value is None else f"{key}: {value!r} {remedy}")
 
 
+class UnknownOption(ConfigError):
+    """A key that the config class does not have."""
+
+
 class CheckpointError(BallastError):
     """A checkpoint that cannot be read, or that this decoder would compute wrongly."""
 
@@ -154,7 +158,7 @@ def parse_config(
                 continue
             near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
             hint = f"did you mean `{near[0]}`?" if near else "run with --help to see every option"
-            raise ConfigError(where, None, f"is not an option; {hint}")
+            raise UnknownOption(where, None, f"is not an option; {hint}")
         checked[key] = _check(parser, key, hints[key], value, where)
     config = config_class(**{k: _plain(v) for k, v in checked.items()})
     if hasattr(config, "config_directory"):
@@ -298,4 +302,5 @@ def yaml_of(value: Any) -> str:
 
 if __name__ == "__main__":  # a program here: modules never import recipes
     recipes = {name: importlib.import_module(name).Config for name in ("sft", "grpo", "ebft")}
+    # Through the module: run as a program this file is __main__, and the recipes know `config`.
     print(importlib.import_module("config").options_page(recipes), end="")

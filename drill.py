@@ -19,15 +19,17 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 
 from config import ConfigError, parse_config
 
+T = TypeVar("T")
 HERE = Path(__file__).resolve().parent / "drills"
 
 
@@ -46,10 +48,9 @@ class Drill:
 
     @staticmethod
     def read(name: str) -> "Drill":
-        path = HERE / f"{name}.yaml"
-        if not path.is_file():
+        if name not in names():  # its patch is run: nothing from outside of drills/
             raise ConfigError("drill", name, f"is none; there are {', '.join(names())}")
-        return Drill(name=name, **yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Drill(name=name, **yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 @dataclass
@@ -247,7 +248,7 @@ def show(name: str, root: Path) -> bool:
     """`drill NAME`: what breaks, what is seen, what mends it, and that it does."""
     drill = Drill.read(name)
     prepare(root)
-    print(f"{name}: {drill.breaks}\\n  why    {drill.why}".replace("\\n", "\n"))
+    print(f"{name}: {drill.breaks}\n  why    {drill.why}")
     changed = ", ".join(f"{k}: {v}" for k, v in drill.options.items())
     print(
         f"  broken {drill.base}.yaml"
@@ -265,28 +266,35 @@ def show(name: str, root: Path) -> bool:
     return seen and mended.well
 
 
+def in_parallel(work: Callable[..., T], wanted: Sequence[tuple], jobs: int) -> Iterator[tuple[tuple, T]]:
+    """(arguments, `work(*arguments)`) as they are done, in `jobs` processes of one thread each."""
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    results: Any = context.Queue()
+
+    def share(mine: Sequence[tuple]) -> None:
+        for arguments in mine:
+            results.put((arguments, work(*arguments)))
+
+    workers = [context.Process(target=share, args=(wanted[k::jobs],)) for k in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for _ in wanted:
+        yield results.get(timeout=1200)
+    for worker in workers:
+        worker.join()
+
+
 def show_all(
     root: Path, chosen: list[str] | None = None, seeds: tuple[int, ...] = (42,), jobs: int = 2
 ) -> bool:
     """`drill all`: a line for each, `jobs` at a time."""
     prepare(root)
-    torch.set_num_threads(1)
-    wanted = [(name, seed) for name in chosen or names() for seed in seeds]
-    context = multiprocessing.get_context("fork")
-    results: Any = context.Queue()
-
-    def work(mine: list[tuple[str, int]]) -> None:
-        for name, seed in mine:
-            drill, broken, mended = attempt(name, root, seed)
-            results.put((name, seed, drill.sees, broken, mended))
-
-    workers = [context.Process(target=work, args=(wanted[k::jobs],)) for k in range(jobs)]
-    for worker in workers:
-        worker.start()
+    wanted = [(name, root, seed) for name in chosen or names() for seed in seeds]
     good = True
     print(f"{'drill':<26}{'seed':>5}  {'seen first':<28}{'step':>5}  {'mended':<24}{'s':>4}")
-    for _ in wanted:
-        name, seed, sees, broken, mended = results.get(timeout=1200)
+    for (name, _, seed), (drill, broken, mended) in in_parallel(attempt, wanted, jobs):
+        sees = drill.sees
         right = broken.shows(sees)
         good &= right and mended.well
         seen = broken.first if "rule" in sees else "its error" if right else f"exit {broken.code}"
@@ -296,8 +304,6 @@ def show_all(
         print(
             f"{name:<26}{seed:>5}  {seen:<28}{broken.step or '':>5}  {after:<24}{seconds:>4.0f}", flush=True
         )
-    for worker in workers:
-        worker.join()
     return good
 
 

@@ -748,6 +748,7 @@ def strided(config: Config) -> None:
             # c. REINFORCE on the samples, a few at a time so that memory stays near one sample's;
             # cross-entropy on the true tokens with the first.
             n = config.n_samples_per_prompt
+            given = functools.partial(advantages_by_document, part, advantage)
             for first in range(0, n, config.samples_a_pass):
                 now = slice(first, min(n, first + config.samples_a_pass))
                 weight = advantage[:, now].reshape(-1, 1).expand(-1, config.generate_max_len).flatten()
@@ -755,8 +756,6 @@ def strided(config: Config) -> None:
                     pass_loss, part, tokens[:, now].flatten(0, 1), weight, rollout_tokens,
                     counted if config.ce_coef and first == 0 else None,
                 )  # fmt: skip
-                by_document = advantage.split([len(d.anchors) for d in part])
-                given = {"advantages": torch.stack([a.sum() for a in by_document])}
                 start, loss, rl_loss, nll, made = watch.forward(compute, [d.name for d in part], given)
                 start.backward()
                 losses.append(loss)
@@ -781,8 +780,7 @@ def strided(config: Config) -> None:
         metrics = tally.result(world)
         state["num_tokens"] += sum(len(d.ids) for d in chosen) + rollout_tokens
         metrics |= {
-            "grad_norm": norm.item(), "learning_rate": rate,
-             "num_tokens": state["num_tokens"],
+            "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
             "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(skipped),
             "step_time": seconds(), **watch.metrics(),
             "epoch": step * a_step / len(documents), **health.memory(world.device),
@@ -1069,8 +1067,7 @@ def structured(config: Config) -> None:
                 **policy_metrics, **completion_metrics(rollouts), **sync,
                 **{f"ebft/{name}": values.mean().item() for name, values in facts.items()},
                 "ebft/advantages_std": advantage.std(-1).mean().item() if n > 1 else 0.0,
-                "grad_norm": norm.item(), "learning_rate": rate,
-             "num_tokens": state["num_tokens"],
+                "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
                 "skipped_micro_batches": float(skipped), "step_time": sum(took.values()),
                 "weight_version_lag": float(step - 1 - min(r.weight_version for r in rollouts)),
                 **{f"step_time/{k}": v for k, v in took.items()}, **watch.metrics(),
@@ -1265,6 +1262,11 @@ def group_features(
 
 def feature_depths(network: Transformer, config: Config) -> tuple[int, ...]:
     return tuple(int(share * network.arch.num_layers) for share in config.feature_layers)
+
+
+def advantages_by_document(part: list[Document], advantage: Tensor) -> dict[str, Tensor]:
+    """The sum over a document's blocks [documents]: not a number where one of them is not."""
+    return {"advantages": torch.stack([a.sum() for a in advantage.split([len(d.anchors) for d in part])])}
 
 
 def document_nll(

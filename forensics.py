@@ -236,7 +236,7 @@ class Suspect:
 
     compute: Callable[[], Any]  # the loss, or a tuple that begins with it
     names: Sequence[str]  # of the documents, in order
-    given: dict[str, Tensor]  # what the loss takes besides the model, by document: [B] or [B, T]
+    given: Callable[[], dict[str, Tensor]]  # what the loss takes besides the model, by document
     random: dict[str, Tensor]
 
 
@@ -251,11 +251,12 @@ class Forensics:
         torch.autograd.set_detect_anomaly(config.detect_anomaly)
 
     def forward(
-        self, compute: Callable[[], R], names: Sequence[str], given: dict[str, Tensor] | None = None
+        self, compute: Callable[[], R], names: Sequence[str], given: Callable[[], dict[str, Tensor]] = dict
     ) -> R:
         """`compute()`, remembered until the step is judged. It gives what the backward pass starts from, or a
-        tuple that begins with it."""
-        self.suspects.append(Suspect(compute, names, given or {}, random_state()))
+        tuple that begins with it. `given()` is what else the loss takes, by document [B] or [B, T]: asked for
+        where something is wrong with it."""
+        self.suspects.append(Suspect(compute, names, given, random_state()))
         return compute()
 
     def metrics(self) -> dict[str, float]:
@@ -325,7 +326,7 @@ class Forensics:
         """Finite hidden states, and a loss or its gradient that is not."""
         fault = probe.backward_fault or Fault("loss", "the loss")
         fault.value = f"loss {loss.item():.4g}" + (f"; {fault.value}" if fault.value else "")
-        for name, values in suspect.given.items():
+        for name, values in suspect.given().items():
             flags = not_finite(values)
             if not flags.any():
                 continue
@@ -370,8 +371,7 @@ class Forensics:
             if self.world.rank == fault.rank and suspect is not None and probe is not None:
                 save_file(batch_tensors(probe), aside / "batch.safetensors")
                 save_file(suspect.random, aside / "random.safetensors")
-                if suspect.given:
-                    given = {k: v.detach().cpu().contiguous() for k, v in suspect.given.items()}
+                if given := {k: v.detach().cpu().contiguous() for k, v in suspect.given().items()}:
                     save_file(given, aside / "given.safetensors")
             for row in fault.rows:
                 row["text"] = self.tokenizer.decode(row.pop("ids"), special=True)

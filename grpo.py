@@ -806,8 +806,7 @@ def main(config: Config) -> None:
             took |= sampler.seconds
             metrics: dict[str, float] = {
                 **state["batch_metrics"], **policy_metrics,
-                "grad_norm": norm.item(), "learning_rate": rate,
-                 "num_tokens": state["num_tokens"],
+                "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
                 "skipped_micro_batches": float(skipped), "entropy_coef": bonus,
                 "epoch": order.size * (generation + 1) / max(1, len(prompts)) if replay is None else 0.0,
                 "step_time": sum(took.values()), **{f"step_time/{k}": v for k, v in took.items()},

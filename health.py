@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dist
-from config import BallastError, ConfigError, parse_config, resolve_checkpoint
+from config import BallastError, ConfigError, UnknownOption, parse_config, resolve_checkpoint
 
 log = logging.getLogger("ballast")
 
@@ -1155,9 +1155,7 @@ def recipe_config(arguments: list[str]) -> Any:
         recipe = importlib.import_module(name)  # this is a program here: modules never import recipes
         try:
             return parse_config(recipe.Config, arguments)
-        except ConfigError as error:
-            if "is not an option" not in str(error):
-                raise
+        except UnknownOption as error:
             refused = error
     assert refused is not None
     raise refused

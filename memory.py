@@ -100,9 +100,7 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
         kept = tokens * arch.num_layers * layer
     kept += tokens * 2 * D * element  # the embedding, and the last norm's output
     if autocast:  # the weights of the products, once more in bf16
-        kept += sum(
-            p.numel() * 2 for n, p in model.named_parameters() if p.dim() >= 2 and p.element_size() == 4
-        )
+        kept += sum(2 * p.numel() for p in model.parameters() if p.dim() >= 2 and p.element_size() == 4)
     chunk = min(judged, max(kernels.TOKENS_A_CHUNK, kernels.LOGITS_A_CHUNK // V))
     loss = chunk * V * (element + 4) + judged * D * element
     if any(n in ("lm_head.weight", "embed_tokens.weight") for n, _ in trained):
@@ -122,8 +120,7 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
             )
             length = (config.max_prompt_length or 512) + config.max_completion_length
             cache = rows * length * arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim * element
-    offload = getattr(config, "fsdp_cpu_offload", False)
-    if offload:
+    if config.fsdp_cpu_offload:
         stored = gradients = state = 0
     return Estimate(
         weights=stored // shards + gathered, gradients=gradients // shards, optimizer=state // shards,
@@ -206,9 +203,8 @@ def _kept(
         ours |= {t.untyped_storage().data_ptr() for pair in tables.values() for t in pair}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             out = block(x, Pass(tables, packed, None, False))
-    total = sum(size for size, _ in seen.values())
-    del out
-    return total
+    del out  # it held what was kept until here
+    return sum(size for size, _ in seen.values())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -301,11 +297,7 @@ def largest_tensors(count: int = 8) -> list[str]:
         objects = [it for it in gc.get_objects() if isinstance(it, Tensor)]
     for it in objects:
         try:
-            if (
-                not isinstance(it, Tensor)
-                or it.device.type == "meta"
-                or it.untyped_storage().data_ptr() in seen
-            ):
+            if it.device.type == "meta" or it.untyped_storage().data_ptr() in seen:
                 continue
             seen.add(it.untyped_storage().data_ptr())
             size = it.untyped_storage().nbytes()
@@ -330,10 +322,10 @@ def what_to_change(error: BaseException, config: Any) -> str:
     with contextlib.suppress(Exception):  # looking must not end in the next error
         for line in largest_tensors():
             log.info("alive: %s", line)
-    if torch.cuda.is_available() and getattr(config, "output_dir", None):
-        path = Path(config.output_dir) / "out_of_memory.pickle"
-        torch.cuda.memory._dump_snapshot(str(path))
-        log.info("memory snapshot in %s: python -m torch.cuda.memory._viz, or pytorch.org/memory_viz", path)
+        if torch.cuda.is_available() and getattr(config, "output_dir", None):
+            path = Path(config.output_dir) / "out_of_memory.pickle"
+            torch.cuda.memory._dump_snapshot(str(path))
+            log.info("snapshot in %s: python -m torch.cuda.memory._viz, or pytorch.org/memory_viz", path)
     traceback.clear_frames(error.__traceback__)  # they hold the activations
     gc.collect()
     try:

@@ -556,7 +556,7 @@ def accumulate_gradients(
                 start = loss + aux_coef * len(batch.rollouts) / len(in_step) * balance
             return start * world.size, loss.detach(), facts, entropy.detach(), old, bad
 
-        start, loss, facts, entropy, old, bad = watch.forward(compute, batch.rows, batch.given())
+        start, loss, facts, entropy, old, bad = watch.forward(compute, batch.rows, batch.given)
         if bad:
             log.warning(
                 "step %d: %d hidden states are not finite and were replaced by 0; rows %s",

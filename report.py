@@ -4,6 +4,7 @@ with its healthy band, incidents, samples, config and environment.
     python health.py report outputs/tiny-sft [outputs/other …] [--out report.html]
 """
 
+import fnmatch
 import io
 import json
 import math
@@ -11,7 +12,6 @@ import platform
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
@@ -61,6 +61,32 @@ class RunPage:
     @property
     def ill(self) -> list[Verdict]:
         return [v for v in self.verdicts if v.ill]
+
+    @property
+    def summary(self) -> str:
+        """Incidents, and the rules that spoke."""
+        many = "s" * (len(self.incidents) > 1)
+        parts = [f"{len(self.incidents)} incident{many}"] * bool(self.incidents)
+        return ", ".join(parts + list(dict.fromkeys(v.rule.name for v in self.ill)))
+
+    @property
+    def worst(self) -> str:
+        critical = self.incidents or any(v.rule.severity == "critical" for v in self.ill)
+        return "critical" if critical else "warning"
+
+    @property
+    def ends(self) -> list[tuple[str, str, str]]:
+        """(metric, first value, last value) of losses and rewards."""
+        found = []
+        for name in metrics_of([self])[:8]:
+            values = [row[name] for row in self.history if name in row]
+            if name.startswith(("eval/", "reward")) or name == "train/loss":
+                found.append((name, f"{values[0]:.4g}", f"{values[-1]:.4g}"))
+        return found
+
+    @property
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
 
     def lines(self) -> list[tuple[str, str]]:
         """(severity, line) of each change of state."""
@@ -144,8 +170,6 @@ def band(metric: str, config: dict) -> tuple[float | None, float | None]:
 
 
 def metrics_of(pages: list[RunPage]) -> list[str]:
-    import fnmatch
-
     names = {name for page in pages for row in page.history for name in row if name != "step"}
     names = {n for n in names if not n.startswith(SILENT)}
     first = [n for pattern in FIRST for n in sorted(names) if fnmatch.fnmatchcase(n, pattern)]
@@ -208,27 +232,9 @@ def environment() -> str:
 def render(paths: list[Path]) -> str:
     """The page for these runs. Text from runs is escaped: a completion with <script> stays text."""
     pages = [read_run(path) for path in paths]
-    shown: list[Any] = []
-    for page in pages:
-        names = list(dict.fromkeys(v.rule.name for v in page.ill))
-        parts = [f"{len(page.incidents)} incident{'s' * (len(page.incidents) > 1)}"] * bool(page.incidents)
-        severe = [v for v in page.ill if v.rule.severity == "critical"]
-        ends = []
-        for name in metrics_of([page])[:8]:
-            found = [row[name] for row in page.history if name in row]
-            if name.startswith(("eval/", "reward")) or name == "train/loss":
-                ends.append((name, f"{found[0]:.4g}", f"{found[-1]:.4g}"))
-        extra = {
-            "summary": ", ".join(parts + names), "ends": ends,
-            "worst": "critical" if severe or page.incidents else "warning",
-            "yaml": yaml.safe_dump(page.config, sort_keys=False, allow_unicode=True),
-        }  # fmt: skip
-        for key, value in extra.items():
-            setattr(page, key, value)
-        shown.append(page)
     drawings = [draw(metric, pages) for metric in metrics_of(pages)]
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
-    return template.render(pages=shown, drawings=drawings, colours=COLOURS, environment=environment())
+    return template.render(pages=pages, drawings=drawings, colours=COLOURS, environment=environment())
 
 
 def write(paths: list[Path], out: Path) -> Path:

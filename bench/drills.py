@@ -10,37 +10,20 @@ well.
 """
 
 import argparse
-import multiprocessing
 import sys
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 import drill
 
-HEALTHY = {"sft": {}, "grpo": {}, "ebft": {}, "strided": {}}
+BASES = ("sft", "grpo", "ebft", "strided")
 
 
-def healthy_runs(root: Path, count: int, jobs: int) -> list[tuple[str, int, drill.Outcome]]:
-    context = multiprocessing.get_context("fork")
-    wanted = [(base, 1000 + seed) for base in HEALTHY for seed in range(count)]
-    results = context.Queue()
-
-    def work(mine: list) -> None:
-        for base, seed in mine:
-            where = root / "runs" / f"healthy-{base}-{seed}"
-            results.put((base, seed, drill.run(root, base, {"output_dir": str(where)}, seed=seed)))
-
-    workers = [context.Process(target=work, args=(wanted[k::jobs],)) for k in range(jobs)]
-    for worker in workers:
-        worker.start()
-    found = [results.get(timeout=1200) for _ in wanted]
-    for worker in workers:
-        worker.join()
-    return found
+def healthy_run(root: Path, base: str, seed: int) -> drill.Outcome:
+    where = root / "runs" / f"healthy-{base}-{seed}"
+    return drill.run(root, base, {"output_dir": str(where)}, seed=seed)
 
 
 if __name__ == "__main__":
@@ -53,10 +36,11 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--root", type=Path, default=Path("outputs/drills"))
     given = parser.parse_args()
-    torch.set_num_threads(1)
     place = given.root.absolute()
     good = drill.show_all(place, given.only, tuple(given.seeds), given.jobs)
-    runs = healthy_runs(place, given.healthy, given.jobs)
+    wanted = [(place, base, 1000 + seed) for base in BASES for seed in range(given.healthy)]
+    found = drill.in_parallel(healthy_run, wanted, given.jobs)
+    runs = [(base, seed, outcome) for (_, base, seed), outcome in found]
     alarms = [(base, seed, outcome) for base, seed, outcome in runs if not outcome.well]
     for base, seed, outcome in alarms:
         print(f"healthy {base}, seed {seed}: {outcome.said()[:160]}")

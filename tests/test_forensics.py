@@ -37,7 +37,7 @@ def report_of(directory) -> dict:
     return json.loads(found.read_text())
 
 
-def judged(watch: Forensics, model, compute, names, given=None) -> str:
+def judged(watch: Forensics, model, compute, names, given=dict) -> str:
     """The error that ends a step of one micro-batch."""
     made = watch.forward(compute, names, given)
     made.backward()
@@ -107,7 +107,7 @@ def test_advantages_that_are_no_numbers_are_named_with_their_row(watched, tmp_pa
             options=options(), size=StepSize(3, 9.0),
         )[0]  # fmt: skip
 
-    said = judged(watch, model, compute, batch.rows, batch.given())
+    said = judged(watch, model, compute, batch.rows, batch.given)
     found = report_of(tmp_path)
     assert found["direction"] == "loss" and "advantages hold 1 NaN" in said and "p.jsonl:1" in said
     assert [r["name"] for r in found["rows"]] == ["p.jsonl:1"]
