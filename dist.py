@@ -6,17 +6,22 @@ block; no rank ever holds a whole full-precision model.
 """
 
 import contextlib
+import fcntl
+import io
 import json
+import logging
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,6 +33,9 @@ import torch
 import torch.distributed as td
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -62,6 +70,7 @@ from model import (
 )  # fmt: skip
 
 T = TypeVar("T")
+log = logging.getLogger("ballast")
 
 
 @dataclass
@@ -196,6 +205,35 @@ def init(options: DistOptions) -> World:
 def finish() -> None:
     if td.is_initialized():
         td.destroy_process_group()
+
+
+_claimed: dict[Path, int] = {}  # output directory → descriptor of its lock, held as long as the process lives
+
+
+def claim(output_dir: Path) -> None:
+    """Make the directory, and keep every other run out of it while this process lives: two would write over
+    each other's checkpoints. ConfigError where another run is in it, or where nothing can be written."""
+    output_dir = output_dir.resolve()
+    if output_dir in _claimed:
+        return
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        remedy = f"cannot be written ({error.strerror}); choose another"
+        raise ConfigError("output_dir", str(output_dir), remedy) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        remedy = f"is another run's at this moment ({holder}): choose another, or stop that run"
+        raise ConfigError("output_dir", str(output_dir), remedy) from None
+    except OSError as error:  # a network file system without locks
+        log.warning("output_dir cannot be locked (%s): see to it that no other run uses it", error.strerror)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _claimed[output_dir] = descriptor
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
@@ -478,7 +516,7 @@ def mix_weights(into: nn.Module, other: nn.Module, share: float) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """The file is either the old one or the whole new one, also after a power cut."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.tmp")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -524,6 +562,62 @@ def publish(aside: Path, final: Path) -> None:
     _sync_directory(final.parent)
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None after every byte was found as it was written."""
+    try:
+        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+        for name, (size, checksum) in sums.items():
+            file = path / Path(name).name  # files of this directory alone
+            if not file.exists() or file.stat().st_size != size or _checksum(file) != checksum:
+                return f"{file}: damaged (size or checksum differs)"
+        if not {"trainer.json", ".metadata"} <= set(sums):
+            return f"{path}: is not a whole checkpoint"
+        json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{path}: is not a whole checkpoint ({error})"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; DCP's own error (which is no Exception) holds one for each rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _Unpickler(pickle.Unpickler):
+    """DCP keeps its index of tensors as a pickle, which could name any function to be called: only what an
+    index is made of is let in."""
+
+    CLASSES = frozenset({
+        ("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
+        *(("torch.distributed.checkpoint.metadata", name) for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    })  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or (module, name) in self.CLASSES:
+            return super().find_class(module, name)
+        raise BallastError(f"a checkpoint's index names {module}.{name}, which none of ours does: not loaded")
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = _Unpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises on all but numbers and their names; DCP would run it
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
 class Checkpointer:
     """Sharded checkpoints (DCP) in `directory`/step-N that exist whole or not at all.
 
@@ -541,7 +635,11 @@ class Checkpointer:
         if world.main:
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in directory.glob(".step-*"):  # of a run that was killed while saving
-                shutil.rmtree(leftover, ignore_errors=True)
+                replaced = directory / leftover.name.removeprefix(".").removesuffix(".old")
+                if leftover.suffix == ".old" and not replaced.exists():
+                    leftover.rename(replaced)  # killed between the two renames of publish
+                else:
+                    shutil.rmtree(leftover, ignore_errors=True)
         if world.size > 1:
             td.barrier()
 
@@ -550,8 +648,29 @@ class Checkpointer:
         return sorted(int(n) for n in found if n.isdigit())
 
     def newest(self) -> Path | None:
-        steps = self.steps()
-        return self.directory / f"step-{steps[-1]}" if steps else None
+        """The newest checkpoint whose checksums are right. What is damaged is put aside under another name
+        (never deleted) and said. BallastError where checkpoints are there and none of them is whole."""
+
+        def look() -> str | None:
+            tried = []
+            for step in reversed(self.steps()):
+                path = self.directory / f"step-{step}"
+                if (wrong := damage(path)) is None:
+                    return str(path)
+                aside = self.directory / f"damaged-step-{step}"
+                shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
+                path.rename(aside)
+                log.warning("checkpoint step-%d is damaged and now %s: %s", step, aside.name, wrong)
+                tried.append(step)
+            if tried:
+                raise BallastError(
+                    f"{self.directory}: none of its {len(tried)} checkpoints is whole; "
+                    "train from the start in another output_dir"
+                )
+            return None
+
+        found = from_main(look, self.world)
+        return Path(found) if found else None
 
     @staticmethod
     def _state_dict(
@@ -574,13 +693,14 @@ class Checkpointer:
         frozen models that move, all of whose weights are saved too."""
         self.finish()
         final, aside = self.directory / f"step-{step}", self.directory / f".step-{step}"
-        if self.world.main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            facts = {**state, "step": step, "world": self.world.size}
-            (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        td.barrier(self._group)
-        torch.save(_random_state(), aside / f"random-{self.world.rank}.pt")
+        with self._named():
+            if self.world.main:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                facts = {**state, "step": step, "world": self.world.size}
+                (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            td.barrier(self._group)
+            torch.save(_random_state(), aside / f"random-{self.world.rank}.pt")
         state_dict = self._state_dict(model, optimizers, others or {})
 
         def publish_it() -> None:
@@ -594,8 +714,9 @@ class Checkpointer:
                 shutil.rmtree(self.directory / f"step-{old}", ignore_errors=True)
 
         if not self.options.save_async:
-            dcp.save(state_dict, checkpoint_id=aside, process_group=self._group)
-            publish_it()
+            with self._named():
+                dcp.save(state_dict, checkpoint_id=aside, process_group=self._group)
+                publish_it()
             td.barrier(self._group)
             return
         # Rank 0's part is done only when DCP has heard from every rank, so rank 0 alone decides when it is
@@ -619,13 +740,20 @@ class Checkpointer:
         """Wait for a save in the background; its error is raised here."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            try:
+            with self._named():
                 pending.result()
-            except OSError as error:
-                raise BallastError(
-                    f"checkpoint could not be written to {self.directory}: {error.strerror}"
-                ) from error
             td.barrier(self._group)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of writing as a line that names the directory."""
+        try:
+            yield
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise BallastError(
+                f"no checkpoint could be written to {self.directory} ({_reason(error)}); those before it are "
+                "whole: make room, and the same command goes on from there"
+            ) from error
 
     def to_resume(self, identity: dict) -> tuple[Path | None, dict]:
         """The checkpoint that `resume` asks for, if there is one, and its JSON state.
@@ -647,7 +775,9 @@ class Checkpointer:
             raise ConfigError(
                 "resume", resume, "is not a checkpoint; give auto, never or …/checkpoints/step-N"
             )
-        state = self.state(path)  # reads every byte of the checkpoint for its checksums: once
+        if resume != "auto" and (wrong := from_main(lambda: damage(path), self.world)):
+            raise BallastError(f"{wrong}; resume from another checkpoint")
+        state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
         saved = state["identity"]
         for key, value in identity.items():
             if saved.get(key) == value or (key == "data" and self.options.resume_with_new_data):
@@ -661,21 +791,6 @@ class Checkpointer:
             raise ConfigError(key, value, remedy)
         return path, state
 
-    def state(self, path: Path) -> dict:
-        """The loop's JSON state in a checkpoint, after its checksums were found right."""
-        try:
-            sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-            if self.world.main:
-                for name, (size, checksum) in sums.items():
-                    file = path / name
-                    if not file.exists() or file.stat().st_size != size or _checksum(file) != checksum:
-                        raise BallastError(
-                            f"{file}: damaged (size or checksum differs); resume from another checkpoint"
-                        )
-            return json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BallastError(f"{path}: is not a whole checkpoint ({error})") from None
-
     def load(
         self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int,
         others: Mapping[str, nn.Module] | None = None,
@@ -684,7 +799,10 @@ class Checkpointer:
         checkpoint's: the numbers then agree only to rounding, and random state starts anew from `seed`."""
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         state_dict = self._state_dict(model, optimizers, others or {})
-        dcp.load(state_dict, checkpoint_id=path, process_group=self._group)
+        try:
+            dcp.load(state_dict, storage_reader=_Reader(path), planner=_Planner(), process_group=self._group)
+        except CheckpointException as error:
+            raise BallastError(f"{path}: cannot be loaded ({_reason(error)})") from error
         set_model_state_dict(model, state_dict["model"], options=options)
         set_optimizer_state_dict(model, optimizers, state_dict["optimizer"], options=options)
         for name, other in (others or {}).items():

@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,25 +164,17 @@ def run(
     """A base run with these options changed."""
     out = Path(options.get("output_dir") or root / "runs" / f"{base}-{time.monotonic_ns()}")
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    settings = {"seed": seed, **options, "output_dir": str(out)}
-    arguments = ["--config", str(root / "base" / f"{base}.yaml")]
-    arguments += [f"{k}={json.dumps(v)}" for k, v in settings.items()]
-    recipe = {"strided": "ebft"}.get(base, base)
+    options = {"seed": seed, **options, "output_dir": str(out)}
     begun = time.monotonic()
     if processes == 1:
-        for name in ("sft", "grpo", "ebft"):  # imported here once, for all that are forked
-            importlib.import_module(name)
-        child = multiprocessing.get_context("fork").Process(
-            target=_guarded, args=(root, recipe, arguments, patch, out)
-        )
-        child.start()
+        child = start(root, base, options, patch)
         child.join(600)
         if child.is_alive():
             child.kill()
         code = -1 if child.exitcode is None else child.exitcode
     else:
-        job = json.dumps([str(root), recipe, arguments, patch, str(out)])
+        out.mkdir(parents=True)
+        job = json.dumps([str(root), recipe_of(base), _arguments(root, base, options), patch, str(out)])
         launch = [
             sys.executable,
             "-m",
@@ -195,7 +188,30 @@ def run(
                 [*launch, __file__, job], stdout=log, stderr=log, env=environment
             ).returncode
         code = 2 if code else 0  # torchrun's own is 1
-    return _outcome(out, code, time.monotonic() - begun)
+    return outcome(out, code, time.monotonic() - begun)
+
+
+def recipe_of(base: str) -> str:
+    return {"strided": "ebft"}.get(base, base)
+
+
+def _arguments(root: Path, base: str, options: dict[str, Any]) -> list[str]:
+    settings = [f"{key}={json.dumps(value)}" for key, value in options.items()]
+    return ["--config", str(root / "base" / f"{base}.yaml"), *settings]
+
+
+def start(root: Path, base: str, options: dict[str, Any], patch: str = "") -> ForkProcess:
+    """A base run with these options in a process of its own, begun; what is in its output_dir stays there.
+    stdout and stderr go to files in output_dir."""
+    for name in ("sft", "grpo", "ebft"):  # imported here once, for all that are forked
+        importlib.import_module(name)
+    out = Path(options["output_dir"])
+    out.mkdir(parents=True, exist_ok=True)
+    child = multiprocessing.get_context("fork").Process(
+        target=_guarded, args=(root, recipe_of(base), _arguments(root, base, options), patch, out)
+    )
+    child.start()
+    return child
 
 
 def _guarded(root: Path, recipe: str, arguments: list[str], patch: str, out: Path) -> None:
@@ -207,7 +223,7 @@ def _guarded(root: Path, recipe: str, arguments: list[str], patch: str, out: Pat
         os._exit(1)
 
 
-def _outcome(out: Path, code: int, seconds: float) -> Outcome:
+def outcome(out: Path, code: int, seconds: float = 0.0) -> Outcome:
     found = Outcome(code, seconds=seconds)
     log = out / "run.log"
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():

@@ -100,7 +100,7 @@ def start_log(output_dir: Path, main: bool) -> None:
     log.propagate = False
     if main:
         log.addHandler(_Console(level))
-        output_dir.mkdir(parents=True, exist_ok=True)
+        dist.claim(output_dir)
         to_file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
@@ -927,16 +927,14 @@ class MetricLogger:
         if metrics.exists():  # a resumed run repeats the steps after its checkpoint: drop their first version
             lines = metrics.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= first_step]  # type: ignore[operator]
-            aside = metrics.with_suffix(".tmp")
-            aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            aside.replace(metrics)
+            dist.write_atomically(metrics, "".join(line + "\n" for line in kept))
         self.file = metrics.open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(
             str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
         )
         values = {k: v for k, v in asdict(config).items() if k != "config_directory"}
-        (output_dir / "config.yaml").write_text(
-            yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        dist.write_atomically(
+            output_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         )
         if config.wandb_project:
             import wandb

@@ -1,18 +1,23 @@
 """The recipe as a user runs it: what it computes, what it survives, what it refuses."""
 
+import io
 import json
 import os
+import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+import dist
 from config import ConfigError, parse_config
 from conftest import ROOT, run_program
 from data import IGNORE, Tokenizer
@@ -259,7 +264,7 @@ def test_a_checkpoint_goes_on_at_another_world_size(undisturbed, small_checkpoin
         assert (a[name] - b[name]).abs().max() < 1e-5, name
 
 
-def test_save_total_limit_keeps_the_newest_and_a_damaged_checkpoint_is_noticed(
+def test_save_total_limit_keeps_the_newest_and_a_damaged_checkpoint_gives_way_to_the_one_before(
     small_checkpoint, chat_file, tmp_path
 ):
     out = tmp_path / "out"
@@ -268,13 +273,62 @@ def test_save_total_limit_keeps_the_newest_and_a_damaged_checkpoint_is_noticed(
     )
     run_ok(ROOT / "sft.py", *args)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["latest", "step-5", "step-6"]
-    victim = next((out / "checkpoints/step-6").glob("*.distcp"))
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
-    done = run_program(ROOT / "sft.py", *args)
+    whole = final_bytes(out)
+
+    def flip_a_bit(step):
+        victim = next((out / f"checkpoints/step-{step}").glob("*.distcp"))
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+        return victim
+
+    victim = flip_a_bit(6)
+    done = run_program(ROOT / "sft.py", *args, f"resume={victim.parent}")
     assert done.returncode == 2 and "damaged" in done.stderr and victim.name in done.stderr
-    run_ok(ROOT / "sft.py", *args, f"resume={out}/checkpoints/step-5")
+    shutil.rmtree(out / "final")
+    done = run_ok(ROOT / "sft.py", *args)
+    assert "step-6 is damaged and now damaged-step-6" in done.stdout and victim.name in done.stdout
+    assert "resuming from" in done.stdout and final_bytes(out) == whole
+    assert (out / "checkpoints/damaged-step-6").is_dir()
+
+    flip_a_bit(5), flip_a_bit(6)
+    done = run_program(ROOT / "sft.py", *args)
+    assert done.returncode == 2 and "none of its 2 checkpoints is whole" in done.stderr
+
+
+def test_two_runs_cannot_share_an_output_directory(small_checkpoint, chat_file, tmp_path):
+    dist.claim(tmp_path / "out")  # by this process
+    dist.claim(tmp_path / "out")  # its own is no other
+    done = run_program(
+        ROOT / "sft.py", *arguments(small_checkpoint, chat_file, tmp_path / "out", max_steps=1)
+    )
+    assert done.returncode == 2 and f"process {os.getpid()} on" in done.stderr
+    assert not (tmp_path / "out" / "run.log").exists()
+
+
+def test_a_checkpoint_made_to_run_code_is_refused(small_checkpoint, chat_file, tmp_path):
+    """DCP's index and its plain values are pickles: what they may name is limited."""
+    out = tmp_path / "out"
+    args = arguments(small_checkpoint, chat_file, out, max_steps=2, save_steps=1)
+    run_ok(ROOT / "sft.py", *args)
+    path = out / "checkpoints/step-1"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "broken in"),)
+
+    (path / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    sums = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())]
+            for p in path.iterdir() if p.name != "checksums.json"}  # fmt: skip
+    (path / "checksums.json").write_text(json.dumps(sums))
+    done = run_program(ROOT / "sft.py", *args, f"resume={path}")
+    assert done.returncode == 2 and "posix.mkdir, which none of ours does" in done.stderr
+    value = io.BytesIO()
+    torch.save({"rate": Hostile()}, value)
+    value.seek(0)
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        dist._Planner().load_bytes(None, value)
+    assert not (tmp_path / "broken in").exists()
 
 
 def test_resuming_another_run_is_refused_by_key(small_checkpoint, chat_file, tmp_path):
