@@ -48,6 +48,15 @@ class CheckpointError(BallastError):
     """A checkpoint that cannot be read, or that this decoder would compute wrongly."""
 
 
+class DataError(BallastError):
+    """A row or file that training must not use. One line: file:line, reason, remedy."""
+
+    def __init__(self, file: str, line: int | None, reason: str, remedy: str = ""):
+        self.file, self.line, self.reason, self.remedy = file, line, reason, remedy
+        where = f"{file}:{line}" if line is not None else file
+        super().__init__(f"{where}: {reason}" + (f"; {remedy}" if remedy else ""))
+
+
 def _parser(config_class: type, **kwargs) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
     parser.add_class_arguments(config_class, as_group=False)

@@ -1,5 +1,4 @@
-"""From rows on disk to micro-batches: tokenizer, chat templates, loss masks, packing, order, and a look at
-all of it.
+"""From rows on disk to micro-batches: token ids and labels, packing, order, and a look at all of it.
 
     python data.py inspect --config x.yaml           what training would see, with its faults named
     python data.py inspect --config x.yaml --json    one object a row: input_ids, labels (−100: not trained)
@@ -10,8 +9,6 @@ and line.
 """
 
 import bisect
-import contextlib
-import datetime
 import hashlib
 import itertools
 import json
@@ -26,41 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 import numpy as np
-import tokenizers
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import BallastError, ConfigError, import_attribute, parse_config, resolve_checkpoint
+from config import BallastError, ConfigError, DataError, import_attribute, parse_config, resolve_checkpoint
+from tokenizer import IGNORE, BadRow, Tokenizer, read_text
 
 log = logging.getLogger("ballast")
-IGNORE = -100  # label of a token that is not trained
 PACK_WINDOW = 8192  # rows that are packed together; bounds the time of packing and keeps the order random
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-class DataError(BallastError):
-    """A row or file that training must not use. One line: file:line, reason, remedy."""
-
-    def __init__(self, file: str, line: int | None, reason: str, remedy: str = ""):
-        self.file, self.line, self.reason, self.remedy = file, line, reason, remedy
-        where = f"{file}:{line}" if line is not None else file
-        super().__init__(f"{where}: {reason}" + (f"; {remedy}" if remedy else ""))
-
-
-class BadRow(Exception):
-    """Why a row cannot be encoded; the caller knows its file and line."""
 
 
 @dataclass
@@ -115,15 +87,6 @@ class Row:
     value: dict
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(str(path), None, f"is not UTF-8 text (byte {error.start})", "convert it") from None
-    except OSError as error:
-        raise DataError(str(path), None, f"cannot be read ({error.strerror})") from None
-
-
 def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
     try:
         with path.open("rb") as file:
@@ -145,7 +108,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
 
 def _read_json(path: Path) -> Iterator[Row | DataError]:
     try:
-        values = json.loads(_read_text(path))
+        values = json.loads(read_text(path))
     except ValueError as error:
         raise DataError(str(path), getattr(error, "lineno", None), f"is not valid JSON ({error})") from None
     if isinstance(values, dict):
@@ -267,7 +230,7 @@ def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
                 if reader is not None:
                     yield from reader(file)
                 elif spec.get("type") == "text":
-                    yield Row(str(file), 1, {"text": _read_text(file)})
+                    yield Row(str(file), 1, {"text": read_text(file)})
                 else:
                     raise DataError(
                         str(file), None, "has an ending that is not known", f"known: {sorted(READERS)}"
@@ -287,395 +250,6 @@ def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
             ends.append(len(rows) * value // 100 if number and number.group(2) else value)
         rows = rows[ends[0] : ends[1]]
     yield from rows
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizer and chat templates
-# ------------------------------------------------------------------------------------------------------------
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}` marks what the assistant wrote; the marks are cut out after
-    rendering."""
-
-    tags: ClassVar = {"generation"}
-
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        begin, end = self.environment.globals["generation_marks"]  # type: ignore[misc]
-        return f"{begin}{caller()}{end}"
-
-
-def _template_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Templates come with checkpoints and are untrusted: sandboxed, and without access to Python objects'
-    insides."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # jinja2's own filter escapes HTML characters, which a model must not see.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    nonce = secrets.token_hex(8)  # content cannot contain the marks
-    environment.globals["generation_marks"] = (f"\x02{nonce}<", f"\x02{nonce}>")
-    return environment
-
-
-SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
-
-
-class Tokenizer:
-    """A checkpoint's tokenizer and chat template, token ids in and out."""
-
-    def __init__(
-        self, core: tokenizers.Tokenizer, config: dict, template: str | None, source: str, stop_ids=()
-    ):
-        core.no_truncation()
-        core.no_padding()
-        self.core, self.config, self.template, self.source = core, config, template, source
-        self.special = {name: self._text(config.get(name)) for name in SPECIAL_NAMES if config.get(name)}
-        self.eos_id = core.token_to_id(self.special["eos_token"]) if "eos_token" in self.special else None
-        pad = core.token_to_id(self.special["pad_token"]) if "pad_token" in self.special else None
-        self.pad_id = next(
-            (i for i in (pad, self.eos_id) if i is not None), 0
-        )  # padding is never trained nor seen
-        self.added = {token.content: i for i, token in core.get_added_tokens_decoder().items()}
-        self.kwargs: dict = {}
-        self._extra_stops = list(stop_ids)
-        self._environment = _template_environment()
-        self._compiled: jinja2.Template | None = None
-        self._turn_end: int | None = None
-        self._headers: dict[str, str] = {}
-
-    @staticmethod
-    def _text(token: Any) -> str:
-        return token["content"] if isinstance(token, dict) else str(token)
-
-    @staticmethod
-    def load(directory: str | Path) -> "Tokenizer":
-        """From a checkpoint's folder. Raises DataError where there is no tokenizer.json or it cannot be
-        read."""
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.exists():
-            hint = "only tokenizer.model is there; save it once with a fast tokenizer" if list(
-                directory.glob("tokenizer.model")
-            ) else "the checkpoint has no tokenizer"  # fmt: skip
-            raise DataError(str(path), None, "is missing", hint)
-        try:
-            core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(str(path), None, f"cannot be read ({error})") from None
-
-        def read(name: str) -> dict:
-            file = directory / name
-            if not file.exists():
-                return {}
-            try:
-                return json.loads(file.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise DataError(str(file), None, f"is not valid JSON ({error})") from None
-
-        config = {**read("special_tokens_map.json"), **read("tokenizer_config.json")}
-        template = config.pop("chat_template", None)
-        if isinstance(template, list):  # several named templates
-            named = {item["name"]: item["template"] for item in template}
-            template = named.get("default") or next(iter(named.values()), None)
-        if (directory / "chat_template.jinja").exists():
-            template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-        stops = read("generation_config.json").get("eos_token_id") or read("config.json").get("eos_token_id")
-        return Tokenizer(
-            core,
-            config,
-            template,
-            str(directory),
-            stops if isinstance(stops, list) else [stops] if stops else [],
-        )
-
-    @staticmethod
-    def train(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
-        """A byte-level BPE tokenizer with single digits and the ChatML template."""
-        core = tokenizers.Tokenizer(tokenizers.models.BPE())
-        core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(  # type: ignore[assignment]
-            [
-                tokenizers.pre_tokenizers.Digits(individual_digits=True),
-                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
-        core.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-        trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special, show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        )  # fmt: skip
-        core.train_from_iterator(texts, trainer)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "clean_up_tokenization_spaces": False,
-        }  # fmt: skip
-        return Tokenizer(core, config, CHATML, "trained here")
-
-    def configure(self, options: DataOptions, directory: Path) -> "Tokenizer":
-        """This tokenizer with the config's template, special tokens and further tokens."""
-        unknown = set(options.special_tokens) - set(SPECIAL_NAMES)
-        if unknown:
-            raise ConfigError(
-                "special_tokens", sorted(unknown)[0], f"is not one of {', '.join(SPECIAL_NAMES)}"
-            )
-        self.core.add_special_tokens(
-            [t for t in options.special_tokens.values() if self.core.token_to_id(t) is None]
-        )
-        self.core.add_tokens([t for t in options.tokens if self.core.token_to_id(t) is None])
-        template = self.template
-        if options.chat_template == "chatml":
-            template = CHATML
-            self.core.add_special_tokens(
-                [t for t in ("<|im_start|>", "<|im_end|>") if self.core.token_to_id(t) is None]
-            )
-        elif options.chat_template:
-            path = Path(options.chat_template)
-            template = _read_text(
-                path if path.is_absolute() or not (directory / path).exists() else directory / path
-            )
-        stops = self._extra_stops
-        configured = Tokenizer(
-            self.core, {**self.config, **options.special_tokens}, template, self.source, stops
-        )
-        configured.kwargs = dict(options.chat_template_kwargs)
-        return configured
-
-    def __len__(self) -> int:
-        return self.core.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def vocab_size(self) -> int:
-        """Highest id + 1: what an embedding needs."""
-        return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: EOS, those of generation_config.json, and what closes the template's
-        turns."""
-        ids = {i for i in (self.eos_id, *self._extra_stops) if i is not None}
-        if self.template:
-            # A template that cannot render the probe ends its turns with one of the others.
-            with contextlib.suppress(BadRow):
-                ids.add(self.turn_end())
-        return sorted(ids)
-
-    def turn_end(self) -> int:
-        """The special token that closes an assistant turn in the chat template. BadRow where there is
-        none."""
-        if self._turn_end is None:
-            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            ids, labels = self.encode_chat(probe)
-            self._turn_end = [token for token, label in zip(ids, labels, strict=True) if label != IGNORE][-1]
-        return self._turn_end
-
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of `text`; `special` lets the tokenizer add its own BOS."""
-        return self.core.encode(text, add_special_tokens=special).ids
-
-    def decode(self, ids: list[int], special: bool = False) -> str:
-        return self.core.decode(ids, skip_special_tokens=not special)
-
-    def save(self, directory: Path) -> None:
-        """Write what transformers and vLLM need to read this tokenizer, its template and its stop tokens."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            source = Path(self.source) / name
-            if source.exists():
-                shutil.copyfile(source, directory / name)
-        self.core.save(str(directory / "tokenizer.json"))
-        (directory / "tokenizer_config.json").write_text(
-            json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        if self.template:
-            (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
-        generation = Path(self.source) / "generation_config.json"
-        values = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
-        stops = self.stop_ids
-        if stops:
-            values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-        values.setdefault("pad_token_id", self.pad_id)
-        (directory / "generation_config.json").write_text(
-            json.dumps(values, indent=2) + "\n", encoding="utf-8"
-        )
-
-    # -- chat ------------------------------------------------------------------------------------------------
-    # ---------
-
-    def _render(self, messages: list[dict], tools: list | None, generation_prompt: bool, kwargs: dict) -> str:
-        if self.template is None:
-            raise BadRow("the tokenizer has no chat template; set chat_template: chatml or a .jinja file")
-        try:
-            if self._compiled is None:
-                self._compiled = self._environment.from_string(self.template)
-            return self._compiled.render(
-                messages=messages, tools=tools or None, documents=None,
-                add_generation_prompt=generation_prompt,
-                **{**self.special, **self.kwargs, **kwargs},
-            )  # fmt: skip
-        except jinja2.TemplateError as error:
-            raise BadRow(f"the chat template refuses it: {error.message or type(error).__name__}") from None
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            raise BadRow(f"the chat template fails on it: {error}") from None
-
-    def render(
-        self, messages: list[dict], tools: list | None = None, generation_prompt: bool = False, **kwargs
-    ) -> str:
-        """The conversation as text, as transformers' apply_chat_template renders it. Raises BadRow."""
-        text = self._render(messages, tools, generation_prompt, kwargs)
-        for mark in self._environment.globals["generation_marks"]:  # type: ignore[union-attr]
-            text = text.replace(mark, "")
-        return text
-
-    def encode_prompt(self, messages: list[dict], tools: list | None = None, **kwargs) -> list[int]:
-        """Token ids up to where the assistant's answer begins."""
-        return self.encode(self.render(messages, tools, generation_prompt=True, **kwargs))
-
-    def encode_chat(
-        self, messages: list[dict], tools: list | None = None, *, train_on_inputs: bool = False, **kwargs
-    ) -> tuple[list[int], list[int]]:
-        """(input_ids, labels) of a conversation, labels −100 except on what the assistant wrote and its end
-        of turn.
-
-        The spans come from the template's `{% generation %}` blocks, or from `_assistant_spans`. Either way
-        each end of a span is checked: the text before it, tokenised alone, must be exactly the first tokens
-        of the whole. BadRow where that fails, for then no mask would be right.
-        """
-        marked = self._render(messages, tools, False, kwargs)
-        begin, end = self._environment.globals["generation_marks"]  # type: ignore[misc]
-        text = marked.replace(begin, "").replace(end, "")
-        ids = self.encode(text)
-        if train_on_inputs:
-            return ids, list(ids)
-        assistant = [m for m in messages if m.get("role") == "assistant"]
-        trained = [bool(m.get("train", True)) and m.get("weight", 1) != 0 for m in assistant]
-        if begin in marked:
-            spans, position = [], 0
-            for piece in re.split(f"({re.escape(begin)}|{re.escape(end)})", marked):
-                if piece == begin:
-                    spans.append((position, position))
-                elif piece == end:
-                    spans[-1] = (spans[-1][0], position)
-                else:
-                    position += len(piece)
-            if not all(trained) and len(spans) != len(trained):
-                raise BadRow(
-                    f"{len(trained)} assistant turns, {len(spans)} generation blocks: train/weight is unclear"
-                )
-            trained = trained if len(spans) == len(trained) else [True] * len(spans)
-        else:
-            spans = self._assistant_spans(messages, tools, text, kwargs)
-        labels = [IGNORE] * len(ids)
-        for (start, stop), train in zip(spans, trained, strict=True):
-            stop = self._with_end_of_turn(text, start, stop)
-            first = self._boundary(text, ids, start, "start", may_move=True)
-            last = self._boundary(text, ids, stop, "end")
-            if train:
-                labels[first:last] = ids[first:last]
-        return ids, labels
-
-    def _assistant_spans(
-        self, messages: list[dict], tools: list | None, text: str, kwargs: dict
-    ) -> list[tuple[int, int]]:
-        """Where each assistant turn's own text stands in the rendered conversation `text`.
-
-        Each turn is rendered once more with its content replaced by a word that occurs nowhere else. What
-        comes before the word and what comes after must then be the beginning and the end of `text`: that
-        holds however a template trims, reorders or drops things, and also for consecutive assistant turns and
-        for templates that drop the reasoning of earlier turns, where comparing shorter and longer
-        conversations goes wrong. The answer begins where the generation prompt ends, if the template put one
-        there (so reasoning before the content is trained too).
-        """
-        header = self._generation_prompt(tools, kwargs)
-        word = "answer" + secrets.token_hex(8)
-        spans, previous = [], 0
-        for i, message in enumerate(messages):
-            if message.get("role") != "assistant":
-                continue
-            other = {
-                k: v for k, v in message.items() if k not in ("reasoning_content", "tool_calls", "thinking")
-            }
-            probe = self.render(
-                [*messages[:i], {**other, "content": word}, *messages[i + 1 :]], tools, **kwargs
-            )
-            if probe.count(word) != 1:
-                raise BadRow(f"message {i}: the chat template shows it {probe.count(word)} times, not once")
-            before, after = probe.split(word)
-            start, end = len(before), len(text) - len(after)
-            at = before.rfind(header, previous) if header else -1
-            if at >= 0:
-                start = at + len(header)
-            if (
-                not text.startswith(before[:start])
-                or not text.endswith(after)
-                or end < start
-                or start < previous
-            ):
-                raise BadRow(
-                    f"message {i}: cannot tell where this assistant turn begins and ends in the chat template"
-                )
-            spans.append((start, end))
-            previous = end
-        return spans
-
-    def _generation_prompt(self, tools: list | None, kwargs: dict) -> str:
-        """What the template writes before an answer, found by rendering a question with and without it."""
-        key = json.dumps([tools, kwargs], sort_keys=True, default=str)
-        if key not in self._headers:
-            question = [{"role": "user", "content": "a"}]
-            with_prompt = self.render(question, tools, True, **kwargs)
-            without = self.render(question, tools, False, **kwargs)
-            self._headers[key] = with_prompt.removeprefix(without) if with_prompt.startswith(without) else ""
-        return self._headers[key]
-
-    def _with_end_of_turn(self, text: str, start: int, end: int) -> int:
-        """`end` moved past the special token that closes the turn: a model that never sees it trained never
-        stops."""
-        content = text[start:end].rstrip()
-        if any(content.endswith(token) for token in self.added):
-            return start + len(content)
-        rest = text[end:]
-        after = len(rest) - len(rest.lstrip())
-        closing = max((t for t in self.added if rest.startswith(t, after)), key=len, default=None)
-        if closing is None:
-            raise BadRow(
-                "an assistant turn is not closed by a special token in the chat template: it could never stop"
-            )
-        return end + after + len(closing)
-
-    def _boundary(self, text: str, ids: list[int], at: int, what: str, may_move: bool = False) -> int:
-        """The index of the token that begins at character `at` of `text`."""
-        for place in (at, len(text[:at].rstrip())) if may_move else (at,):
-            # Sentencepiece-like tokenizers glue a leading space to the answer's first word: then the answer
-            # begins there.
-            before = self.encode(text[:place])
-            if ids[: len(before)] == before:
-                return len(before)
-        raise BadRow(
-            f"a token reaches across the {what} of an assistant turn ({text[max(0, at - 10) : at + 10]!r})"
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -25,16 +25,12 @@ from torch.nn.functional import normalize
 
 import dist
 import health
-from config import ConfigError, check_at_least_one, parse_config, resolve_checkpoint
+from config import ConfigError, DataError, check_at_least_one, parse_config, resolve_checkpoint
 from data import (
-    IGNORE,
-    BadRow,
-    DataError,
     DataOptions,
     Dataset,
     Prompt,
     PromptOrder,
-    Tokenizer,
     load_tokenizer,
     prepare,
     read_prompts,
@@ -82,6 +78,7 @@ from rollout import (
     replay_lines,
     write_rollouts,
 )
+from tokenizer import IGNORE, BadRow, Tokenizer
 
 
 @dataclass

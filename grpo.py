@@ -43,7 +43,7 @@ from config import (
     parse_config,
     resolve_checkpoint,
 )
-from data import DataOptions, Prompt, PromptOrder, Tokenizer, load_tokenizer, read_prompts, split_held_out
+from data import DataOptions, Prompt, PromptOrder, load_tokenizer, read_prompts, split_held_out
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
@@ -72,6 +72,7 @@ from rollout import (
     server_command,
     write_rollouts,
 )
+from tokenizer import Tokenizer
 
 
 @dataclass

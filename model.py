@@ -1757,7 +1757,7 @@ def load_for_inference(directory: str, dtype: torch.dtype, device: str = "cpu") 
 def chat(argv: list[str]) -> None:
     import argparse
 
-    from data import Tokenizer
+    from tokenizer import Tokenizer
 
     parser = argparse.ArgumentParser(
         prog="model.py chat", description="Talk to a checkpoint; an empty line ends."

@@ -27,12 +27,13 @@ import httpx
 import torch
 
 import dist
-from config import BallastError, ConfigError, check_at_least_one, import_attribute
-from data import BadRow, DataError, Prompt, Tokenizer
+from config import BallastError, ConfigError, DataError, check_at_least_one, import_attribute
+from data import Prompt
 from dist import World
 from health import log
 from kernels import linear_logprobs
 from model import Transformer, generate, iterate_weights, save_adapter, save_pretrained
+from tokenizer import BadRow, Tokenizer
 
 
 @dataclass
@@ -306,7 +307,7 @@ class Server:
         answer = self.ask("GET", "/v1/models")
         if not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
             raise EngineError(f"{self.url}/v1/models: no list of models; is it a vLLM server?")
-        return {str(entry["id"]): entry for entry in answer["data"]}
+        return {str(e["id"]): e for e in answer["data"] if isinstance(e, dict) and "id" in e}
 
     def version(self) -> str:
         answer = self.ask("GET", "/weight_info")
@@ -317,7 +318,7 @@ class Server:
 
     def remote_call(self, method: str, *arguments: str) -> list:
         answer = self.ask("POST", "/collective_rpc", {"method": method, "args": list(arguments)})
-        return (answer or {}).get("results", [])
+        return answer.get("results", []) if isinstance(answer, dict) else []
 
 
 class VllmEngine:
@@ -454,8 +455,9 @@ class VllmEngine:
                 "stop_token_ids": self.stop_ids, "skip_special_tokens": False,
                 "seed": random.Random(repr((seed, i))).getrandbits(31),
             }  # fmt: skip
+            answer = server.ask("POST", "/v1/completions", body)
             groups[i] = read_completions(
-                server.ask("POST", "/v1/completions", body), n, limits[i], server.url
+                answer, n, limits[i], server.url, prompts[i], self.model.arch.vocab_size
             )
             if on_group is not None:
                 on_group(i, groups[i])
@@ -698,9 +700,12 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def read_completions(answer: Any, n: int, limit: int, url: str) -> list[Completion]:
+def read_completions(
+    answer: Any, n: int, limit: int, url: str, prompt: list[int] | None = None, vocab_size: int | None = None
+) -> list[Completion]:
     """The completions in a server's answer. EngineError where it is not what was asked for: never trained
     on."""
+    beyond = math.inf if vocab_size is None else vocab_size
     try:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         found = []
@@ -709,16 +714,25 @@ def read_completions(answer: Any, n: int, limit: int, url: str) -> list[Completi
             logprobs = choice["logprobs"]["token_logprobs"]
             if reason not in ("stop", "length"):
                 raise ServerLost(f"{url}: ended a completion with {reason!r}")
-            if not ids or not all(type(i) is int and i >= 0 for i in ids) or len(ids) > limit:
-                raise EngineError(f"{url}: a completion of {len(ids)} token ids, asked for 1 to {limit}")
+            if not ids or not all(type(i) is int and 0 <= i < beyond for i in ids) or len(ids) > limit:
+                raise EngineError(
+                    f"{url}: a completion of {len(ids)} token ids, asked for 1 to {limit} below {beyond}"
+                )
             if len(logprobs) != len(ids):
                 raise EngineError(f"{url}: {len(ids)} tokens with {len(logprobs)} log-probs")
+            if prompt is not None and choice.get("prompt_token_ids") not in (None, prompt):
+                raise EngineError(f"{url}: answered another prompt than it was asked")
             usable = [x if x is not None and math.isfinite(x) and x > -9999.0 else None for x in logprobs]
             found.append(Completion(ids, usable, reason))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{url}: an answer that is not understood ({error!r}); is it vLLM 0.32?") from None
     if len(found) != n:
         raise EngineError(f"{url}: {len(found)} completions, asked for {n}")
+    known = [x is not None for completion in found for x in completion.logprobs]
+    if len(known) >= 8 and not any(known):  # one is vLLM's own way of saying −∞; all of them are a fault
+        raise EngineError(
+            f"{url}: {len(known)} tokens and not one usable log-prob; start it with `python grpo.py serve`"
+        )
     return found
 
 

@@ -23,17 +23,7 @@ from torch import Tensor
 import dist
 import health
 from config import ConfigError, check_at_least_one, parse_config, resolve_checkpoint
-from data import (
-    IGNORE,
-    Batch,
-    Batches,
-    DataOptions,
-    Dataset,
-    Tokenizer,
-    load_tokenizer,
-    prepare,
-    split_held_out,
-)
+from data import Batch, Batches, DataOptions, Dataset, load_tokenizer, prepare, split_held_out
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
@@ -47,6 +37,7 @@ from model import (
     read_architecture,
     resized,
 )
+from tokenizer import IGNORE, Tokenizer
 
 
 @dataclass

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import ConfigError
-from conftest import ROOT, TEMPLATES
+from conftest import CORPUS, ROOT, TEMPLATES
 from data import (
     IGNORE,
     BadRow,
@@ -147,7 +147,7 @@ def test_reasoning_and_tool_calls_are_trained_where_the_template_shows_them(toke
 
 def test_generation_blocks_decide_where_the_template_has_them(tokenizer, tokenizer_directory):
     tok = tokenizer("chatml")
-    from data import CHATML
+    from tokenizer import CHATML
 
     marked = Tokenizer(tok.core, tok.config, CHATML, tok.source)
     messages = CONVERSATIONS["system"]
@@ -196,10 +196,10 @@ def test_a_conversation_whose_bounds_cannot_be_trusted_is_refused(template, reas
 def test_a_token_across_the_start_of_an_answer_is_refused(tokenizer):
     """The prompt ends in the middle of a token: at inference the model would see other ids."""
     tok = tokenizer("chatml")
-    start = "{% if m.role == 'assistant' %}de{% endif %}"
+    start = "{% if m.role == 'assistant' %}sel{% endif %}"
     template = "{% for m in messages %}" + start + "{{ m.content }}<|im_end|>{% endfor %}"
     glued = Tokenizer(tok.core, tok.config, template, tok.source)
-    assert len(tok.encode("def")) == 1
+    assert len(tok.encode("self")) == 1
     with pytest.raises(BadRow, match="reaches across the start"):
         glued.encode_chat([{"role": "user", "content": "x"}, {"role": "assistant", "content": "f y"}])
 
@@ -215,7 +215,7 @@ def test_an_answer_whose_first_word_carries_a_space_is_trained_from_that_space(p
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False
     )
-    core.train([str(ROOT / "data.py")], trainer)
+    core.train([CORPUS], trainer)
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
         "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"

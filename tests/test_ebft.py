@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import dist
 import ebft
+from config import DataError
 from conftest import ROOT, run_program
-from data import DataError, DataOptions, Prompt, Tokenizer, read_prompts
+from data import DataOptions, Prompt, read_prompts
 from ebft import (
     BlockPass,
     Config,
@@ -36,6 +37,7 @@ from ebft import (
 from kernels import linear_logprobs
 from model import load_pretrained
 from rollout import Completion, Rollout, play
+from tokenizer import Tokenizer
 
 ALONE = dist.World(0, 1, 0, torch.device("cpu"))
 GOLDEN = json.loads((Path(__file__).parent / "ebft_golden.json").read_text())

@@ -13,7 +13,7 @@ import torch
 import grpo
 from config import ConfigError
 from conftest import ROOT, run_program
-from data import PromptOrder, Tokenizer
+from data import PromptOrder
 from dist import World
 from grpo import Config, RewardError, group_advantages, pass_at_k, reward_metrics, weighted_rewards
 from model import load_pretrained
@@ -29,6 +29,7 @@ from policy import (
     token_logprobs,
 )
 from rollout import EmbeddedEngine, EngineError, Rollout, play, read_completions
+from tokenizer import Tokenizer
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]

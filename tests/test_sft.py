@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 import dist
 from config import ConfigError, parse_config
 from conftest import ROOT, run_program
-from data import IGNORE, Tokenizer
 from dist import OptimizerOptions, learning_rate
 from model import load_pretrained
 from sft import Config
+from tokenizer import IGNORE, Tokenizer
 
 WORKER = ROOT / "tests" / "worker.py"
 

