@@ -1,5 +1,6 @@
 import json
 import random
+import resource
 import subprocess
 import sys
 
@@ -239,6 +240,36 @@ def test_templates_run_in_a_sandbox(tokenizer):
     ):
         with pytest.raises(BadRow):
             Tokenizer(tok.core, tok.config, attack, tok.source).render(CONVERSATIONS["one turn"])
+
+
+BIG = "{% set b = 'a' * 100000 %}"
+GROWS = "{% set ns = namespace(s='aaaaaaaa', x=10, l=[1]) %}{% for i in range(60) %}"
+GREEDY = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(100) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "{{ 'a' * 10**9 }}", "{{ 'a'.center(10**9) }}", "{{ 'a' | center(10**9) }}", "{{ '%999999999d' % 1 }}",
+    "{{ '%*d' % (999999999, 1) }}", "{{ '{:999999999}'.format(1) }}", "{{ '{:{}}'.format(1, 99999999) }}",
+    "{{ 2**(2**(2**10)) }}", "{{ (1).to_bytes(10**9, 'little') }}", "{{ [1] | batch(10**9, 1) | list }}",
+    "{{ range(10**9) | list }}", "{{ lipsum(10**6) }}", "{{ 'a' | indent(10**9, true) }}",
+    GROWS + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}", GROWS + "{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    GROWS + "{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    GROWS + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
+    GROWS + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l | tojson }}",
+    BIG + "{% for i in range(9999) %}{{ b }}{% endfor %}", BIG + "{{ b.replace('a', b) }}",
+    BIG + "{{ b | replace('a', b) }}", BIG + "{{ b.join([b] * 10000) }}", BIG + "{{ [b] * 9999 | join(b) }}",
+    BIG + "{% set c %}{% for i in range(999) %}{{ b }}{% endfor %}{% endset %}{{ c | length }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", GREEDY)
+def test_a_template_can_neither_run_for_ever_nor_fill_the_memory(template, tokenizer):
+    tok = tokenizer("chatml")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadRow, match=r"the chat template (refuses|fails on) it"):
+        Tokenizer(tok.core, tok.config, template, tok.source).render([{"role": "user", "content": "x"}])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
 def test_a_saved_tokenizer_reads_back_here_and_in_transformers(tokenizer, tmp_path):
