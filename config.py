@@ -13,6 +13,7 @@ import importlib
 import inspect
 import math
 import re
+import reprlib
 import sys
 import types
 import typing
@@ -31,13 +32,34 @@ class BallastError(Exception):
     """A fault that the user can mend: printed as one line, exit code 2. The traceback goes to run.log
     only."""
 
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str, longest: int = 1000) -> str:
+    """`text` as a terminal may show it: line ends, control characters and lone surrogates of a user's data
+    are escaped, and what is very long loses its middle."""
+    if len(text) > longest:
+        text = f"{text[: longest * 2 // 3]} … {text[-longest // 3 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """repr(value), but never long: a few levels deep, a few entries of each."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxdict = 8
+
 
 class ConfigError(BallastError):
     """An option with an impossible value. `key` names it, `remedy` says what to do."""
 
     def __init__(self, key: str, value: Any, remedy: str):
         self.key, self.value, self.remedy = key, value, remedy
-        super().__init__(f"{key}: {remedy}" if value is None else f"{key}: {value!r} {remedy}")
+        super().__init__(f"{key}: {remedy}" if value is None else f"{key}: {shown(value)} {remedy}")
 
 
 class UnknownOption(ConfigError):
@@ -65,12 +87,13 @@ def _parser(config_class: type, **kwargs) -> jsonargparse.ArgumentParser:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = load_yaml(text, str(path))
     except OSError as error:
         raise ConfigError(
             "--config", str(path), f"cannot be read ({error.strerror}); give a YAML file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -80,6 +103,33 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(str(path), None, "must hold `key: value` lines at the top level")
     return values
+
+
+MOST_NODES = 100_000  # in a YAML file, with every alias written out
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """yaml.safe_load for a file that may be hostile. ConfigError where aliases make it huge, or where it is
+    nested beyond measure; yaml.YAMLError, or ValueError for a number that is none, where it is no YAML."""
+    sizes: dict[int, int] = {}  # of a node, by its identity; 0 while it is being counted
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            pairs = node.value if isinstance(node.value, list) else []
+            parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] = min(MOST_NODES + 1, 1 + sum(size(part) for part in parts))
+        elif sizes[id(node)] == 0:
+            raise ConfigError(name, None, "holds a value that contains itself")
+        return sizes[id(node)]
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None and size(root) > MOST_NODES:
+            raise ConfigError(name, None, f"has more than {MOST_NODES:,} values: no config has")
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(name, None, "is nested too deeply") from None
 
 
 def _type_name(typehint: Any) -> str:
@@ -101,7 +151,7 @@ def _check(parser: jsonargparse.ArgumentParser, name: str, typehint: Any, value:
         if value is None and type(None) not in typing.get_args(typehint):
             raise TypeError
         return parser.parse_object({name: value})[name]
-    except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError):
+    except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError, AttributeError, RecursionError):
         raise ConfigError(where, value, f"must be {_type_name(typehint)}") from None
 
 
@@ -150,8 +200,8 @@ def parse_config(
             )
         key = key.replace("-", "_")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = load_yaml(text, key)
+        except (yaml.YAMLError, ValueError):
             value = text
         root, dot, inner = key.partition(".")
         if dot and root in names:  # gradient_checkpointing_kwargs.use_reentrant=true sets one entry of a dict

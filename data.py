@@ -9,6 +9,7 @@ and line.
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -28,7 +29,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import BallastError, ConfigError, DataError, import_attribute, parse_config, resolve_checkpoint
+from config import (
+    BallastError,
+    ConfigError,
+    DataError,
+    import_attribute,
+    parse_config,
+    resolve_checkpoint,
+    shown,
+)
 from tokenizer import IGNORE, BadRow, Tokenizer, read_text
 
 log = logging.getLogger("ballast")
@@ -95,7 +104,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
                     continue
                 try:
                     value = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield DataError(str(path), number, f"is not valid JSON ({error})")
                     continue
                 if isinstance(value, dict):
@@ -109,7 +118,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
 def _read_json(path: Path) -> Iterator[Row | DataError]:
     try:
         values = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(str(path), getattr(error, "lineno", None), f"is not valid JSON ({error})") from None
     if isinstance(values, dict):
         lists = [v for v in values.values() if isinstance(v, list)]
@@ -133,7 +142,7 @@ def _read_parquet(path: Path) -> Iterator[Row | DataError]:
             for value in batch.to_pylist():
                 number += 1
                 yield Row(str(path), number, value)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(str(path), None, f"cannot be read as Parquet ({error})") from None
 
 
@@ -259,6 +268,17 @@ def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
 ROLES = {"system", "user", "assistant", "tool", "developer"}
 
 
+@contextlib.contextmanager
+def readable(kind: str) -> Iterator[None]:
+    """A row of a shape that nobody thought of is a bad row, not the end of the run."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise BadRow(f"cannot be read as {kind} ({type(error).__name__}: {error})") from None
+    except RecursionError:
+        raise BadRow("is nested too deeply") from None
+
+
 def _need_text(row: dict, name: str, default: str | None = None) -> str:
     value = row.get(name, default)
     if value is None:
@@ -272,7 +292,7 @@ def _check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow("messages is text that is not JSON") from None
     if not isinstance(messages, list) or not messages:
         raise BadRow("messages must be a non-empty list")
@@ -284,16 +304,20 @@ def _check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
             key: value for key, value in message.items() if value is not None
         }  # Parquet fills gaps with nulls
         if "role" not in message and "from" in message:  # ShareGPT
-            names = {"human": "user", "gpt": "assistant"}
-            message = {"role": names.get(message["from"], message["from"]), "content": message.get("value")}
+            names, said = {"human": "user", "gpt": "assistant"}, message["from"]
+            role = names.get(said, said) if isinstance(said, str) else said
+            message = {"role": role, "content": message.get("value")}
         role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise BadRow(f"message {i}: role {role!r} is not one of {', '.join(sorted(ROLES))}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRow(f"message {i}: role {shown(role)} is not one of {', '.join(sorted(ROLES))}")
         if isinstance(content, list):
             parts = [part for part in content if not (isinstance(part, dict) and part.get("type") == "text")]
             if parts:
                 raise BadRow(f"message {i}: content has a part that is not text")
-            message = {**message, "content": "".join(part["text"] for part in content)}
+            texts = [part.get("text") for part in content]
+            if not all(isinstance(text, str) for text in texts):
+                raise BadRow(f"message {i}: content has a part without text")
+            message = {**message, "content": "".join(texts)}
         elif (
             content is None
             and role == "assistant"
@@ -303,7 +327,7 @@ def _check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
         elif not isinstance(content, str):
             raise BadRow(f"message {i}: content must be text, it is {type(content).__name__}")
         if message.get("weight", 1) not in (0, 1):
-            raise BadRow(f"message {i}: weight must be 0 or 1, it is {message['weight']}")
+            raise BadRow(f"message {i}: weight must be 0 or 1, it is {shown(message['weight'])}")
         checked.append(message)
     if need_answer and not any(m["role"] == "assistant" for m in checked):
         raise BadRow("no assistant message: nothing to train on")
@@ -372,9 +396,10 @@ class Encoder:
                     f"{self.kind} must return a dict with messages, completion, output, text or input_ids"
                 )
             row = made
-        if self.options.strip_thinking:
-            row = without_thinking(row)
-        return getattr(self, "_" + kind)(row)
+        with readable(kind):
+            if self.options.strip_thinking:
+                row = without_thinking(row)
+            return getattr(self, "_" + kind)(row)
 
     def _masked(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         ids = prompt + answer
@@ -393,7 +418,7 @@ class Encoder:
         if isinstance(tools, str):
             try:
                 tools = json.loads(tools)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise BadRow("tools is text that is not JSON") from None
         return self.tokenizer.encode_chat(
             _check_messages(messages), tools, train_on_inputs=self.options.train_on_inputs,
@@ -451,6 +476,8 @@ class Encoder:
         assert isinstance(ids, list) and isinstance(labels, list)
         if len(ids) != len(labels):
             raise BadRow(f"input_ids has {len(ids)} numbers, labels {len(labels)}")
+        if any(i >= 2**31 for i in (*ids, *labels)):
+            raise BadRow("an id of more than 31 bits")
         if any(i < 0 for i in ids) or any(label < 0 and label != IGNORE for label in labels):
             raise BadRow("a negative id (labels may be −100)")
         return ids, labels
@@ -640,9 +667,10 @@ def read_prompts(
                     values = {**values, **made}
                     text = isinstance(values.get("prompt"), str)
                     form = "instruct" if "instruction" in made else "prompt_completion" if text else "chat"
-                if options.strip_thinking:
-                    values = without_thinking(values)
-                parts = [(v, *_prompt_of(form, v, tokenizer)) for v in _turns_of(form, values, turns)]
+                with readable(form):
+                    if options.strip_thinking:
+                        values = without_thinking(values)
+                    parts = [(v, *_prompt_of(form, v, tokenizer)) for v in _turns_of(form, values, turns)]
                 if not all(ids for _, ids, _, _ in parts):
                     raise BadRow("the prompt is empty")
             except BadRow as error:

@@ -290,13 +290,19 @@ def in_parallel(work: Callable[..., T], wanted: Sequence[tuple], jobs: int) -> I
 
     def share(mine: Sequence[tuple]) -> None:
         for arguments in mine:
-            results.put((arguments, work(*arguments)))
+            try:
+                results.put((arguments, work(*arguments)))
+            except Exception as error:  # told to the parent, which would wait for ever
+                results.put((arguments, error))
 
     workers = [context.Process(target=share, args=(wanted[k::jobs],)) for k in range(jobs)]
     for worker in workers:
         worker.start()
     for _ in wanted:
-        yield results.get(timeout=1200)
+        arguments, result = results.get(timeout=1200)
+        if isinstance(result, Exception):
+            raise result
+        yield arguments, result
     for worker in workers:
         worker.join()
 

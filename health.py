@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dist
-from config import BallastError, ConfigError, UnknownOption, parse_config, resolve_checkpoint
+from config import BallastError, ConfigError, UnknownOption, load_yaml, parse_config, resolve_checkpoint
 
 log = logging.getLogger("ballast")
 
@@ -784,6 +784,8 @@ def _with_value(option: str, config: dict) -> str:
 def rules_of(config: dict, rules: Sequence[Rule] = RULES) -> list[Rule]:
     """The rules that apply to a config, with its own ranges. ConfigError for what is no rule or no range."""
     own = config.get("health_rules") or {}
+    if not isinstance(own, dict):
+        raise ConfigError("health_rules", own, "must be {rule: {high: …}} or {rule: off}")
     names = {rule.name for rule in rules}
     for name, change in own.items():
         if name not in names:
@@ -1082,7 +1084,11 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
         raise ConfigError(str(path), None, "is neither a run's directory nor a file of metrics")
     config: dict = {}
     if (beside := path.parent / "config.yaml").exists():
-        loaded = yaml.safe_load(beside.read_text(encoding="utf-8"))
+        try:
+            loaded = load_yaml(beside.read_text(encoding="utf-8"), str(beside))
+        except (yaml.YAMLError, ValueError) as error:
+            problem = getattr(error, "problem", None) or error
+            raise ConfigError(str(beside), None, f"is not valid YAML: {problem}") from None
         config = loaded if isinstance(loaded, dict) else {}
     try:
         text = path.read_text(encoding="utf-8")
@@ -1093,7 +1099,7 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
         else:
             whole = json.loads(text)
             rows = whole["log_history"] if isinstance(whole, dict) else whole
-    except (ValueError, KeyError, UnicodeDecodeError, csv.Error) as error:
+    except (ValueError, KeyError, RecursionError, csv.Error) as error:
         raise ConfigError(str(path), None, f"is not a history that can be read ({error!r})") from None
     history = []
     foreign = path.suffix != ".jsonl" or not any("train/loss" in r for r in rows if isinstance(r, dict))
@@ -1114,6 +1120,8 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
                 name = ALIASES.get(name, name)
             made[name] = figure
         step = next((made.pop(n) for n in ("step", "_step", "Step", "global_step") if n in made), number)
+        if not abs(step) < 2**53:
+            raise ConfigError(f"{path}:{number}", None, f"has step {step}, which is none")
         history.append({"step": int(step), **made})
     if not history:
         raise ConfigError(str(path), None, "holds no metrics")
@@ -1124,7 +1132,10 @@ def judge(history: list[dict], config: dict) -> tuple[Doctor, list[Verdict]]:
     """The verdicts that a run with these metrics would have had."""
     # How long it was meant to be is unknown, and with it the schedule.
     known = {k: v for k, v in config.items() if k != "lr_scheduler"}
-    doctor = Doctor(known, total_steps=history[-1]["step"])
+    try:
+        doctor = Doctor(known, total_steps=history[-1]["step"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError("config.yaml", None, f"holds an option of another kind ({error})") from None
     verdicts = []
     for row in history:
         metrics = {k: v for k, v in row.items() if k != "step" and not k.startswith("health/")}

@@ -29,7 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from config import BallastError, CheckpointError, ConfigError, resolve_checkpoint
+from config import BallastError, CheckpointError, ConfigError, resolve_checkpoint, shown
 
 SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
 
@@ -198,6 +198,11 @@ COMMON_FIELDS = {
     "max_position_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window", "layer_types",
 }  # fmt: skip
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "num_key_value_heads", "sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "decoder_sparse_step", "max_window_layers", "no_rope_layer_interval",
+)  # fmt: skip
 # Fields that do not touch the forward arithmetic: identity, generation defaults, and leftovers of other
 # libraries.
 INERT_FIELDS = {
@@ -359,9 +364,15 @@ class Architecture:
                 {},
             ):  # a switch that is off changes nothing
                 raise refuse(
-                    f"field {key}={value!r} is not known for {name} and may change the arithmetic",
+                    f"field {key}={shown(value)} is not known for {name} and may change the arithmetic",
                     f"if it does not, set ignore_config_fields: [{key}]",
                 )
+
+        for key in SIZES:
+            value = cfg.get(key)
+            most = 10_000 if key == "num_hidden_layers" else 2**24
+            if value is not None and not (type(value) is int and 0 <= value <= most):
+                raise refuse(f"{key} is {shown(value)}, not a whole number up to {most:,}")
 
         def decide(switch: bool | str) -> bool:
             return bool(cfg.get(switch, False)) if isinstance(switch, str) else switch
@@ -925,7 +936,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
@@ -933,9 +944,12 @@ def read_json(path: Path) -> dict:
 
 
 def read_architecture(directory: Path, ignore: list[str] | tuple = ()) -> Architecture:
-    return Architecture.from_config(
-        read_json(directory / "config.json"), str(directory / "config.json"), ignore
-    )
+    """Raises CheckpointError for a config.json that cannot be computed as it is meant."""
+    path = directory / "config.json"
+    try:
+        return Architecture.from_config(read_json(path), str(path), ignore)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: a field has a value that cannot be used ({error})") from None
 
 
 def resized(arch: Architecture, vocab_size: int, multiple: int = 1) -> Architecture:
@@ -957,6 +971,9 @@ class Weights:
         self.files: dict[str, Any] = {}
         if index.exists():
             self.where = read_json(index).get("weight_map", {})
+            named = isinstance(self.where, dict) and all(isinstance(n, str) for n in self.where.values())
+            if not named or any(Path(n).name != n for n in self.where.values()):  # no path out of the folder
+                raise CheckpointError(f"{index}: weight_map must be {{tensor: file in this folder}}")
         elif single.exists():
             self.where = {name: single.name for name in self._open(single.name).keys()}  # noqa: SIM118
         else:
@@ -1405,8 +1422,21 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
     }  # fmt: skip
     for key, value in raw.items():
         if key not in known and value not in (None, False, "none", [], {}, 0, 0.0):
-            raise CheckpointError(f"{path}: {key}={value!r} is not supported")
+            raise CheckpointError(f"{path}: {key}={shown(value)} is not supported")
+    figures = (
+        ("r", int, 1, 2**16),
+        ("lora_alpha", (int, float), 0, 2**16),
+        ("lora_dropout", (int, float), 0, 1),
+    )
+    for key, kinds, low, high in figures:
+        value = raw.get(key, 0.0 if key == "lora_dropout" else None)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            raise CheckpointError(f"{path}: {key} is {shown(value)}, not a number from {low} to {high}")
     targets = raw.get("target_modules")
+    if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{path}: target_modules must be a list of names")
+    if targets is not None and not isinstance(targets, str | list):
+        raise CheckpointError(f"{path}: target_modules must be a list of names, it is {shown(targets)}")
     if isinstance(targets, str) and targets != "all-linear":
         raise CheckpointError(
             f"{path}: target_modules as a regular expression is not supported; list the names"

@@ -792,10 +792,14 @@ def replay_lines(path: str, directory: Path) -> Iterator[tuple[str, int, str]]:
         steps = [p for p in place.glob("step-*.jsonl") if p.stem.removeprefix("step-").isdigit()]
         files = sorted(steps, key=lambda p: int(p.stem.removeprefix("step-")))
     for file in files:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield str(file), number, line
+        number = 0
+        try:
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield str(file), number, line
+        except UnicodeDecodeError:
+            raise DataError(str(file), number + 1, "is not UTF-8 text (here or some lines on)") from None
 
 
 class ReplayEngine:
@@ -838,7 +842,7 @@ def _read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout
 
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(file, number, f"is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(file, number, "must be an object")
@@ -868,12 +872,15 @@ def _read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout
     rewards = row.get("rewards", {})
     if not isinstance(rewards, dict) or not all(figure(value) for value in rewards.values()):
         raise DataError(file, number, "rewards must be {name: number or null}")
+    steps = [row.get("step", 0), row.get("weight_version", row.get("step", 0))]
+    if not all(type(x) is int and abs(x) < 2**63 for x in steps):
+        raise DataError(file, number, "step and weight_version must be whole numbers")
     last = row["completion_ids"][-1]
     return Rollout(
         row["prompt_ids"], row["completion_ids"], logprobs, mask,
         truncated=bool(row.get("truncated", last not in stops)),
         rewards={str(k): None if v is None else float(v) for k, v in rewards.items()},
-        step=int(row.get("step", 0)), weight_version=int(row.get("weight_version", row.get("step", 0))),
+        step=steps[0], weight_version=steps[1],
         row=f"{file}:{number}", ground_truth_ids=truth, ground_truth_mask=truth_mask,
     )  # fmt: skip
 

@@ -273,8 +273,8 @@ class Tokenizer:
         self._headers: dict[str, str] = {}
 
     @staticmethod
-    def _text(token: Any) -> str:
-        return token["content"] if isinstance(token, dict) else str(token)
+    def _text(token: Any) -> Any:
+        return token.get("content") if isinstance(token, dict) else token
 
     @staticmethod
     def load(directory: str | Path) -> "Tokenizer":
@@ -297,25 +297,34 @@ class Tokenizer:
             if not file.exists():
                 return {}
             try:
-                return json.loads(file.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
+                value = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, OSError, RecursionError) as error:
                 raise DataError(str(file), None, f"is not valid JSON ({error})") from None
+            if not isinstance(value, dict):
+                raise DataError(str(file), None, "must hold a JSON object")
+            return value
 
         config = {**read("special_tokens_map.json"), **read("tokenizer_config.json")}
         template = config.pop("chat_template", None)
         if isinstance(template, list):  # several named templates
-            named = {item["name"]: item["template"] for item in template}
+            named = {
+                str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)
+            }
             template = named.get("default") or next(iter(named.values()), None)
         if (directory / "chat_template.jinja").exists():
-            template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+            template = read_text(directory / "chat_template.jinja")
+        if template is not None and not isinstance(template, str):
+            raise DataError(str(directory / "tokenizer_config.json"), None, "chat_template is not text")
+        for name in SPECIAL_NAMES:
+            if config.get(name) and not isinstance(Tokenizer._text(config[name]), str):
+                raise DataError(str(directory / "tokenizer_config.json"), None, f"{name} is not text")
         stops = read("generation_config.json").get("eos_token_id") or read("config.json").get("eos_token_id")
-        return Tokenizer(
-            core,
-            config,
-            template,
-            str(directory),
-            stops if isinstance(stops, list) else [stops] if stops else [],
-        )
+        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+        if not all(type(stop) is int and 0 <= stop < 2**31 for stop in stops):
+            raise DataError(
+                str(directory / "generation_config.json"), None, "eos_token_id holds no token ids"
+            )
+        return Tokenizer(core, config, template, str(directory), stops)
 
     @staticmethod
     def train(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
