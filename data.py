@@ -726,6 +726,17 @@ class PromptOrder:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def _settle(aside: Path, place: Path) -> None:
+    """Give a finished directory its name, unless another run that shares the cache was first: what has that
+    name was made from the same rows."""
+    try:
+        aside.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+        shutil.rmtree(aside)
+
+
 class Dataset:
     """Encoded rows as flat arrays (memory-mapped when prepared on disk).
 
@@ -792,13 +803,15 @@ class Dataset:
             np.save(aside / f"{name}.npy", getattr(self, name))
         facts = {"file_names": self.file_names, "counts": self.counts, "fingerprint": self.fingerprint}
         (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        aside.rename(directory)
+        _settle(aside, directory)
 
     @staticmethod
     def load(directory: Path) -> "Dataset":
         facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in Dataset.ARRAYS}
+        counts = {len(arrays["tokens"]), len(arrays["labels"]), int(arrays["offsets"][-1])}
+        if len(counts) != 1:
+            raise ValueError(f"tokens, labels and offsets disagree: {sorted(counts)}")
         return Dataset(arrays, facts["file_names"], facts["counts"], facts["fingerprint"])
 
 
@@ -823,8 +836,12 @@ def prepare(
     key.update(repr((options.on_bad_row, options.chat_template_kwargs, tokenizer.special)).encode())
     key.update((tokenizer.template or "").encode() + tokenizer.core.to_str().encode())
     place = cache / key.hexdigest()[:16]
-    if (place / "facts.json").exists():
-        return Dataset.load(place)
+    if place.is_dir():
+        try:
+            return Dataset.load(place)
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:  # a power cut, a full disk
+            log.warning("data: %s is damaged (%s): encoding again", place, error)
+            shutil.rmtree(place)
 
     def rows() -> Iterator[tuple[int, Encoded]]:
         for number, spec in enumerate(specs):
@@ -1078,7 +1095,7 @@ def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path, cach
         log.info("training a tokenizer of %d tokens on the rows", options.tokenizer_vocab_size)
         aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         Tokenizer.train(texts(), options.tokenizer_vocab_size).save(aside)
-        aside.rename(place)
+        _settle(aside, place)
     return Tokenizer.load(place).configure(options, directory)
 
 

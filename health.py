@@ -532,7 +532,7 @@ RULES: tuple[Rule, ...] = (
         "the diversity term or the learning rate drives them off",
         (("diversity_coef", "lower it"), ("learning_rate", "halve it"),
         ("ce_coef", "0.03 to 0.1 holds the language", (0.03, math.inf))),
-        low=0.9, window=10, after=20, severity="critical",
+        low=0.95, window=10, after=20, severity="critical",
     ),
     Rule(  # Of whitened features that are independent it is 0 by construction: read entropy there.
         "samples_alike", ("ebft/diversity",), "outside",

@@ -636,6 +636,24 @@ def test_prepared_data_is_reused_until_anything_that_matters_changes(tokenizer, 
     assert not list(cache.glob(".*"))
 
 
+def test_a_damaged_cache_is_made_again_and_two_runs_may_share_one(tokenizer, tmp_path):
+    rows = [{"text": f"words {i} " * 5} for i in range(20)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    specs = [{"path": "r.jsonl", "type": "text"}]
+
+    def made(cache="cache"):
+        return prepare(specs, tokenizer("chatml"), DataOptions(), tmp_path, tmp_path / cache)
+
+    first = made()
+    (place,) = (tmp_path / "cache").iterdir()
+    for name in ("tokens.npy", "facts.json", "offsets.npy"):
+        raw = (place / name).read_bytes()
+        (place / name).write_bytes(raw[: len(raw) * 2 // 3])
+        assert made().fingerprint == first.fingerprint, name
+    first.save(place)  # as a second run that was slower would
+    assert made().fingerprint == first.fingerprint and len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_a_tokenizer_is_trained_once_and_splits_digits(tmp_path):
     path = write(
         tmp_path / "a.jsonl", [{"instruction": f"add {i} and {i}", "output": str(2 * i)} for i in range(200)]
