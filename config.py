@@ -51,7 +51,7 @@ def shown(value: Any) -> str:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
-_SHORT.maxlist = _SHORT.maxdict = 8
+_SHORT.maxlist = _SHORT.maxdict = 4
 
 
 class ConfigError(BallastError):

@@ -88,7 +88,7 @@ class DistOptions:
     """Keep weights and optimiser state in host memory (CUDA only)."""
     hsdp_shard_size: int | None = None
     """Shard over groups of so many processes and replicate across groups (HSDP), e.g. the GPUs of one
-    node."""
+    node; 1 replicates only (DDP)."""
     deterministic: bool = False
     """On CUDA: only kernels that give the same bits every time, slower. CPU runs always do."""
     gpu_timeout_minutes: float = 30
@@ -194,8 +194,8 @@ def init(options: DistOptions) -> World:
             td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=timeout)
     world = World(rank, size, local_rank, device)
     shard = options.hsdp_shard_size
-    if shard and (size % shard or shard < 2):
-        raise ConfigError("hsdp_shard_size", shard, f"must divide the {size} processes and be at least 2")
+    if shard is not None and (shard < 1 or size % shard):
+        raise ConfigError("hsdp_shard_size", shard, f"must divide the {size} processes")
     if size > 1 or options.fsdp_cpu_offload:  # offloading is FSDP's, also for a world of one
         shape, names = ((size // shard, shard), ("replicate", "shard")) if shard else ((size,), ("shard",))
         world.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)

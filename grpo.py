@@ -28,6 +28,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -994,6 +995,14 @@ def serve(argv: list[str]) -> None:
     for url in config.vllm_server_base_url[1:]:
         print(f"# another terminal: python grpo.py serve … 'vllm_server_base_url=[{url}]'")
     environment, command = server_command(config, str(model), config.vllm_server_base_url[0])
+    host = urlparse(config.vllm_server_base_url[0]).hostname
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"warning: {host} can be reached from other machines, and the routes that replace weights and "
+            "run methods in the server have no password: whoever reaches this port owns the process; open "
+            "it to the trainer's host alone (a firewall, a private network, an SSH tunnel)",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     print(" ".join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
     try:
         os.execvpe(command[0], command, {**os.environ, **environment})

@@ -131,6 +131,12 @@ def check_rollout_options(options: RolloutOptions) -> None:
         for url in options.vllm_server_base_url:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError("vllm_server_base_url", url, "must begin with http:// or https://")
+            if urlparse(url).username or urlparse(url).password:
+                raise ConfigError(
+                    "vllm_server_base_url", None,
+                    "holds a user name or password, which would stand in config.yaml and the logs; reach the "
+                    "server through an SSH tunnel or a private network instead",
+                )  # fmt: skip
 
 
 @dataclass

@@ -3,8 +3,8 @@ also under torchrun.
 
 gradients FILE: save the gradients before clipping of the first step (whole tensors, by name) and stop.
 kill-in-save STEP: SIGKILL this process in the middle of publishing step STEP's checkpoint. silent-sync -:
-send weights with vLLM's own reload_weights. slow SECONDS: wait so long in every step, so that a test can hit
-it.
+send weights with vLLM's own reload_weights. last-rank KILL-3: SIGKILL (STOP: SIGSTOP) the last rank in step
+3. slow SECONDS: wait so long in every step, so that a test can hit it.
 """
 
 import os
@@ -58,6 +58,19 @@ def kill_in_save(step: str) -> None:
         publish(aside, final)
 
     dist.publish = die
+
+
+def last_rank(what_and_step: str) -> None:
+    """SIGKILL or SIGSTOP for the last rank when it begins this step: `STOP-3`."""
+    what, _, step = what_and_step.partition("-")
+    beat = dist.beat
+
+    def fall(now, world):
+        if now == int(step) and world.rank == world.size - 1:
+            os.kill(os.getpid(), getattr(signal, f"SIG{what}"))
+        beat(now, world)
+
+    dist.beat = fall
 
 
 def slow(seconds: str) -> None:
@@ -125,6 +138,7 @@ if __name__ == "__main__":
         "silent-sync": silent_sync,
         "kill-in-save": kill_in_save,
         "slow": slow,
+        "last-rank": last_rank,
         "out-of-memory": out_of_memory,
         "poison": poison,
         "plain": lambda _: None,

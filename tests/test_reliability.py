@@ -1,0 +1,127 @@
+"""What holds for every recipe whatever happens around it: the number of processes, processes that die or
+hang, what must never be written down. Crashes, full disks and bad input have programs of their own:
+bench/crash.py, bench/fuzz.py, bench/long.py; their short forms run in CI."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+from test_sft import arguments, metrics, run_ok
+
+from config import ConfigError, load_yaml, one_line, parse_config, shown
+from conftest import ROOT, run_program
+from grpo import Config as GrpoConfig
+
+WORKER = ROOT / "tests" / "worker.py"
+# 37 rows in steps of 8: the last step of an epoch has 5, and with 4 ranks one of them has none
+EIGHT = dict(num_epochs=2, learning_rate=1e-3, save_steps=5, save_total_limit=9)
+MESHES = {"1": (1, {}), "2": (2, {}), "4": (4, {}), "4 replicated": (4, {"hsdp_shard_size": 1}),
+          "4 hybrid": (4, {"hsdp_shard_size": 2})}  # fmt: skip
+
+
+def gap(a, b) -> float:
+    one, two = (load_file(d / "final" / "model.safetensors") for d in (a, b))
+    assert one.keys() == two.keys()
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+@pytest.fixture(scope="module")
+def trained(small_checkpoint, chat_file, tmp_path_factory):
+    made = {}
+
+    def get(name):
+        if name not in made:
+            ranks, more = MESHES[name]
+            made[name] = tmp_path_factory.mktemp("ranks") / "out"
+            how = {**EIGHT, **more, "micro_batch_size": 8 // ranks}
+            run_ok(ROOT / "sft.py", *arguments(small_checkpoint, chat_file, made[name], **how), ranks=ranks)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
+def test_losses_and_weights_do_not_depend_on_the_number_of_processes(name, trained):
+    alone, many = metrics(trained("1")), metrics(trained(name))
+    assert len(alone) == len(many) == 10
+    for a, b in zip(alone, many, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-6), a["step"]
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-5)
+    assert gap(trained("1"), trained(name)) < 2e-6  # sums in another order, through ten steps of Adam
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_checkpoint_of_two_processes_goes_on_on_one_and_on_four(
+    ranks, trained, small_checkpoint, chat_file, tmp_path
+):
+    out = tmp_path / "out"
+    shutil.copytree(trained("2") / "checkpoints" / "step-5", out / "checkpoints" / "step-5")
+    how = {**EIGHT, "micro_batch_size": 8 // ranks}
+    done = run_ok(ROOT / "sft.py", *arguments(small_checkpoint, chat_file, out, **how), ranks=ranks)
+    assert "made by 2 processes" in done.stdout
+    assert gap(out, trained("2")) < 2e-6
+
+
+@pytest.mark.parametrize("what", ["KILL", "STOP"])
+def test_a_rank_that_dies_or_hangs_is_named_with_its_step_and_nobody_waits_for_ever(
+    what, small_checkpoint, chat_file, tmp_path
+):
+    args = arguments(small_checkpoint, chat_file, tmp_path / "out", num_epochs=4, gpu_timeout_minutes=0.1)
+    done = run_program(WORKER, "last-rank", f"{what}-3", *args, ranks=2, timeout=150)
+    assert done.returncode != 0
+    assert "error: rank 1 is in step 2, the others in step 3" in done.stderr, done.stderr[-2000:]
+
+
+TOKEN = "hf_thisisasecretthatnobodymayread"
+
+
+def test_tokens_are_never_written_down(small_checkpoint, chat_file, tmp_path):
+    """Not in the log, the config, the metrics, the report or an incident of a run that fails."""
+    out = tmp_path / "out"
+    env = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": TOKEN, "HUGGING_FACE_HUB_TOKEN": TOKEN, "LOG_LEVEL": "DEBUG"}
+    args = arguments(small_checkpoint, chat_file, out, num_epochs=4, save_steps=5)
+    done = run_program(WORKER, "poison", "12", *args, env=env)
+    assert done.returncode == 2 and (out / "incidents" / "step-12").is_dir()
+    made = subprocess.run(
+        [sys.executable, "health.py", "report", str(out)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, **env},
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert len(files) > 12
+    for path in files:
+        assert TOKEN.encode() not in path.read_bytes(), path
+    assert TOKEN not in done.stdout + done.stderr + made.stdout + made.stderr
+
+
+def test_a_password_in_a_servers_address_is_refused():
+    given = ["base_model=x", "datasets=[{path: x, type: chat}]", "reward_funcs=[exact_match]",
+             "rollout_engine=vllm", f"vllm_server_base_url=[http://me:{TOKEN}@host:8000]"]  # fmt: skip
+    with pytest.raises(ConfigError) as refused:
+        parse_config(GrpoConfig, given)
+    assert "password" in str(refused.value) and TOKEN not in str(refused.value)
+
+
+def test_an_error_is_one_line_that_a_terminal_can_show():
+    assert one_line("a\nb\x1b[31m\ud800") == "a\\nb\\x1b[31m\\ud800"
+    assert len(one_line("x" * 10**6)) < 1100
+    assert len(shown([["x" * 500] * 500] * 500)) < 5000
+
+
+def test_a_yaml_bomb_is_refused_before_it_is_written_out():
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    with pytest.raises(ConfigError, match="more than 100,000 values"):
+        load_yaml(bomb, "c.yaml")
+    with pytest.raises(ConfigError, match="contains itself"):
+        load_yaml("a: &a [*a]", "c.yaml")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_yaml("a: " + "[" * 5000, "c.yaml")
+    assert load_yaml("a: &x {b: 1}\nc: *x", "c.yaml") == json.loads('{"a": {"b": 1}, "c": {"b": 1}}')
