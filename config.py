@@ -7,8 +7,10 @@ is documented once. jsonargparse does the parsing, the type checks and `--help`;
 `key=value` form, the nearest name for a misspelt key, and errors of one line.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -145,13 +147,33 @@ def _type_name(typehint: Any) -> str:
     )
 
 
+@functools.cache
+def _checker(config_class: type) -> jsonargparse.ArgumentParser:
+    return _parser(config_class)
+
+
+def _checked(config_class: type, hints: dict[str, Any], values: dict[str, tuple[Any, str]]) -> dict[str, Any]:
+    """option → value as its type, from option → (value, where it was set). ConfigError for the first that
+    cannot be."""
+    parser = _checker(config_class)
+    given = {key: value for key, (value, _) in values.items()}
+    if all(value is not None for value in given.values()):  # all in one go, which is ten times as fast
+        with contextlib.suppress(*_UNFIT):
+            parsed = parser.parse_object(given)
+            return {key: parsed[key] for key in given}
+    return {key: _check(parser, key, hints[key], value, where) for key, (value, where) in values.items()}
+
+
+_UNFIT = (jsonargparse.ArgumentError, TypeError, ValueError, KeyError, AttributeError, RecursionError)
+
+
 def _check(parser: jsonargparse.ArgumentParser, name: str, typehint: Any, value: Any, where: str) -> Any:
     """`value` as the type of option `name`; ConfigError where it cannot be."""
     try:
         if value is None and type(None) not in typing.get_args(typehint):
             raise TypeError
         return parser.parse_object({name: value})[name]
-    except (jsonargparse.ArgumentError, TypeError, ValueError, KeyError, AttributeError, RecursionError):
+    except _UNFIT:
         raise ConfigError(where, value, f"must be {_type_name(typehint)}") from None
 
 
@@ -171,9 +193,9 @@ def parse_config(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     usage = "%(prog)s --config FILE.yaml [key=value …]"
-    parser = _parser(config_class, description=description, usage=usage)
-    parser.add_argument("--config", help="YAML file with the options below, one `key: value` a line")
     if "-h" in argv or "--help" in argv:
+        parser = _parser(config_class, description=description, usage=usage)
+        parser.add_argument("--config", help="YAML file with the options below, one `key: value` a line")
         parser.print_help()
         sys.exit(0)
     names = {field.name for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
@@ -210,15 +232,15 @@ def parse_config(
         else:
             values[key] = (value, key)
 
-    checked = {}
-    for key, (value, where) in values.items():
+    for key, (_, where) in list(values.items()):
         if key not in names:
             if ignore_unknown:
+                values.pop(key)
                 continue
             near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
             hint = f"did you mean `{near[0]}`?" if near else "run with --help to see every option"
             raise UnknownOption(where, None, f"is not an option; {hint}")
-        checked[key] = _check(parser, key, hints[key], value, where)
+    checked = _checked(config_class, hints, values)
     config = config_class(**{k: _plain(v) for k, v in checked.items()})
     if hasattr(config, "config_directory"):
         config.config_directory = str(directory)  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -307,6 +308,36 @@ def beat(step: int, world: World) -> None:
     if world.size > 1:
         store = td.distributed_c10d._get_default_store()
         store.set(f"ballast-step-{world.rank}", str(step))
+
+
+RACE_EVERY = 10  # steps
+
+
+def race(step: int, world: World) -> dict[str, float]:
+    """Every tenth step each rank times the same small product, some milliseconds of it: under FSDP every step
+    waits for the slowest device, and all ranks' step times look alike. `ranks/slowness` is the slowest rank's
+    time over the median rank's, `ranks/slowest` says which it is. Empty in other steps, and for one process.
+    A collective."""
+    if world.size == 1 or step % RACE_EVERY:
+        return {}
+    times = gather(_small_product(world.device), world)
+    slowest = max(range(world.size), key=times.__getitem__)
+    return {"ranks/slowness": times[slowest] / statistics.median_low(times), "ranks/slowest": float(slowest)}
+
+
+def _small_product(device: torch.device) -> float:
+    """Seconds that some products of fixed matrices take on this rank's device alone."""
+    cuda = device.type == "cuda"
+    size, times, dtype = (4096, 10, torch.bfloat16) if cuda else (256, 8, torch.float32)
+    matrix = torch.full((size, size), 1 / size, dtype=dtype, device=device)
+    if cuda:
+        torch.cuda.synchronize(device)  # what is queued from the step before is not this rank's speed
+    begun = time.perf_counter()
+    for _ in range(times):
+        matrix = matrix @ matrix
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
 
 
 def behind() -> str:

@@ -716,6 +716,7 @@ def strided(config: Config) -> None:
     seconds = dist.Timer()
     while step < total_steps:
         dist.beat(step + 1, world)
+        raced = dist.race(step + 1, world)
         # a. This step's documents, the same on every rank, and this rank's micro-batches.
         replayed = config.replay_path is not None
         chosen = [
@@ -780,7 +781,7 @@ def strided(config: Config) -> None:
             "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
             "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(skipped),
             "step_time": seconds(), **watch.metrics(),
-            "epoch": step * a_step / len(documents), **health.memory(world.device),
+            "epoch": step * a_step / len(documents), **health.memory(world.device), **raced,
         }  # fmt: skip
         write_blocks(output_dir / "rollouts", step - 1, parts, drawn, places, world)
         logger.advance()
@@ -1002,6 +1003,7 @@ def structured(config: Config) -> None:
             logger.log(step, state["eval_before"])
         while step < total_steps:
             dist.beat(step + 1, world)
+            raced = dist.race(step + 1, world)
             seconds, took, sync = dist.Timer(), {}, {}
             # a. Samples of each prompt, from the engine or a recorded file.
             if replay is not None:
@@ -1068,7 +1070,7 @@ def structured(config: Config) -> None:
                 "skipped_micro_batches": float(skipped), "step_time": sum(took.values()),
                 "weight_version_lag": float(step - 1 - min(r.weight_version for r in rollouts)),
                 **{f"step_time/{k}": v for k, v in took.items()}, **watch.metrics(),
-                **health.memory(world.device),
+                **health.memory(world.device), **raced,
             }  # fmt: skip
             logger.advance()
             asked = float(interrupt.signal is not None) + logger.asked

@@ -727,6 +727,7 @@ def main(config: Config) -> None:
             logger.log(step, state["eval_before"])
         while step < total_steps:
             dist.beat(step + 1, world)
+            raced = dist.race(step + 1, world)
             generation, used = divmod(step, updates)
             seconds = dist.Timer()
             took = {"sync": 0.0, "logprob": 0.0, "train": 0.0}
@@ -812,7 +813,7 @@ def main(config: Config) -> None:
                 "skipped_micro_batches": float(skipped), "entropy_coef": bonus,
                 "epoch": order.size * (generation + 1) / max(1, len(prompts)) if replay is None else 0.0,
                 "step_time": sum(took.values()), **{f"step_time/{k}": v for k, v in took.items()},
-                **sync_metrics, **watch.metrics(), **health.memory(world.device),
+                **sync_metrics, **watch.metrics(), **health.memory(world.device), **raced,
             }  # fmt: skip
             logger.advance()
             asked = float(interrupt.signal is not None) + logger.asked

@@ -593,6 +593,12 @@ RULES: tuple[Rule, ...] = (
         "rows are made slower than the model trains on them",
         (("dataset_prepared_path", "prepare rows once, on a fast disk"),), high=0.5, window=10, after=5,
     ),
+    Rule(  # Each value is ten steps apart (dist.race).
+        "slow_rank", ("ranks/slowness",), "outside", "one rank's device is slower than the others'",
+        "every step waits for it (ranks/slowest in the metrics is its number): a hot or throttled GPU, "
+        "another process on it, or a weaker machine",
+        (), high=1.5, window=3,
+    ),
 )  # fmt: skip
 
 PROMPTED = {"chat", "instruct", "prompt_completion"}

@@ -273,6 +273,7 @@ def main(config: Config) -> None:
     seconds = dist.Timer()
     while step < total_steps:
         dist.beat(step + 1, world)
+        raced = dist.race(step + 1, world)
         with health.profiled(step + 1, config, output_dir, world.rank, world.device):
             # a. The rows of this step, the same on every rank; this rank's micro-batches; and the tokens that
             # all of them train together.
@@ -332,6 +333,7 @@ def main(config: Config) -> None:
             "step_time": sums["seconds"],
             "step_time/data_share": waited / sums["seconds"],
             **health.memory(world.device),
+            **raced,
         }
         if healthy:
             now |= {"train/loss": sums["nll"] / trained_tokens, "train/grad_norm": norm.item()}

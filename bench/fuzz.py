@@ -15,6 +15,7 @@ import contextlib
 import copy
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -563,10 +564,13 @@ if __name__ == "__main__":
     drill.prepare(place)
     Bench(place)
     chosen = given.only or list(KINDS)
-    each = -(-given.cases // len(chosen))
-    seeds = [given.seed] if given.seed is not None else list(range(each))
-    wanted = [(place, given.keep.absolute(), kind, seeds[k :: given.jobs], -(-given.programs // given.jobs))
-              for kind in chosen for k in range(given.jobs)]  # fmt: skip
+    shares = {kind: 0.25 if kind == "config" else 1.0 for kind in chosen}  # a config takes 0.2 s to refuse
+    wanted = []
+    for kind in chosen:
+        count = math.ceil(given.cases * shares[kind] / sum(shares.values()))
+        seeds = [given.seed] if given.seed is not None else list(range(count))
+        wanted += [(place, given.keep.absolute(), kind, seeds[at : at + 200], given.programs * (at == 0))
+                   for at in range(0, len(seeds), 200)]  # fmt: skip
     totals: dict[str, Counter] = {kind: Counter() for kind in chosen}
     bad, begun, most = 0, time.monotonic(), 0.0
     for (_, _, kind, _, _), (counts, faults, grown) in drill.in_parallel(share, wanted, given.jobs):

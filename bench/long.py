@@ -4,9 +4,10 @@
     python bench/long.py --steps 2000    the whole proof, about a quarter of an hour on two cores
 
 Each recipe runs with evaluation and checkpoints on, while its process is looked at from outside once a
-second: resident memory, open files, threads, CPU time a step. Printed are the ratios of the end (last quarter) to the
-beginning (second quarter), and the bytes of log a step. Then three short runs of each: equal seeds must give
-equal bytes, another seed others. Exit code 1 where something grows, or where that does not hold.
+second: resident memory, open files, threads, CPU time a step. Printed are the ratios of the end (last
+quarter) to the beginning (second quarter), and the bytes of log a step. Then three short runs of each: equal
+seeds must give equal bytes, another seed others. Exit code 1 where something grows, or where that does not
+hold.
 """
 
 import argparse

@@ -74,6 +74,7 @@ ILL: dict[str, tuple[str, list[float], list[float], int]] = {
     "memory_creep": ("memory/max_alloc", [1.0] * 70, [1.0 + 0.02 * i for i in range(60)], 45),
     "step_time_jump": ("step_time", noisy(1.0, 60, 0.2), [5.0] * 8, 5),
     "data_starvation": ("step_time/data_share", noisy(0.02, 20), [0.8] * 12, 10),
+    "slow_rank": ("ranks/slowness", noisy(1.05, 10), [2.4] * 4, 3),
 }  # fmt: skip
 
 

@@ -78,6 +78,15 @@ def test_a_rank_that_dies_or_hangs_is_named_with_its_step_and_nobody_waits_for_e
     assert "error: rank 1 is in step 2, the others in step 3" in done.stderr, done.stderr[-2000:]
 
 
+def test_the_slowest_rank_is_measured_and_named(small_checkpoint, chat_file, tmp_path):
+    args = arguments(small_checkpoint, chat_file, tmp_path / "out", max_steps=31, micro_batch_size=2)
+    done = run_ok(WORKER, "slow-rank", "0.3", *args, ranks=2)
+    rows = metrics(tmp_path / "out")
+    assert [row["step"] for row in rows if "ranks/slowness" in row] == [10, 20, 30]
+    assert all(row["ranks/slowest"] == 1 for row in rows if "ranks/slowest" in row)
+    assert "step 30: slow_rank: " in done.stdout
+
+
 TOKEN = "hf_thisisasecretthatnobodymayread"
 
 

@@ -73,6 +73,18 @@ def last_rank(what_and_step: str) -> None:
     dist.beat = fall
 
 
+def slow_rank(seconds: str) -> None:
+    """The last rank's products take so much longer."""
+    product = torch.Tensor.__matmul__
+
+    def wait(a, b):
+        if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 and a is b:
+            time.sleep(float(seconds) / 8)
+        return product(a, b)
+
+    torch.Tensor.__matmul__ = wait
+
+
 def slow(seconds: str) -> None:
     rate = dist.learning_rate
 
@@ -138,6 +150,7 @@ if __name__ == "__main__":
         "silent-sync": silent_sync,
         "kill-in-save": kill_in_save,
         "slow": slow,
+        "slow-rank": slow_rank,
         "last-rank": last_rank,
         "out-of-memory": out_of_memory,
         "poison": poison,
