@@ -1006,7 +1006,7 @@ def serve(argv: list[str]) -> None:
         )  # fmt: skip
     print(" ".join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
     try:
-        os.execvpe(command[0], command, {**os.environ, **environment})
+        os.execvpe(command[0], command, {**os.environ, **environment})  # noqa: S606
     except OSError as error:
         raise ConfigError("vllm_python", command[0], f"cannot be started ({error.strerror})") from None
 

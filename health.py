@@ -17,12 +17,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import yaml
@@ -192,6 +192,9 @@ def run(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
         if _first_to_fail():
             print(f"error: {said}", file=sys.stderr, flush=True)
             log.debug("error: %s", said)
+        for logger in list(MetricLogger.running):
+            with suppress(Exception):  # the error above is what counts
+                logger.close()  # its report shows the incident
         logging.shutdown()
         # At once: another rank may wait in a collective, and torchrun stops it when this one is gone.
         os._exit(2)
@@ -921,8 +924,11 @@ class MetricLogger:
     """Console, output_dir/metrics.jsonl, TensorBoard and wandb, from one dict a step. Only the main rank
     writes."""
 
+    running: ClassVar[list["MetricLogger"]] = []  # for a run that ends in an error to close
+
     def __init__(self, config: Any, output_dir: Path, *, main: bool, first_step: int, total_steps: int):
         self.main, self.output_dir = main, output_dir
+        self.running.append(self)
         self.reporting = config.report and total_steps >= 10  # fewer points show nothing
         self.doctor: Doctor | None = None
         self.asked = 0.0  # what the rules ask for: 0 to go on, 1 to save and stop, ABANDON to stop
@@ -1015,6 +1021,7 @@ class MetricLogger:
 
     def close(self) -> None:
         """Close the files, and say in a line what the rules have found."""
+        self.running.remove(self)
         if not self.main:
             return
         if self.doctor is not None:

@@ -301,7 +301,7 @@ def largest_tensors(count: int = 8) -> list[str]:
                 continue
             seen.add(it.untyped_storage().data_ptr())
             size = it.untyped_storage().nbytes()
-        except Exception:  # a proxy that only looks like a tensor
+        except Exception:  # noqa: S112 - a proxy that only looks like a tensor
             continue
         entry = found.setdefault(
             (tuple(it.shape), str(it.dtype).removeprefix("torch."), it.device.type), [0, 0]

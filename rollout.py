@@ -75,7 +75,7 @@ class RolloutOptions:
     vllm_sync_method: Literal["auto", "file", "nccl", "adapter"] = "auto"
     """adapter: only the LoRA adapter. file: safetensors through vllm_sync_directory. nccl: GPU to GPU. auto:
     adapter for LoRA, file for servers on this host, else nccl."""
-    vllm_sync_directory: str = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"
+    vllm_sync_directory: str = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"  # noqa: S108 - random names
     """Where weights for servers are put for a moment: memory of this host, or a shared file system."""
     vllm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the server computes in; auto: bfloat16 with bf16: true, else float32."""

@@ -97,6 +97,7 @@ def test_tokens_are_never_written_down(small_checkpoint, chat_file, tmp_path):
     args = arguments(small_checkpoint, chat_file, out, num_epochs=4, save_steps=5)
     done = run_program(WORKER, "poison", "12", *args, env=env)
     assert done.returncode == 2 and (out / "incidents" / "step-12").is_dir()
+    assert "step-12" in (out / "report.html").read_text()  # drawn also where a run ends in an error
     made = subprocess.run(
         [sys.executable, "health.py", "report", str(out)], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, **env},
