@@ -1163,6 +1163,7 @@ USAGE = """usage: python health.py COMMAND …
     replay DIR            run an incident (output_dir/incidents/step-N) again, in one CPU process
     memory --config X     what a run needs of a GPU's memory, and what to change; also key=value, processes=N
                           and recipe=sft|grpo|ebft
+    convert FILE          an axolotl or TRL config in our options, on stdout (docs/migration.md)
     drill NAME | all      break a tiny run on purpose, see it named, mend it (drills/*.yaml)"""
 
 
@@ -1226,6 +1227,12 @@ def command_line(arguments: list[str]) -> int:
         return 0 if replay(Path(rest[0])) else 1
     if command == "memory" and rest:
         print(memory_table(rest))
+        return 0
+    if command == "convert" and len(rest) == 1:
+        from migrate import convert_file
+
+        recipes = {name: importlib.import_module(name).Config for name in ("sft", "grpo", "ebft")}
+        print(convert_file(Path(rest[0]), recipes), end="")
         return 0
     if command == "drill" and len(rest) == 1:
         from drill import show, show_all
