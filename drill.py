@@ -311,13 +311,16 @@ def in_parallel(work: Callable[..., T], wanted: Sequence[tuple], jobs: int) -> I
     workers = [context.Process(target=share, args=(wanted[k::jobs],)) for k in range(jobs)]
     for worker in workers:
         worker.start()
-    for _ in wanted:
-        arguments, result = results.get(timeout=1200)
-        if isinstance(result, Exception):
-            raise result
-        yield arguments, result
-    for worker in workers:
-        worker.join()
+    try:
+        for _ in wanted:
+            arguments, result = results.get(timeout=1200)
+            if isinstance(result, Exception):
+                raise result
+            yield arguments, result
+    finally:
+        for worker in workers:
+            worker.terminate()  # none has anything left to do, unless an error ended this early
+            worker.join()
 
 
 def show_all(
