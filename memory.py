@@ -181,6 +181,9 @@ def _kept(
     block = model.layers[0]
     assert isinstance(block, Block)
     seen: dict[int, tuple[int, Tensor]] = {}
+    if config.bf16 and not autocast:
+        model.to(torch.bfloat16)
+    # Only of what is alive: an address that was given back would be some activation's.
     ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
     cast = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters() if p.dim() == 2}
 
@@ -195,9 +198,7 @@ def _kept(
     positions = torch.arange(length).repeat(documents)[None]
     packed = kernels.Documents(torch.arange(documents).repeat_interleave(length)[None])
     if config.bf16 and not autocast:
-        model.to(torch.bfloat16)
         x = x.to(torch.bfloat16)
-        ours |= {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         tables = {key: rope.tables(positions, None, dtype) for key, rope in narrow.ropes.items()}
         ours |= {t.untyped_storage().data_ptr() for pair in tables.values() for t in pair}

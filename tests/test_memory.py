@@ -93,6 +93,17 @@ def test_more_processes_share_weights_and_optimiser():
     assert four.activations == one.activations
 
 
+def test_an_estimate_in_bf16_is_the_same_each_time_and_falls_with_every_process_more():
+    arch = Architecture.from_config(TINY)
+
+    def peak(processes: int) -> int:
+        return memory.estimate(arch, config_of(bf16=True), processes).peak
+
+    peaks = [peak(processes) for processes in (1, 2, 4, 8, 64)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert [peak(8) for _ in range(3)] == [peaks[3]] * 3
+
+
 def test_the_ladder_saves_more_at_each_rung_and_names_values_of_now():
     rungs = memory.ladder(Architecture.from_config(TINY), config_of())
     saved = [bytes_ for _, bytes_ in rungs]
