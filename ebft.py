@@ -1295,10 +1295,15 @@ def show_blocks(part: list[Document], drawn: tuple[Tensor, Tensor, Tensor], toke
         log.info("  after %r: %r, true %r, advantage %+.3f", before, tokenizer.decode(ids), truth, value)
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """torchrun ebft.py, or ballast-ebft where the package is installed."""
     health.run(
         main,
         lambda: parse_config(
             Config, sys.argv[1:], description=" ".join((__doc__ or "").split("\n\n")[0].split())
         ),
     )
+
+
+if __name__ == "__main__":
+    cli()

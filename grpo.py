@@ -1011,7 +1011,8 @@ def serve(argv: list[str]) -> None:
         raise ConfigError("vllm_python", command[0], f"cannot be started ({error.strerror})") from None
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """torchrun grpo.py, or ballast-grpo where the package is installed."""
     if sys.argv[1:2] == ["test-rewards"]:
         health.run(lambda argv: sys.exit(test_rewards(argv)), lambda: sys.argv[2:])
     elif sys.argv[1:2] == ["serve"]:
@@ -1020,3 +1021,7 @@ if __name__ == "__main__":
         health.run(
             main, lambda: parse_config(Config, description=" ".join((__doc__ or "").split("\n\n")[0].split()))
         )
+
+
+if __name__ == "__main__":
+    cli()

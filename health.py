@@ -1021,7 +1021,8 @@ class MetricLogger:
 
     def close(self) -> None:
         """Close the files, and say in a line what the rules have found."""
-        self.running.remove(self)
+        with suppress(ValueError):  # closed already
+            self.running.remove(self)
         if not self.main:
             return
         if self.doctor is not None:
@@ -1243,9 +1244,14 @@ def command_line(arguments: list[str]) -> int:
     return 2
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """python health.py, or ballast-health where the package is installed."""
     try:
         sys.exit(command_line(sys.argv[1:]))
     except BallastError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()

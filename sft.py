@@ -445,10 +445,15 @@ def run_identity(config: Config, global_batch: int, dataset: Dataset) -> dict:
     return {**{key: values[key] for key in keys}, size: global_batch, "data": data}
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """torchrun sft.py, or ballast-sft where the package is installed."""
     health.run(
         main,
         lambda: parse_config(
             Config, sys.argv[1:], description=" ".join((__doc__ or "").split("\n\n")[0].split())
         ),
     )
+
+
+if __name__ == "__main__":
+    cli()

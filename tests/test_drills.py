@@ -50,6 +50,7 @@ def test_an_outcome_counts_only_what_its_drill_expects():
     assert Outcome(0).well and not Outcome(2).well
 
 
+@pytest.mark.slow
 def test_two_drills_as_a_user_runs_them(tmp_path):
     for name, seen in (
         ("loss_on_prompts", "trained_on_prompts"),
