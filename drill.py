@@ -44,6 +44,7 @@ class Drill:
     why: str  # the mechanism
     sees: dict[str, Any]  # {rule: …, within: steps} or {error: a regular expression}
     fix: dict[str, Any]  # the options that put it right
+    code: str  # module.name: where it is prevented, or caught
     base: str = "sft"
     options: dict[str, Any] = field(default_factory=dict)
     patch: str = ""

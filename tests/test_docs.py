@@ -24,8 +24,9 @@ def test_links_and_files_that_a_page_names_exist(page):
         assert (ROOT / name).exists() or "higher_lower" in name, f"{page.name} names {name}"
 
 
-def test_every_function_of_the_walk_exists():
-    text = (ROOT / "docs" / "internals.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["internals.md", "drills.md"])
+def test_every_function_that_a_walk_names_exists(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     named = re.findall(rf"`((?:{MODULES})\.[A-Za-z_.]+)`", text)
     assert len(named) > 40
     for path in named:

@@ -1,0 +1,105 @@
+"""docs/drills.md and docs/drills.png, from the runs that bench/drills.py left behind.
+
+    python bench/drills.py --seeds 42 43 44 --healthy 0 && python bench/plot_drills.py
+
+Each panel is one drill: the metric of its rule in the broken run and in the mended one, and where the rule
+spoke.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import drill
+import health
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RULES = {rule.name: rule for rule in health.RULES}
+
+
+def curve(run: Path, metric: str) -> tuple[list[int], list[float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    points = [(row["step"], row[metric]) for row in rows if metric in row]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def metric_of(run: Path, rule: health.Rule) -> str | None:
+    return next((name for name in rule.metrics if "*" not in name and curve(run, name)[0]), None)
+
+
+def draw(root: Path, drills: list[drill.Drill], seed: int) -> None:
+    shown = []
+    for one in drills:
+        runs = [root / "runs" / one.name / f"{which}-{seed}" for which in ("broken", "mended")]
+        runs[1] = runs[1] if (runs[1] / "metrics.jsonl").exists() else runs[0]
+        rule = RULES.get(str(one.sees.get("rule")))
+        if rule is not None and (runs[0] / "metrics.jsonl").exists() and metric_of(runs[0], rule):
+            shown.append((one, metric_of(runs[0], rule), runs))
+    columns = 4
+    lines = -(-len(shown) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.0 * lines), layout="constrained")
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (one, metric, (broken, mended)) in zip(axes.flat, shown, strict=False):
+        ax.axis("on")
+        ax.plot(*curve(mended, metric), color="tab:green", linewidth=1)
+        ax.plot(*curve(broken, metric), color="tab:red", linewidth=1)
+        ax.axvline(drill.outcome(broken, 0).step, color="black", linestyle=":", linewidth=0.8)
+        values = [abs(v) for v in curve(broken, metric)[1] if v]
+        if values and max(values) > 200 * min(values) and min(curve(broken, metric)[1]) >= 0:
+            ax.set_yscale("log")
+        ax.set_title(one.name, fontsize=8)
+        ax.set_xlabel(metric, fontsize=6)
+        ax.tick_params(labelsize=6)
+    figure.savefig(DOCS / "drills.png", dpi=75)
+    plt.close(figure)
+
+
+def said(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def page(root: Path, drills: list[drill.Drill], seeds: list[int]) -> str:
+    lines = [
+        "# Failures, one by one", "",
+        "Every drill in `drills/`: what it breaks and why that hurts, which rule (or error) named it first, "
+        "the step on three seeds, what mends it, and the place in the code where it is prevented or "
+        "caught. Made by `python bench/plot_drills.py` from the runs of `bench/drills.py`; "
+        "`python health.py drill NAME` shows one.", "",
+        "![Each drill's metric: broken in red, mended in green, a dotted line where the rule spoke]"
+        "(drills.png)", "",
+        "| failure | what and why | seen | step | mended by | in the code |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for one in drills:
+        runs = [root / "runs" / one.name / f"broken-{seed}" for seed in seeds]
+        found = [drill.outcome(run, 0) for run in runs if (run / "run.log").exists()]
+        steps = ", ".join(str(outcome.step) for outcome in found) if "rule" in one.sees else "at once"
+        seen = f"`{one.sees['rule']}`" if "rule" in one.sees else "its error"
+        fix = {k: v for k, v in one.fix.items() if k not in ("datasets", "output_dir", "max_steps")}
+        mended = ", ".join(f"`{k}: {json.dumps(v)}`" for k, v in fix.items()) or (
+            "other data" if "datasets" in one.fix else "the fault taken out"
+        )
+        what = f"{said(one.breaks)} {said(one.why)}"
+        cells = (f"`{one.name}`", what, seen, steps, said(mended), f"`{one.code}`")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=Path("outputs/drills"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    given = parser.parse_args()
+    every = [drill.Drill.read(name) for name in drill.names()]
+    draw(given.root, every, given.seeds[0])
+    (DOCS / "drills.md").write_text(page(given.root, every, given.seeds), encoding="utf-8")
