@@ -600,7 +600,8 @@ RULES: tuple[Rule, ...] = (
         "slow_rank", ("ranks/slowness",), "outside", "one rank's device is slower than the others'",
         "every step waits for it (ranks/slowest in the metrics is its number): a hot or throttled GPU, "
         "another process on it, or a weaker machine",
-        (), high=1.5, window=3,
+        (("gpu_timeout_minutes", "leave that machine out; this is how long the others wait for one that stands"),),
+        high=1.5, window=3,
     ),
 )  # fmt: skip
 
@@ -1115,6 +1116,8 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
             rows = whole["log_history"] if isinstance(whole, dict) else whole
     except (ValueError, KeyError, RecursionError, csv.Error) as error:
         raise ConfigError(str(path), None, f"is not a history that can be read ({error!r})") from None
+    if not isinstance(rows, list):
+        raise ConfigError(str(path), None, "must hold a list of logged steps")
     history = []
     foreign = path.suffix != ".jsonl" or not any("train/loss" in r for r in rows if isinstance(r, dict))
     rewarded = any(isinstance(r, dict) and any(str(k).endswith("reward") for k in r) for r in rows)

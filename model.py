@@ -989,7 +989,7 @@ class Weights:
         if name not in self.files:
             try:
                 self.files[name] = safe_open(self.directory / name, framework="pt")
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(f"{self.directory / name}: cannot be read ({error})") from None
         return self.files[name]
 

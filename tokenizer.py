@@ -324,7 +324,11 @@ class Tokenizer:
             raise DataError(
                 str(directory / "generation_config.json"), None, "eos_token_id holds no token ids"
             )
-        return Tokenizer(core, config, template, str(directory), stops)
+        try:
+            return Tokenizer(core, config, template, str(directory), stops)
+        except UnicodeEncodeError as error:
+            file = str(directory / "tokenizer_config.json")
+            raise DataError(file, None, f"a special token is no text ({error})") from None
 
     @staticmethod
     def train(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
@@ -409,7 +413,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of `text`; `special` lets the tokenizer add its own BOS."""
-        return self.core.encode(text, add_special_tokens=special).ids
+        try:
+            return self.core.encode(text, add_special_tokens=special).ids
+        except (TypeError, UnicodeEncodeError):  # what the library says of a lone surrogate
+            raise BadRow("the text holds half a character (a lone surrogate)") from None
 
     def decode(self, ids: list[int], special: bool = False) -> str:
         return self.core.decode(ids, skip_special_tokens=not special)
