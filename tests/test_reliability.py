@@ -72,8 +72,8 @@ def test_a_checkpoint_of_two_processes_goes_on_on_one_and_on_four(
 def test_a_rank_that_dies_or_hangs_is_named_with_its_step_and_nobody_waits_for_ever(
     what, small_checkpoint, chat_file, tmp_path
 ):
-    args = arguments(small_checkpoint, chat_file, tmp_path / "out", num_epochs=4, gpu_timeout_minutes=0.1)
-    done = run_program(WORKER, "last-rank", f"{what}-3", *args, ranks=2, timeout=150)
+    args = arguments(small_checkpoint, chat_file, tmp_path / "out", num_epochs=4, gpu_timeout_minutes=0.3)
+    done = run_program(WORKER, "last-rank", f"{what}-3", *args, ranks=2, timeout=240)
     assert done.returncode != 0
     assert "error: rank 1 is in step 2, the others in step 3" in done.stderr, done.stderr[-2000:]
 
