@@ -87,19 +87,23 @@ def _parser(config_class: type, **kwargs) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml_file(path: Path, key: str) -> Any:
+    """What a YAML file holds. ConfigError where it cannot be read (`key` names the option that asked for it),
+    or is no YAML, with the line."""
     try:
-        text = path.read_text(encoding="utf-8")
-        values = load_yaml(text, str(path))
+        return load_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise ConfigError(
-            "--config", str(path), f"cannot be read ({error.strerror}); give a YAML file"
-        ) from None
+        raise ConfigError(key, str(path), f"cannot be read ({error.strerror}); give a YAML file") from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(where, None, f"is not valid YAML: {problem}") from None
+
+
+def read_options(path: Path, key: str = "--config") -> dict:
+    """The `key: value` lines of a YAML file. Raises as `read_yaml_file`, and where it holds anything else."""
+    values = read_yaml_file(path, key)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -126,10 +130,13 @@ def load_yaml(text: str, name: str) -> Any:
         return sizes[id(node)]
 
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None and size(root) > MOST_NODES:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if size(root) > MOST_NODES:
             raise ConfigError(name, None, f"has more than {MOST_NODES:,} values: no config has")
-        return yaml.safe_load(text)
+        return loader.construct_document(root)
     except RecursionError:
         raise ConfigError(name, None, "is nested too deeply") from None
 
@@ -213,7 +220,7 @@ def parse_config(
             path = Path(word.split("=", 1)[1] if "=" in word else argv[position])
             position += 0 if "=" in word else 1
             directory = path.resolve().parent
-            values |= {str(key): (value, f"{path}: {key}") for key, value in _read_yaml(path).items()}
+            values |= {str(key): (value, f"{path}: {key}") for key, value in read_options(path).items()}
             continue
         key, equals, text = word.removeprefix("--").partition("=")
         if not equals:

@@ -69,6 +69,7 @@ class Outcome:
     rules: list[str] = field(default_factory=list)
     error: str = ""
     seconds: float = 0.0
+    place: str = ""  # its output_dir
 
     def shows(self, sees: dict[str, Any]) -> bool:
         if "error" in sees:
@@ -178,7 +179,7 @@ def run(
         code = -1 if child.exitcode is None else child.exitcode
     else:
         out.mkdir(parents=True)
-        job = json.dumps([str(root), recipe_of(base), _arguments(root, base, options), patch, str(out)])
+        job = json.dumps([str(root), recipe_of(base), arguments(root, base, options), patch, str(out)])
         launch = [
             sys.executable,
             "-m",
@@ -199,7 +200,8 @@ def recipe_of(base: str) -> str:
     return {"strided": "ebft"}.get(base, base)
 
 
-def _arguments(root: Path, base: str, options: dict[str, Any]) -> list[str]:
+def arguments(root: Path, base: str, options: dict[str, Any]) -> list[str]:
+    """The command line of a base run with these options changed."""
     settings = [f"{key}={json.dumps(value)}" for key, value in options.items()]
     return ["--config", str(root / "base" / f"{base}.yaml"), *settings]
 
@@ -207,12 +209,17 @@ def _arguments(root: Path, base: str, options: dict[str, Any]) -> list[str]:
 def start(root: Path, base: str, options: dict[str, Any], patch: str = "") -> ForkProcess:
     """A base run with these options in a process of its own, begun; what is in its output_dir stays there.
     stdout and stderr go to files in output_dir."""
+    return begin(root, recipe_of(base), arguments(root, base, options), Path(options["output_dir"]), patch)
+
+
+def begin(root: Path, recipe: str, given: list[str], out: Path, patch: str = "") -> ForkProcess:
+    """A recipe with this command line in a process of its own, begun in `root`; stdout and stderr go to files
+    in `out`."""
     for name in ("sft", "grpo", "ebft"):  # imported here once, for all that are forked
         importlib.import_module(name)
-    out = Path(options["output_dir"])
     out.mkdir(parents=True, exist_ok=True)
     child = multiprocessing.get_context("fork").Process(
-        target=_guarded, args=(root, recipe_of(base), _arguments(root, base, options), patch, out)
+        target=_guarded, args=(root, recipe, given, patch, out)
     )
     child.start()
     return child
@@ -228,7 +235,7 @@ def _guarded(root: Path, recipe: str, arguments: list[str], patch: str, out: Pat
 
 
 def outcome(out: Path, code: int, seconds: float = 0.0) -> Outcome:
-    found = Outcome(code, seconds=seconds)
+    found = Outcome(code, seconds=seconds, place=str(out))
     log = out / "run.log"
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         said = re.search(r" WARNING health: step (\d+): (\w+): (.*)", line)
@@ -265,11 +272,13 @@ def attempt(name: str, root: Path, seed: int = 42) -> tuple[Drill, Outcome, Outc
     key = json.dumps([drill.base, mended, patch, drill.processes, seed], sort_keys=True)
     known = root / MENDED / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if known.exists():
-        return drill, broken, Outcome(**json.loads(known.read_text(encoding="utf-8")))
-    out = {"output_dir": str(runs / f"mended-{seed}")}
-    after = run(root, drill.base, {**mended, **out}, patch, drill.processes, seed)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(known, json.dumps(asdict(after)))
+        after = Outcome(**json.loads(known.read_text(encoding="utf-8")))
+    else:
+        out = {"output_dir": str(runs / f"mended-{seed}")}
+        after = run(root, drill.base, {**mended, **out}, patch, drill.processes, seed)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, json.dumps(asdict(after)))
+    write_atomically(runs / f"mended-{seed}.place", after.place)  # for who draws it
     return drill, broken, after
 
 

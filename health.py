@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dist
-from config import BallastError, ConfigError, UnknownOption, load_yaml, parse_config, resolve_checkpoint
+from config import BallastError, ConfigError, UnknownOption, parse_config, read_yaml_file, resolve_checkpoint
 
 log = logging.getLogger("ballast")
 
@@ -1099,11 +1099,7 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
         raise ConfigError(str(path), None, "is neither a run's directory nor a file of metrics")
     config: dict = {}
     if (beside := path.parent / "config.yaml").exists():
-        try:
-            loaded = load_yaml(beside.read_text(encoding="utf-8"), str(beside))
-        except (yaml.YAMLError, ValueError) as error:
-            problem = getattr(error, "problem", None) or error
-            raise ConfigError(str(beside), None, f"is not valid YAML: {problem}") from None
+        loaded = read_yaml_file(beside, "config.yaml")
         config = loaded if isinstance(loaded, dict) else {}
     try:
         text = path.read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from config import ConfigError, load_yaml, shown
+from config import ConfigError, read_options, shown
 
 Values = dict[str, Any]
 
@@ -153,15 +153,7 @@ def convert(theirs: Values, names: set[str]) -> tuple[Values, list[tuple[str, st
 def convert_file(path: Path, recipes: dict[str, type]) -> str:
     """The file as YAML of ours, with what was not taken over as comments. `recipes`: name → config class.
     ConfigError for a file that is no config."""
-    try:
-        theirs = load_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ConfigError(str(path), None, f"cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, ValueError) as error:
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(str(path), None, f"is not valid YAML: {problem}") from None
-    if not isinstance(theirs, dict):
-        raise ConfigError(str(path), None, "must hold `key: value` lines at the top level")
+    theirs = read_options(path, "convert")
     inside = {key for block in NESTED if isinstance(theirs.get(block), dict) for key in theirs[block]}
     sampled = {"num_generations", "reward_funcs"} & {*theirs, *inside}
     kind = str(theirs.get("rl") or ("grpo" if sampled else "sft"))

@@ -114,7 +114,6 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                          "measured": self._measured}  # fmt: skip
 
     def template(self, source: str) -> jinja2.Template:
-        self.turns = 0
         return self.from_string(_Counted().visit(self.parse(source)))
 
     @staticmethod

@@ -11,6 +11,7 @@ they cannot run. Prints a table; exit code 1 where anything was lost.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -93,9 +94,8 @@ def finish(root: Path, base: str, out: Path) -> drill.Outcome:
 
 def as_a_user(root: Path, base: str, out: Path) -> subprocess.CompletedProcess:
     """The command itself, in a new interpreter."""
-    settings = [f"{key}={json.dumps(value)}" for key, value in options(base, out).items()]
     program = Path(drill.__file__).parent / f"{base}.py"
-    command = [sys.executable, str(program), "--config", str(root / "base" / f"{base}.yaml"), *settings]
+    command = [sys.executable, str(program), *drill.arguments(root, base, options(base, out))]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=PATIENCE)
 
 
@@ -220,56 +220,59 @@ def clock_jumps(root: Path, base: str, out: Path, seed: int) -> int:
     return 1
 
 
-def mount(place: Path, flags: str) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", flags, "none", str(place)], check=True, capture_output=True)
+@contextlib.contextmanager
+def small_disk(place: Path, flags: str) -> Iterator[Callable[[str], None]]:
+    """A tmpfs at `place`, and a function that mounts it with other flags."""
+
+    def mount(*options: str) -> None:
+        subprocess.run(["mount", *options, str(place)], check=True, capture_output=True)
+
+    place.mkdir(parents=True, exist_ok=True)
+    mount("-t", "tmpfs", "-o", flags, "none")
+    try:
+        yield lambda other: mount("-o", f"remount,{other}")
+    finally:
+        subprocess.run(["umount", str(place)], check=True, capture_output=True)
 
 
 def can_mount(root: Path) -> bool:
     """Root in a container may not mount either."""
-    place = root / "mount"
-    place.mkdir(parents=True, exist_ok=True)
     try:
-        mount(place, "size=1m")
-        subprocess.run(["umount", str(place)], check=True, capture_output=True)
+        with small_disk(root / "mount", "size=1m"):
+            return True
     except (OSError, subprocess.CalledProcessError):
         return False
-    return True
+
+
+def refused(root: Path, base: str, out: Path, words: str) -> None:
+    """The command ends with exit code 2 and a line with these words, no traceback."""
+    done = as_a_user(root, base, out)
+    if done.returncode != 2 or not re.search(words, done.stderr) or "Traceback" in done.stderr:
+        raise Lost(f"{out.name}: exit code {done.returncode}, not 2 with {words!r}: {done.stderr[-200:]}")
 
 
 def full_disk(root: Path, base: str, out: Path, seed: int) -> int:
     """The disk fills up in the middle: one line, exit code 2; with room, the same command goes on."""
-    out.mkdir(parents=True, exist_ok=True)
     whole = sum(p.stat().st_size for p in undisturbed(root, base).rglob("*") if p.is_file())
-    mount(out, f"size={int(random.Random(seed).uniform(0.3, 0.8) * whole)}")
-    try:
-        done = as_a_user(root, base, out)
-        named = re.search("No space left|make room|disk is full", done.stderr)
-        if done.returncode != 2 or not named or "Traceback" in done.stderr:
-            raise Lost(f"{out.name}: a full disk gives {done.returncode}: {done.stderr[-200:]}")
-        subprocess.run(["mount", "-o", "remount,size=200m", str(out)], check=True)
+    room = int(random.Random(seed).uniform(0.3, 0.8) * whole)
+    with small_disk(out, f"size={room}") as remount:
+        refused(root, base, out, "No space left|make room|disk is full")
+        remount("size=200m")
         finish(root, base, out)
-    finally:
-        subprocess.run(["umount", str(out)], check=True)
     return 1
 
 
 def read_only(root: Path, base: str, out: Path, seed: int) -> int:
     """output_dir turns read-only in the middle, as a failing disk does."""
-    out.mkdir(parents=True, exist_ok=True)
-    mount(out, "size=200m")
-    try:
+    with small_disk(out, "size=200m") as remount:
         child = drill.start(root, base, options(base, out))
         wait_for(out, child, "checkpoints/step-*")
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
-        subprocess.run(["mount", "-o", "remount,ro", str(out)], check=True)
-        done = as_a_user(root, base, out)
-        if done.returncode != 2 or "cannot be written" not in done.stderr or "Traceback" in done.stderr:
-            raise Lost(f"{out.name}: a disk that cannot be written: {done.stderr[-200:]}")
-        subprocess.run(["mount", "-o", "remount,rw", str(out)], check=True)
+        remount("ro")
+        refused(root, base, out, "cannot be written")
+        remount("rw")
         finish(root, base, out)
-    finally:
-        subprocess.run(["umount", str(out)], check=True)
     return 1
 
 

@@ -11,13 +11,10 @@ with what it raised; --only KIND --seed N runs it again.
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import logging
 import math
-import multiprocessing
-import os
 import random
 import resource
 import shutil
@@ -496,27 +493,13 @@ def as_a_program(case: Case) -> str:
     """The recipe itself on this input: "" if it ends with exit code 2 and one line."""
     assert case.command is not None
     recipe, arguments = case.command
-    out = case.place / "out"
-    (out / "streams").mkdir(parents=True)
-
-    def child() -> None:
-        for stream, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(out / "streams" / name, os.O_WRONLY | os.O_CREAT), stream)
-        module = {"sft": sft, "grpo": grpo, "ebft": ebft}[recipe]
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        with contextlib.suppress(SystemExit):
-            health.run(
-                module.main, lambda: parse_config(module.Config, [*arguments, f"output_dir={out / 'run'}"])
-            )
-        os._exit(0)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
+    out = case.place / "streams"  # not the run's own: it must be written where the run is refused too
+    process = drill.begin(case.place, recipe, [*arguments, f"output_dir={case.place / 'run'}"], out)
     process.join(120)
     if process.exitcode is None:
         process.kill()
         return "the program hangs"
-    lines = (out / "streams" / "stderr").read_text(errors="replace").strip().splitlines()
+    lines = (out / "stderr").read_text(errors="replace").strip().splitlines()
     if process.exitcode != 2 or len(lines) != 1 or not lines[0].startswith("error: "):
         return f"exit code {process.exitcode}, stderr: {' / '.join(lines[-8:])[:600]}"
     return ""

@@ -38,8 +38,10 @@ def metric_of(run: Path, rule: health.Rule) -> str | None:
 def draw(root: Path, drills: list[drill.Drill], seed: int) -> None:
     shown = []
     for one in drills:
-        runs = [root / "runs" / one.name / f"{which}-{seed}" for which in ("broken", "mended")]
-        runs[1] = runs[1] if (runs[1] / "metrics.jsonl").exists() else runs[0]
+        here = root / "runs" / one.name
+        named = here / f"mended-{seed}.place"  # the run may be another drill's that ends in the same
+        mended = Path(named.read_text(encoding="utf-8")) if named.exists() else here / f"mended-{seed}"
+        runs = [here / f"broken-{seed}", mended]
         rule = RULES.get(str(one.sees.get("rule")))
         if rule is not None and (runs[0] / "metrics.jsonl").exists() and metric_of(runs[0], rule):
             shown.append((one, metric_of(runs[0], rule), runs))
