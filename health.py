@@ -16,7 +16,7 @@ import resource
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -827,6 +827,9 @@ def rules_of(config: dict, rules: Sequence[Rule] = RULES) -> list[Rule]:
     return found
 
 
+MEASURED = re.compile(r"time|second|memory|mfu|data_share|^ranks/")  # of a clock or of the process
+
+
 class Doctor:
     """Watches the metrics of a run, step by step, and speaks when a rule's state changes."""
 
@@ -875,6 +878,12 @@ class Doctor:
         # The gravest first, and among equals the order of the table.
         order = {rule.name: place for place, rule in enumerate(self.rules)}
         return sorted(verdicts, key=lambda v: (not v.ill, v.rule.severity != "critical", order[v.rule.name]))
+
+    def recall(self, rows: Iterable[dict]) -> None:
+        """What a run that goes on had logged before: windows, best values and what is ill are as they were,
+        except of what belongs to the process (MEASURED)."""
+        for row in rows:
+            self.observe(row["step"], {k: v for k, v in row.items() if not MEASURED.search(k)})
 
     def _reads(self, rule: Rule, name: str) -> bool:
         """Whether a rule reads this metric: its first name that the run has."""
@@ -938,7 +947,7 @@ class MetricLogger:
         self.wandb: Any = None
         if not main:
             return
-        metrics = output_dir / "metrics.jsonl"
+        metrics, kept = output_dir / "metrics.jsonl", []
         if metrics.exists():  # a resumed run repeats the steps after its checkpoint: drop their first version
             lines = metrics.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= first_step]  # type: ignore[operator]
@@ -966,6 +975,9 @@ class MetricLogger:
         self.total_steps = total_steps
         if config.health:
             self.doctor = Doctor(values, total_steps)
+            self.doctor.recall(map(json.loads, kept))
+            if self.doctor.ill:
+                log.warning("unhealthy since before the checkpoint: %s", self.doctor.status)
 
     def observe(self, step: int, metrics: dict[str, float], rows: Callable[[], str] | None = None) -> None:
         """Judge a step that is done. What changes is said; what on_unhealthy asks for stands in `asked`, for

@@ -28,10 +28,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import drill
+from health import MEASURED
 
 RECIPES = ("sft", "grpo", "ebft")
 STEPS = {"sft": 48, "grpo": 16, "ebft": 16}
-MEASURED = re.compile(r"time|second|memory|mfu|data_share")  # by a clock, or of the process
 NOT_COMPARED = {"run.log", "stdout", "stderr", ".lock", "config.yaml"}  # they tell of the restarts
 PATIENCE = 300  # seconds for a run of a few
 
@@ -119,7 +119,10 @@ def kills(root: Path, base: str, out: Path, seed: int, wanted: int = 3) -> int:
     """kill -9, several times in one run where it lives long enough."""
     rng = random.Random(seed)
     whole = float((root / "crash" / f"{base}-seconds").read_text())
-    for done in range(wanted):
+    hit = 0
+    for _ in range(4 * wanted):
+        if hit == wanted:
+            break
         child = drill.start(root, base, options(base, out))
         if rng.random() < 0.5:
             time.sleep(rng.uniform(0.1, whole * 0.7))
@@ -127,14 +130,16 @@ def kills(root: Path, base: str, out: Path, seed: int, wanted: int = 3) -> int:
             saves = ["checkpoints/.step-*", "checkpoints/.step-*/*.distcp", ".final*"]
             wait_for(out, child, rng.choice(saves))
             time.sleep(rng.uniform(0, 0.03))
-        if not child.is_alive():
+        if child.is_alive():
+            hit += 1
+            child.kill()
+            child.join()
+        else:  # done before it was hit: the next run begins afresh
             ended(child, out)
             compare(out, undisturbed(root, base))
-            return done
-        child.kill()
-        child.join()
+            shutil.rmtree(out)
     finish(root, base, out)
-    return wanted
+    return hit
 
 
 def terminated(root: Path, base: str, out: Path, seed: int) -> int:

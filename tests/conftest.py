@@ -4,6 +4,7 @@ here."""
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,49 @@ def chat_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """40 lines of a few words each."""
+    path, rng = tmp_path_factory.mktemp("texts") / "texts.jsonl", random.Random(0)
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "the",
+        "dog",
+        "run",
+        "far",
+        "away",
+        "from",
+        "home",
+    ]
+    rows = [{"text": " ".join(rng.choice(words) for _ in range(12 + i % 9))} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """Prompts, and a reward that is higher the more often a completion has the letter g."""
+    directory = tmp_path_factory.mktemp("task")
+    rows = [{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": str(i)}]}
+            for i in range(30)]  # fmt: skip
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "letters.py").write_text(
+        "def many_g(completions, answer, **_):\n"
+        "    return [min(1.0, c[0]['content'].count('g') / 2) for c in completions]\n"
+        # Hardly ever the same for two completions: no step is without signal
+        "def spread(completion_ids, **_):\n"
+        "    return [sum(ids) % 101 / 101 for ids in completion_ids]\n"
+    )
+    return directory
+
+
 def run_program(
     script: str | Path, *arguments: str, ranks: int = 1, timeout: int = 900, env: dict | None = None
 ):
@@ -273,3 +317,35 @@ def run_program(
         env=environment,
         cwd=ROOT,
     )
+
+
+def arguments(small_checkpoint, chat_file, output_dir, **options):
+    """Of a run of sft.py."""
+    values = {
+        "base_model": str(small_checkpoint[0]), "datasets": f"[{{path: {chat_file}, type: chat}}]",
+        "output_dir": str(output_dir),
+        "sequence_len": 256, "learning_rate": 1e-3, "seed": 5, **options,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def metrics(output_dir):
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_ok(*args, **kwargs):
+    """run_program, and it must succeed."""
+    done = run_program(*args, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def embedded(task, checkpoint, out, *more):
+    """Arguments of a run of grpo.py with its own engine."""
+    (task / "c.yaml").write_text(
+        f"base_model: {checkpoint}\ndatasets: [{{path: {task / 'rows.jsonl'}, type: chat}}]\n"
+        "reward_funcs: [letters.many_g]\nval_set_size: 6\nnum_generations: 4\nmicro_batch_size: 8\n"
+        "max_completion_length: 12\nlearning_rate: 2.0e-3\nlr_scheduler: constant\nmax_steps: 6\n"
+    )
+    return ["--config", str(task / "c.yaml"), f"output_dir={out}", *more]

@@ -293,36 +293,6 @@ def test_energy_rewards_the_sample_whose_features_are_the_truths():
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "saw",
-        "the",
-        "dog",
-        "run",
-        "far",
-        "away",
-        "from",
-        "home",
-    ]
-    rng = random.Random(0)
-    path.write_text(
-        "".join(
-            json.dumps({"text": " ".join(rng.choice(words) for _ in range(12 + i % 9))}) + "\n"
-            for i in range(40)
-        )
-    )
-    return path
-
-
 def run_ebft(checkpoint, texts, out, *options, ranks=1, code=0):
     done = run_program(
         ROOT / "ebft.py", f"base_model={checkpoint}", f"datasets=[{{path: {texts}, type: text}}]",

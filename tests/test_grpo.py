@@ -12,7 +12,7 @@ import torch
 
 import grpo
 from config import ConfigError
-from conftest import ROOT, run_program
+from conftest import ROOT, embedded, metrics, run_program
 from data import PromptOrder
 from dist import World
 from grpo import Config, RewardError, group_advantages, pass_at_k, reward_metrics, weighted_rewards
@@ -217,10 +217,6 @@ def run_grpo(*options, ranks=1, code=0, **kwargs):
     return done
 
 
-def metrics_of(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
 def final_weights(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -241,7 +237,7 @@ def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoin
             f"loss_type={loss_type}", f"micro_batch_size={mb}", f"gradient_accumulation_steps={accumulation}",
             f"output_dir={tmp_path / name}", "max_completion_length=10", ranks=ranks,
         )  # fmt: skip
-        results.append((metrics_of(tmp_path / name), final_weights(tmp_path / name)))
+        results.append((metrics(tmp_path / name), final_weights(tmp_path / name)))
     (rows, weights), *others = results
     assert len(rows) == 2
     for other_rows, other in others:
@@ -285,7 +281,7 @@ def test_three_steps_agree_with_trl_on_the_same_rollouts(
         f"max_steps={steps}",
         "max_completion_length=10", "weight_decay=0", "adam_beta2=0.999", "learning_rate=2e-4", *more,
     )  # fmt: skip
-    ours = metrics_of(tmp_path / "out")
+    ours = metrics(tmp_path / "out")
     assert len(ours) == len(logs) == steps
     shared = {"grad_norm", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
     "clip_ratio/region_mean",
@@ -656,32 +652,6 @@ def test_the_replay_buffer_stands_in_for_flat_groups_newest_first():
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """Prompts, and a reward that is higher the more often a completion has the letter g."""
-    directory = tmp_path_factory.mktemp("task")
-    rows = [{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": str(i)}]}
-            for i in range(30)]  # fmt: skip
-    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "letters.py").write_text(
-        "def many_g(completions, answer, **_):\n"
-        "    return [min(1.0, c[0]['content'].count('g') / 2) for c in completions]\n"
-        # Hardly ever the same for two completions: no step is without signal
-        "def spread(completion_ids, **_):\n"
-        "    return [sum(ids) % 101 / 101 for ids in completion_ids]\n"
-    )
-    return directory
-
-
-def embedded(task, checkpoint, out, *more):
-    (task / "c.yaml").write_text(
-        f"base_model: {checkpoint}\ndatasets: [{{path: {task / 'rows.jsonl'}, type: chat}}]\n"
-        "reward_funcs: [letters.many_g]\nval_set_size: 6\nnum_generations: 4\nmicro_batch_size: 8\n"
-        "max_completion_length: 12\nlearning_rate: 2.0e-3\nlr_scheduler: constant\nmax_steps: 6\n"
-    )
-    return ["--config", str(task / "c.yaml"), f"output_dir={out}", *more]
-
-
 @pytest.mark.parametrize(
     "more", [[], ["adapter=lora", "lora_r=4", "learning_rate=1e-2"], ["num_iterations=2", "beta=0.01"]]
 )
@@ -698,7 +668,7 @@ def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoin
             *more,
         )
     )
-    rows = metrics_of(tmp_path / "out")
+    rows = metrics(tmp_path / "out")
     before, after = rows[0]["eval/reward"], rows[-1]["eval/reward"]
     assert after > before + 0.1, (before, after)
     # A step without signal has no forward pass
@@ -720,7 +690,7 @@ def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoin
 
 def test_two_processes_sample_and_train_together(task, small_checkpoint, tmp_path):
     run_grpo(*embedded(task, small_checkpoint[0], tmp_path / "out", "max_steps=3", "beta=0.01"), ranks=2)
-    rows = metrics_of(tmp_path / "out")[1:]
+    rows = metrics(tmp_path / "out")[1:]
     assert len(rows) == 3
     for row in rows:
         assert row["sampling/sampling_logp_difference/max"] < 1e-4 and math.isfinite(row["kl"])
@@ -754,12 +724,12 @@ def test_a_resumed_run_ends_with_the_same_bytes(more, task, small_checkpoint, tm
     arguments = embedded(task, small_checkpoint[0], tmp_path / "whole", *more)
     run_grpo(*arguments)
     whole = (tmp_path / "whole" / "final" / "model.safetensors").read_bytes()
-    last = metrics_of(tmp_path / "whole")[-1]
+    last = metrics(tmp_path / "whole")[-1]
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-6")
     run_grpo(*embedded(task, small_checkpoint[0], tmp_path / "again", *more))
     assert (tmp_path / "again" / "final" / "model.safetensors").read_bytes() == whole
-    resumed = metrics_of(tmp_path / "again")
+    resumed = metrics(tmp_path / "again")
     assert [r["step"] for r in resumed] == list(range(7))
     for key in ("loss", "grad_norm", "reward", "entropy", "num_tokens", "eval/reward"):
         assert resumed[-1][key] == last[key], key
@@ -774,7 +744,7 @@ def test_a_run_can_be_replayed_from_what_it_recorded(task, small_checkpoint, tmp
         "num_generations=4", "micro_batch_size=8", "max_completion_length=12", "learning_rate=2e-3",
         "lr_scheduler=constant", f"output_dir={tmp_path / 'b'}",
     )  # fmt: skip
-    a, b = metrics_of(tmp_path / "a")[1:], metrics_of(tmp_path / "b")
+    a, b = metrics(tmp_path / "a")[1:], metrics(tmp_path / "b")
     assert len(a) == len(b) == 6
     for x, y in zip(a, b, strict=True):
         for key in ("loss", "grad_norm", "entropy", "reward", "sampling/sampling_logp_difference/max"):
@@ -793,7 +763,7 @@ def test_a_step_whose_groups_are_all_flat_changes_nothing(small_checkpoint, tmp_
         "micro_batch_size=4",
         "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'out'}", "weight_decay=0.1",
     )  # fmt: skip
-    (row,) = metrics_of(tmp_path / "out")
+    (row,) = metrics(tmp_path / "out")
     assert (
         row["grad_norm"] == 0.0 and row["skipped_micro_batches"] == 2 and row["frac_reward_zero_std"] == 1.0
     )

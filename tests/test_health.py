@@ -84,6 +84,21 @@ def test_every_rule_has_a_case_here():
     assert len({rule.name for rule in RULES}) == len(RULES)
 
 
+@pytest.mark.parametrize("name", [name for name in ILL if name != "memory_creep"])
+def test_a_run_that_is_resumed_hears_what_it_would_have_heard(name):
+    metric, healthy, ill, _ = ILL[name]
+    if health.MEASURED.search(metric):
+        pytest.skip("a new process measures anew")
+    rows = [{"step": i, metric: v} for i, v in enumerate([*healthy, *ill], 1)]
+    whole = Doctor(CONFIG)
+    said = [[v.line(CONFIG) for v in whole.observe(row["step"], row)] for row in rows]
+    for cut in (1, len(healthy), len(rows) - len(ill) // 2):
+        doctor = Doctor(CONFIG)
+        doctor.recall(rows[:cut])
+        again = [[v.line(CONFIG) for v in doctor.observe(row["step"], row)] for row in rows[cut:]]
+        assert again == said[cut:] and doctor.status == whole.status
+
+
 @pytest.mark.parametrize("name", ILL)
 def test_a_rule_speaks_within_its_window_and_only_then_and_is_over_when_it_is_over(name):
     metric, healthy, ill, within = ILL[name]

@@ -10,10 +10,9 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
-from test_sft import arguments, metrics, run_ok
 
 from config import ConfigError, load_yaml, one_line, parse_config, shown
-from conftest import ROOT, run_program
+from conftest import ROOT, arguments, embedded, metrics, run_ok, run_program
 from grpo import Config as GrpoConfig
 
 WORKER = ROOT / "tests" / "worker.py"
@@ -66,6 +65,78 @@ def test_a_checkpoint_of_two_processes_goes_on_on_one_and_on_four(
     done = run_ok(ROOT / "sft.py", *arguments(small_checkpoint, chat_file, out, **how), ranks=ranks)
     assert "made by 2 processes" in done.stdout
     assert gap(out, trained("2")) < 2e-6
+
+
+# Every mesh trains on what one process has sampled: 16 completions (or blocks' documents) a step.
+STEP = {"grpo": 16, "ebft": 16, "strided": 8}
+
+
+@pytest.fixture(scope="module")
+def replayed(small_checkpoint, task, texts, tmp_path_factory):
+    """(recipe, mesh) → the output_dir of its run of four steps; `from_step_2_of` another mesh's."""
+    made = {}
+
+    def command(recipe, out, *more):
+        checkpoint, last = small_checkpoint[0], ("max_steps=4", "save_steps=2", "val_set_size=0", *more)
+        if recipe == "grpo":
+            spread = "reward_funcs=[letters.many_g, letters.spread]"
+            return [ROOT / "grpo.py", *embedded(task, checkpoint, out, spread, "beta=0.01", *last)]
+        common = [f"base_model={checkpoint}", f"output_dir={out}", "learning_rate=1e-3", "temperature=1.0"]
+        if recipe == "ebft":
+            data = f"datasets=[{{path: {task / 'rows.jsonl'}, type: chat}}]"
+            return [ROOT / "ebft.py", *common, data, "num_generations=4", "max_completion_length=8", *last]
+        mode = ["mode=strided", "stride=4", "generate_max_len=4", "n_samples_per_prompt=3", "ce_coef=0.1"]
+        return [ROOT / "ebft.py", *common, f"datasets=[{{path: {texts}, type: text}}]", *mode, *last]
+
+    def get(recipe, mesh, from_step_2_of=None):
+        key = (recipe, mesh, from_step_2_of)
+        if key not in made:
+            out = made[key] = tmp_path_factory.mktemp("replay") / "out"
+            ranks, more = MESHES[mesh]
+            size = f"micro_batch_size={STEP[recipe] // ranks}"
+            if mesh == "1" and not from_step_2_of:
+                run_ok(*command(recipe, out, size))
+            else:
+                if from_step_2_of:
+                    shutil.copytree(get(recipe, from_step_2_of), out)
+                    shutil.rmtree(out / "checkpoints" / "step-4")
+                replay = [
+                    "rollout_engine=replay",
+                    f"replay_path={get(recipe, '1') / 'rollouts'}",
+                    "datasets=[]",
+                ]
+                mesh_options = [f"{k}={v}" for k, v in more.items()]
+                run_ok(*command(recipe, out, size, *replay, *mesh_options), ranks=ranks)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "1"])
+@pytest.mark.parametrize("recipe", STEP)
+def test_the_same_samples_train_alike_on_any_number_of_processes(recipe, mesh, replayed):
+    alone, many = (
+        {row["step"]: row for row in metrics(replayed(recipe, name)) if "grad_norm" in row}
+        for name in ("1", mesh)
+    )
+    assert alone.keys() == many.keys() == {1, 2, 3, 4}
+    for step, row in alone.items():
+        for name in ("train/loss", "kl", "entropy", "ebft/cfm_loss", "ebft/alignment", "reward"):
+            assert (name in row) == (name in many[step])
+            if name in row:
+                assert many[step][name] == pytest.approx(row[name], rel=1e-5, abs=1e-6), (step, name)
+        assert many[step]["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+    assert gap(replayed(recipe, "1"), replayed(recipe, mesh)) < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["1", "4"])
+@pytest.mark.parametrize("recipe", STEP)
+def test_rl_goes_on_at_another_number_of_processes(recipe, mesh, replayed):
+    went_on = replayed(recipe, mesh, from_step_2_of="2")
+    assert "made by 2 processes" in (went_on / "run.log").read_text()
+    assert gap(went_on, replayed(recipe, "2")) < 5e-6
 
 
 @pytest.mark.parametrize("what", ["KILL", "STOP"])

@@ -19,32 +19,13 @@ from safetensors.torch import load_file
 
 import dist
 from config import ConfigError, parse_config
-from conftest import ROOT, run_program
+from conftest import ROOT, arguments, metrics, run_ok, run_program
 from dist import OptimizerOptions, learning_rate
 from model import load_pretrained
 from sft import Config
 from tokenizer import IGNORE, Tokenizer
 
 WORKER = ROOT / "tests" / "worker.py"
-
-
-def arguments(small_checkpoint, chat_file, output_dir, **options):
-    values = {
-        "base_model": str(small_checkpoint[0]), "datasets": f"[{{path: {chat_file}, type: chat}}]",
-        "output_dir": str(output_dir),
-        "sequence_len": 256, "learning_rate": 1e-3, "seed": 5, **options,
-    }  # fmt: skip
-    return [f"{key}={value}" for key, value in values.items()]
-
-
-def metrics(output_dir):
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def run_ok(*args, **kwargs):
-    done = run_program(*args, **kwargs)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 # ------------------------------------------------------------------------------------------------------------

