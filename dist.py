@@ -54,7 +54,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-import kernels
+import low_precision
 from config import BallastError, ConfigError, check_ranges
 from model import (
     Architecture,
@@ -459,7 +459,7 @@ def make_optimizers(model: nn.Module, options: OptimizerOptions) -> list[torch.o
     how: dict[str, Any] = dict(lr=options.learning_rate, betas=betas, eps=options.adam_epsilon)
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "adamw_8bit":
-        return [kernels.AdamW8bit(groups, **how)]
+        return [low_precision.AdamW8bit(groups, **how)]
     adamw = torch.optim.AdamW(groups, **how, fused=True)
     if not matrices:
         return [adamw]

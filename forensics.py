@@ -25,7 +25,8 @@ import dist
 from config import BallastError, ConfigError, resolve_checkpoint
 from dist import World
 from health import log
-from kernels import FP8_BLOCK, SharedPrompts
+from kernels import SharedPrompts
+from low_precision import FP8_BLOCK
 from model import Linear, Transformer, read_architecture, save_adapter, save_pretrained
 
 R = TypeVar("R")

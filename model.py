@@ -29,6 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import low_precision
 from config import BallastError, CheckpointError, ConfigError, resolve_checkpoint, shown
 
 SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
@@ -533,7 +534,7 @@ class Linear(nn.Linear):
         no part of FSDP's shards: half a byte a weight costs less to keep on every rank than to gather in
         every pass."""
         name = "load_in_4bit" if kind == "nf4" else "load_in_8bit"
-        if kind == "nf4" and self.in_features % kernels.NF4_BLOCK:
+        if kind == "nf4" and self.in_features % low_precision.NF4_BLOCK:
             raise ConfigError(
                 name, True, f"needs layers with inputs of a multiple of 64, not {self.in_features}"
             )
@@ -562,9 +563,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind is not None:
-            out = kernels.frozen_linear(x, self.kind, self.stored, self.bias)
+            out = low_precision.frozen_linear(x, self.kind, self.stored, self.bias)
         elif self.fp8:
-            out = kernels.fp8_linear(x, self.weight, self.bias)
+            out = low_precision.fp8_linear(x, self.weight, self.bias)
         else:
             out = super().forward(x)
         if not self.r or not self.enabled:
@@ -1000,7 +1001,7 @@ class Weights:
         """A view with get_shape() and row slicing; only the rows asked for leave the disk. A weight that
         bitsandbytes quantised comes dequantised, whole."""
         if self._kind(name) is not None:
-            return _Whole(kernels.dequantize(*self._read_quantized(name)))
+            return _Whole(low_precision.dequantize(*self._read_quantized(name)))
         return self._open(self.where[name]).get_slice(name)
 
     def _tensor(self, name: str) -> Tensor:
@@ -1032,15 +1033,19 @@ class Weights:
         facts = json.loads(bytes(self._tensor(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
         N, K = facts["shape"]
         nested = facts.get("nested_blocksize")
-        if facts["blocksize"] != kernels.NF4_BLOCK or K % kernels.NF4_BLOCK or nested not in (None, 256):
+        if (
+            facts["blocksize"] != low_precision.NF4_BLOCK
+            or K % low_precision.NF4_BLOCK
+            or nested not in (None, 256)
+        ):
             raise CheckpointError(
                 f"{self.directory}: {name}: NF4 blocks of {facts['blocksize']} are not supported"
             )
         packed, absmax = self._tensor(name).view(N, K // 2), self._tensor(f"{name}.absmax").view(N, K // 64)
         if nested is None:  # single quantisation: quantise the absmaxes here
             offset = absmax.float().mean()
-            codes, nested_absmax = kernels.quantize_blockwise(
-                absmax.float() - offset, kernels.dynamic_code(True)
+            codes, nested_absmax = low_precision.quantize_blockwise(
+                absmax.float() - offset, low_precision.dynamic_code(True)
             )
             return "nf4", (packed, codes, nested_absmax, offset)
         offset = torch.tensor(facts["nested_offset"], dtype=torch.float32)
@@ -1060,7 +1065,7 @@ class Weights:
             raise CheckpointError(
                 f"{self.directory}: tensor {name} has shape {view.get_shape()}, config.json says {shape}"
             )
-        return kernels.quantize(kind, view[:].to(device))
+        return low_precision.quantize(kind, view[:].to(device))
 
 
 class _Whole:
@@ -1222,7 +1227,7 @@ def iterate_weights(
             if module.kind is not None:
                 added = module.delta() if merge and module.r else None  # sharded: a collective
                 if main:
-                    whole = kernels.dequantize(module.kind, module.stored)
+                    whole = low_precision.dequantize(module.kind, module.stored)
                     yield hf_name(name) + ".weight", whole if added is None else whole + added.to(whole.dtype)
         for name, parameter in model.named_parameters():
             if "lora_" in name:

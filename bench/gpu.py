@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402
+import low_precision  # noqa: E402
 from health import peak_flops  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +93,7 @@ def products(small: bool) -> Iterator[Case]:
     x, w = randn(M, K), randn(N, K) / K**0.5
     exact = lambda: x.float() @ w.float().T  # noqa: E731
     flops = 2 * M * N * K
-    (q, scale), (qw, scale_w) = kernels.quantize_fp8(x), kernels.quantize_fp8_blocks(w)
+    (q, scale), (qw, scale_w) = low_precision.quantize_fp8(x), low_precision.quantize_fp8_blocks(w)
     one = torch.ones((), device=DEVICE)
 
     def cublas_fp8():  # one scale a tensor: the product alone, without finding the scales
@@ -100,18 +101,20 @@ def products(small: bool) -> Iterator[Case]:
 
     yield Case(
         "fp8 product (quantised operands)", flops, M * K + N * K + 2 * M * N,
-        {"ours": lambda: kernels.fp8_matmul(q, scale, qw, scale_w, dtype=torch.bfloat16),
+        {"ours": lambda: low_precision.fp8_matmul(q, scale, qw, scale_w, dtype=torch.bfloat16),
          "cuBLAS bf16": lambda: x @ w.T, "cuBLAS fp8, no scales": cublas_fp8}, exact, peak=2,
     )  # fmt: skip
     yield Case(
         "fp8 linear, forward + backward", 3 * flops, 3 * (M * K + N * K + 2 * M * N),
-        {"ours": gradients(lambda x, w: kernels.fp8_linear(x, w), x, w),
+        {"ours": gradients(lambda x, w: low_precision.fp8_linear(x, w), x, w),
          "cuBLAS bf16": gradients(lambda x, w: x @ w.T, x, w)},
         gradients(lambda x, w: x @ w.T, x.float(), w.float()), peak=2,
     )  # fmt: skip
     for blocks in (False, True):
-        ours = kernels.quantize_fp8_blocks if blocks else kernels.quantize_fp8
-        torch_form = kernels.quantize_fp8_blocks_reference if blocks else kernels.quantize_fp8_reference
+        ours = low_precision.quantize_fp8_blocks if blocks else low_precision.quantize_fp8
+        torch_form = (
+            low_precision.quantize_fp8_blocks_reference if blocks else low_precision.quantize_fp8_reference
+        )
         compiled = torch.compile(torch_form)
         yield Case(
             f"fp8 quantise by {'blocks' if blocks else 'tiles'}", 0, 3 * M * K,
@@ -119,14 +122,14 @@ def products(small: bool) -> Iterator[Case]:
              "torch.compile": lambda f=compiled: f(x)[1]},
         )  # fmt: skip
     for kind, width in (("nf4", 0.516), ("int8", 1.0), ("fp8", 1.0)):
-        stored = kernels.quantize(kind, w)
+        stored = low_precision.quantize(kind, w)
         for rows in (M, 16):
             part = x[:rows]
             yield Case(
                 f"{kind} frozen weight, {rows} rows", 2 * rows * N * K, 2 * rows * (K + N) + width * N * K,
-                {"ours": lambda p=part, k=kind, s=stored: kernels.frozen_linear(p, k, s),
+                {"ours": lambda p=part, k=kind, s=stored: low_precision.frozen_linear(p, k, s),
                  "dequantise, cuBLAS": lambda p=part, k=kind, s=stored:
-                    p @ kernels.dequantize(k, s).to(p.dtype).T,
+                    p @ low_precision.dequantize(k, s).to(p.dtype).T,
                  "cuBLAS bf16": lambda p=part: p @ w.T},
                 lambda p=part: p.float() @ w.float().T, peak=2 if kind == "fp8" else 1,
             )  # fmt: skip
@@ -282,7 +285,7 @@ def optimisers(small: bool) -> Iterator[Case]:
 
     yield Case(
         f"AdamW, {size / 2**20:,.2f}M parameters", 0, 16 * size,
-        {"ours, 8 bit": stepper(kernels.AdamW8bit),
+        {"ours, 8 bit": stepper(low_precision.AdamW8bit),
          "torch fused, fp32": stepper(lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True)),
          "bitsandbytes, 8 bit": bitsandbytes},
     )  # fmt: skip

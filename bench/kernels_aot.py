@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
+import low_precision
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32), "89": GPUTarget("cuda", 89, 32), "90": GPUTarget("cuda", 90, 32),
@@ -57,24 +58,26 @@ def cases() -> dict[str, dict]:
     for block, label in ((False, "tiles"), (True, "blocks")):
         constants = dict(WHOLE_BLOCK=block, POWER_OF_TWO=False, ROWS=128 if block else 16, BLOCK=128)
         found[f"quantize_fp8 {label}"] = case(
-            kernels._quantize_fp8_kernel, "*bf16 *u8 *fp32 i32 i32 i32 i32 i32", constants,
+            low_precision._quantize_fp8_kernel, "*bf16 *u8 *fp32 i32 i32 i32 i32 i32", constants,
             flops=2 * M * K, bytes_=3 * M * K, dots=False,
         )  # fmt: skip
     for rows in (128, 1):
         constants = dict(B_ROWS=rows, BLOCK_M=128, BLOCK_N=128 if rows == 128 else 64, BLOCK_K=128, GROUP=8)
         found[f"fp8_matmul scales {rows}"] = case(
-            kernels._fp8_matmul_kernel, "*fp8e4nv *fp32 *fp8e4nv *fp32 *bf16 i32 i32 i32 i32", constants,
+            low_precision._fp8_matmul_kernel, "*fp8e4nv *fp32 *fp8e4nv *fp32 *bf16 i32 i32 i32 i32",
+            constants,
             flops=2 * M * N * K, bytes_=M * K + N * K + 2 * M * N, fp8=True, warps=8,
         )  # fmt: skip
     for gradient in (False, True):
         label = "input gradient" if gradient else "forward"
         constants = dict(INPUT_GRADIENT=gradient, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
         found[f"nf4_matmul {label}"] = case(
-            kernels._nf4_matmul_kernel, "*bf16 *u8 *u8 *fp32 *fp32 *fp32 *fp32 *bf16 i32 i32 i32", constants,
+            low_precision._nf4_matmul_kernel, "*bf16 *u8 *u8 *fp32 *fp32 *fp32 *fp32 *bf16 i32 i32 i32",
+            constants,
             flops=2 * M * N * K, bytes_=2 * M * K + 0.52 * N * K + 2 * M * N,
         )  # fmt: skip
         found[f"int8_matmul {label}"] = case(
-            kernels._int8_matmul_kernel, "*bf16 *i8 *fp32 *bf16 i32 i32 i32", constants,
+            low_precision._int8_matmul_kernel, "*bf16 *i8 *fp32 *bf16 i32 i32 i32", constants,
             flops=2 * M * N * K, bytes_=2 * M * K + N * K + 2 * M * N,
         )  # fmt: skip
     tokens, vocabulary, width = 8192, 151936, 2048

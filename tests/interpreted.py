@@ -19,6 +19,7 @@ from test_kernels import naive_attention  # noqa: E402
 from test_low_precision import fp8_step  # noqa: E402
 
 import kernels  # noqa: E402
+import low_precision  # noqa: E402
 
 SHAPES = [(1, 1), (3, 128), (17, 300), (130, 257)]
 
@@ -39,8 +40,10 @@ def hard(shape, seed=0):
 @pytest.mark.parametrize("blocks", [False, True])
 def test_fp8_quantisation(shape, power_of_two, blocks):
     x = hard(shape)
-    reference = kernels.quantize_fp8_blocks_reference if blocks else kernels.quantize_fp8_reference
-    q, scale = (kernels.quantize_fp8_blocks if blocks else kernels.quantize_fp8)(x, power_of_two)
+    reference = (
+        low_precision.quantize_fp8_blocks_reference if blocks else low_precision.quantize_fp8_reference
+    )
+    q, scale = (low_precision.quantize_fp8_blocks if blocks else low_precision.quantize_fp8)(x, power_of_two)
     expected_q, expected_scale = reference(x, power_of_two)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     nan = expected_q.float().isnan()
@@ -51,28 +54,31 @@ def test_fp8_quantisation(shape, power_of_two, blocks):
     assert sound.any() or x.numel() == 1
     difference = (q.float() - expected_q.float()).abs()[sound]
     assert (difference <= fp8_step(expected_q.float()[sound]) * 1.001).all()
-    transposed = kernels.quantize_fp8(x.T)[1]
-    torch.testing.assert_close(transposed, kernels.quantize_fp8_reference(x.T)[1], rtol=1e-6, atol=0)
+    transposed = low_precision.quantize_fp8(x.T)[1]
+    torch.testing.assert_close(transposed, low_precision.quantize_fp8_reference(x.T)[1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (20, 130, 300), (130, 40, 128)])
 @pytest.mark.parametrize("b_rows", [1, 128])
 def test_fp8_product(M, N, K, b_rows):
     torch.manual_seed(0)
-    a, a_scale = kernels.quantize_fp8_reference(torch.randn(M, K))
-    make = kernels.quantize_fp8_reference if b_rows == 1 else kernels.quantize_fp8_blocks_reference
+    a, a_scale = low_precision.quantize_fp8_reference(torch.randn(M, K))
+    make = (
+        low_precision.quantize_fp8_reference if b_rows == 1 else low_precision.quantize_fp8_blocks_reference
+    )
     b, b_scale = make(torch.randn(N, K))
     exact = (
-        kernels.dequantize_fp8(a, a_scale).double() @ kernels.dequantize_fp8(b, b_scale, b_rows).double().T
+        low_precision.dequantize_fp8(a, a_scale).double()
+        @ low_precision.dequantize_fp8(b, b_scale, b_rows).double().T
     )
-    got = kernels.fp8_matmul(a, a_scale, b, b_scale, b_rows)
+    got = low_precision.fp8_matmul(a, a_scale, b, b_scale, b_rows)
     torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_fp8_linear_forward_and_backward():
     torch.manual_seed(0)
     x, w = torch.randn(2, 20, 140, requires_grad=True), torch.randn(70, 140, requires_grad=True)
-    y = kernels.fp8_linear(x, w)
+    y = low_precision.fp8_linear(x, w)
     exact = x @ w.T
     g = torch.randn_like(exact)
     for a, b in zip(
@@ -85,10 +91,10 @@ def test_fp8_linear_forward_and_backward():
 @pytest.mark.parametrize("M, N, K", [(1, 3, 64), (70, 130, 192)])
 def test_frozen_products(kind, M, N, K):
     torch.manual_seed(0)
-    stored = kernels.quantize(kind, torch.randn(N, K))
-    dense = kernels.dequantize(kind, stored).double()
+    stored = low_precision.quantize(kind, torch.randn(N, K))
+    dense = low_precision.dequantize(kind, stored).double()
     x = torch.randn(M, K, requires_grad=True)
-    y = kernels.frozen_linear(x, kind, stored)
+    y = low_precision.frozen_linear(x, kind, stored)
     torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-4, atol=1e-4)
     g = torch.randn(M, N)
     (dx,) = torch.autograd.grad(y, x, g)

@@ -13,6 +13,7 @@ from test_grpo import options
 import dist
 import forensics
 import kernels
+import low_precision
 from conftest import ROOT, run_program
 from dist import World
 from forensics import Fault, Forensics, NonFinite, owners
@@ -80,7 +81,7 @@ def test_an_fp8_tile_without_a_guard_is_named(watched, tmp_path, monkeypatch):
     with torch.no_grad():  # a token whose embedding is zero: a padding row that was zeroed
         model.embed_tokens.weight[7] = 0.0
         model.layers[0].self_attn.q_proj.weight.add_(0.0)
-    guarded = kernels._fp8_scale
+    guarded = low_precision._fp8_scale
     monkeypatch.setattr(kernels, "_fp8_scale", lambda amax, power_of_two: amax / 448.0)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 7, 11]])
     documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2]])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels
+import low_precision
 from conftest import FAMILIES, ROOT, run_program
 from model import generate, load_pretrained
 
@@ -53,20 +54,20 @@ def test_low_precision_products_on_the_device_equal_their_references(M, N, K):
     torch.manual_seed(0)
     x, w = torch.randn(M, K), torch.randn(N, K)
     for quantize, reference in (
-        (kernels.quantize_fp8, kernels.quantize_fp8_reference),
-        (kernels.quantize_fp8_blocks, kernels.quantize_fp8_blocks_reference),
+        (low_precision.quantize_fp8, low_precision.quantize_fp8_reference),
+        (low_precision.quantize_fp8_blocks, low_precision.quantize_fp8_blocks_reference),
     ):
         (q, scale), (expected, expected_scale) = quantize(x.cuda()), reference(x)
         close(scale, expected_scale, 1e-6)
         assert (q.cpu().float() == expected.float()).float().mean() > 0.999
-    close(kernels.fp8_linear(x.cuda(), w.cuda()), kernels.fp8_linear(x, w), 1e-3)
+    close(low_precision.fp8_linear(x.cuda(), w.cuda()), low_precision.fp8_linear(x, w), 1e-3)
     for kind in ("nf4", "int8", "fp8"):
-        stored = kernels.quantize(kind, w)
+        stored = low_precision.quantize(kind, w)
         for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, 2e-2)):
             given = x.to(dtype).requires_grad_()
             device = x.to(dtype).cuda().requires_grad_()
-            y = kernels.frozen_linear(device, kind, tuple(t.cuda() for t in stored))
-            expected = kernels.frozen_linear(given, kind, stored)
+            y = low_precision.frozen_linear(device, kind, tuple(t.cuda() for t in stored))
+            expected = low_precision.frozen_linear(given, kind, stored)
             close(y, expected, tolerance)
             g = torch.randn(M, N).to(dtype)
             (dx,), (expected_dx,) = (

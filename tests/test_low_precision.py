@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import kernels
+import low_precision
 import model as model_module
 from conftest import CHATML_TEMPLATE, CHATML_TOKENS, ROOT, make_reference, run_program, write_tokenizer
 from model import ModelOptions, load_pretrained
@@ -27,8 +27,8 @@ def fp8_step(x):
 def test_fp8_tiles_are_within_half_a_step_and_use_the_whole_range(shape, power_of_two):
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64).float() * torch.logspace(-6, 6, shape[0])[:, None]
-    q, scale = kernels.quantize_fp8_reference(x, power_of_two)
-    back = kernels.dequantize_fp8(q, scale).double()
+    q, scale = low_precision.quantize_fp8_reference(x, power_of_two)
+    back = low_precision.dequantize_fp8(q, scale).double()
     tile = scale.repeat_interleave(128, 1)[:, : shape[1]].double()
     assert ((back - x).abs() <= 0.5001 * fp8_step(x.double() / tile) * tile).all()
     exact = torch.nn.functional.pad(x.abs(), (0, -shape[1] % 128)).view(shape[0], -1, 128).amax(-1) / 448
@@ -45,15 +45,18 @@ def test_fp8_zero_tiles_get_scale_one_and_faults_stay_where_they_are():
     x[1, 5], x[1, 6], x[1, 7] = float("nan"), float("inf"), -float("inf")
     x[2, :128] = 1e-42
     x[3, 200] = 3e38
-    for quantize, rows in ((kernels.quantize_fp8_reference, 1), (kernels.quantize_fp8_blocks_reference, 128)):
+    for quantize, rows in (
+        (low_precision.quantize_fp8_reference, 1),
+        (low_precision.quantize_fp8_blocks_reference, 128),
+    ):
         q, scale = quantize(x)
         assert scale.isfinite().all() and (scale > 0).all()
-        back = kernels.dequantize_fp8(q, scale, rows)
+        back = low_precision.dequantize_fp8(q, scale, rows)
         assert back[1].isnan().nonzero().flatten().tolist() == [5, 6, 7]
         assert back[[0, 2, 3]].isfinite().all()
-    q, scale = kernels.quantize_fp8_reference(x)
+    q, scale = low_precision.quantize_fp8_reference(x)
     assert scale[0, 0] == 1 and (q[0, :128].float() == 0).all()
-    assert (kernels.dequantize_fp8(q, scale)[3, 200] / 3e38 - 1).abs() < 1e-5
+    assert (low_precision.dequantize_fp8(q, scale)[3, 200] / 3e38 - 1).abs() < 1e-5
 
 
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (7, 130, 300), (128, 128, 128), (33, 5, 129)])
@@ -62,7 +65,7 @@ def test_fp8_linear_is_close_to_fp32_in_value_and_both_gradients(M, N, K):
     x = torch.randn(M, K, requires_grad=True)
     w = torch.randn(N, K, requires_grad=True)
     g = torch.randn(M, N)
-    y = kernels.fp8_linear(x, w)
+    y = low_precision.fp8_linear(x, w)
     exact = x @ w.T
     grads = torch.autograd.grad(y, (x, w), g)
     expected = torch.autograd.grad(exact, (x, w), g)
@@ -75,15 +78,15 @@ def test_nf4_codes_packing_and_both_levels_are_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     w = torch.randn(96, 640) * torch.rand(96, 1)
-    packed, absmax_codes, nested, offset = kernels.quantize_nf4(w)
+    packed, absmax_codes, nested, offset = low_precision.quantize_nf4(w)
     theirs, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
     assert (theirs.flatten() == packed.flatten()).float().mean() > 0.9999
     torch.testing.assert_close(state.offset.float(), offset)
     torch.testing.assert_close(state.state2.absmax, nested)
-    torch.testing.assert_close(state.state2.code, kernels.dynamic_code(True), atol=1e-6, rtol=0)
+    torch.testing.assert_close(state.state2.code, low_precision.dynamic_code(True), atol=1e-6, rtol=0)
     assert (state.absmax.flatten() == absmax_codes.flatten()).float().mean() > 0.99
     back = bnb.functional.dequantize_4bit(theirs, state)
-    ours = kernels.dequantize_nf4(
+    ours = low_precision.dequantize_nf4(
         theirs.view(96, -1), state.absmax.view(96, -1), state.state2.absmax, state.offset
     )
     torch.testing.assert_close(ours, back, atol=1e-5, rtol=1e-5)
@@ -93,7 +96,7 @@ def test_int8_rows_are_bitsandbytes_and_within_half_a_step():
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     w = torch.randn(64, 128)
-    q, scale = kernels.quantize_int8(w)
+    q, scale = low_precision.quantize_int8(w)
     theirs, absmax, _ = bnb.functional.int8_vectorwise_quant(w.half())
     assert (theirs - q).abs().max() <= 1
     torch.testing.assert_close(absmax / 127, scale, rtol=1e-3, atol=0)
@@ -104,12 +107,12 @@ def test_int8_rows_are_bitsandbytes_and_within_half_a_step():
 def test_a_stored_weight_takes_few_bytes_and_multiplies_like_its_dense_form(kind, most):
     torch.manual_seed(0)
     w = torch.randn(256, 512)
-    stored = kernels.quantize(kind, w)
+    stored = low_precision.quantize(kind, w)
     assert sum(t.numel() * t.element_size() for t in stored) / w.numel() <= most
-    dense = kernels.dequantize(kind, stored)
+    dense = low_precision.dequantize(kind, stored)
     assert (dense - w).norm() / w.norm() < {"nf4": 0.11, "int8": 0.012, "fp8": 0.03}[kind]
     x = torch.randn(5, 3, 512, requires_grad=True)
-    y = kernels.frozen_linear(x, kind, stored, bias=torch.ones(256))
+    y = low_precision.frozen_linear(x, kind, stored, bias=torch.ones(256))
     expected = x @ dense.T + 1
     g = torch.randn_like(expected)
     tolerance = 0.05 if kind == "fp8" else 1e-5  # FP8 quantises the input too
@@ -120,21 +123,21 @@ def test_a_stored_weight_takes_few_bytes_and_multiplies_like_its_dense_form(kind
 
 def test_nf4_refuses_rows_that_blocks_would_straddle():
     with pytest.raises(ValueError, match="multiple of 64"):
-        kernels.quantize_nf4(torch.randn(4, 100))
+        low_precision.quantize_nf4(torch.randn(4, 100))
 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_dynamic_code_is_bitsandbytes_and_requantising_is_exact(signed):
-    code = kernels.dynamic_code(signed)
+    code = low_precision.dynamic_code(signed)
     assert len(code) == 256 and (code.diff() > 0).all() and code[-1] == 1 and (code == 0).any()
     torch.manual_seed(0)
     x = torch.randn(1000) if signed else torch.rand(1000)
-    q, absmax = kernels.quantize_blockwise(x, code, signed_scale=True)
-    back = kernels.dequantize_blockwise(q, absmax, code)
-    again, absmax_again = kernels.quantize_blockwise(back, code, signed_scale=True)
+    q, absmax = low_precision.quantize_blockwise(x, code, signed_scale=True)
+    back = low_precision.dequantize_blockwise(q, absmax, code)
+    again, absmax_again = low_precision.quantize_blockwise(back, code, signed_scale=True)
     assert torch.equal(q, again) and torch.equal(absmax, absmax_again)
-    zero, absmax = kernels.quantize_blockwise(torch.zeros(300), code)
-    assert (kernels.dequantize_blockwise(zero, absmax, code) == 0).all()
+    zero, absmax = low_precision.quantize_blockwise(torch.zeros(300), code)
+    assert (low_precision.dequantize_blockwise(zero, absmax, code) == 0).all()
 
 
 def test_adamw_8bit_is_as_close_to_adamw_as_bitsandbytes_and_its_state_dict_goes_on_exactly():
@@ -143,7 +146,7 @@ def test_adamw_8bit_is_as_close_to_adamw_as_bitsandbytes_and_its_state_dict_goes
     start, target = torch.randn(64, 128), torch.randn(64, 128)
     how = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     make = {
-        "exact": torch.optim.AdamW, "ours": kernels.AdamW8bit, "resumed": kernels.AdamW8bit,
+        "exact": torch.optim.AdamW, "ours": low_precision.AdamW8bit, "resumed": low_precision.AdamW8bit,
         "theirs": bnb.optim.AdamW8bit,
     }  # fmt: skip
     ends = {}

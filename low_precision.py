@@ -1,0 +1,620 @@
+"""Numbers of 8 and 4 bits: FP8 products with a master weight, frozen weights in NF4 or int8, AdamW with
+8-bit state. Each has a plain-torch form, which is the reference; where a Triton kernel stands beside it, the
+public function takes that on a GPU (`KERNELS` overrides, as in kernels.py)."""
+
+# Triton kernels are typed by Triton's compiler, not by Python's rules:
+# pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportIndexIssue=false
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kernels import tl, triton, use_triton
+
+# ------------------------------------------------------------------------------------------------------------
+# FP8: quantisation by tiles and blocks, the scaled matrix product, a linear layer
+# ------------------------------------------------------------------------------------------------------------
+
+FP8_MAX = 448.0  # largest e4m3 number
+FP8_BLOCK = 128  # elements that share a scale along the contraction (DeepSeek-V3, arXiv 2412.19437, §3.3)
+SMALLEST_NORMAL = 2.0**-126  # a denormal scale would be flushed to 0, and 0/0 is NaN
+
+
+def _use_fp8_triton(x: Tensor) -> bool:
+    """e4m3 exists in Triton from sm_89 on; an A100 takes the torch form, which is slow there but right."""
+    return use_triton(x) and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9))
+
+
+def _fp8_scale(amax: Tensor, power_of_two: bool) -> Tensor:
+    """amax/448, or the next power of two; 1 where amax is 0 (padding: reference page, FP8-Specific NaN
+    Issues)."""
+    scale = (amax / FP8_MAX).clamp(min=SMALLEST_NORMAL)
+    if power_of_two:
+        # Round the exponent up by its bits: log2 and exp2 would be off by one step at exact powers.
+        scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def quantize_fp8_reference(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantise x [M, N] to e4m3 with one fp32 scale per 1×128 tile: (q [M, N], scale [M, ⌈N/128⌉]), q·scale ≈
+    x.
+
+    An all-zero tile gets scale 1. NaN and ±Inf become NaN, their tile's scale stays finite and fits the other
+    elements: the fault shows where it is, and only there. Source: DeepSeek-V3, arXiv 2412.19437, §3.3.2.
+    """
+    M, N = x.shape
+    padded = F.pad(x.float(), (0, -N % FP8_BLOCK)).view(M, -1, FP8_BLOCK)
+    finite = padded.isfinite()
+    scale = _fp8_scale(padded.abs().where(finite, 0.0).amax(-1), power_of_two)
+    q = (padded / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).where(finite, torch.nan)
+    return q.view(M, -1)[:, :N].to(torch.float8_e4m3fn).contiguous(), scale
+
+
+def quantize_fp8_blocks_reference(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantise w [N, K] to e4m3 with one fp32 scale per 128×128 block: (q [N, K], scale [⌈N/128⌉,
+    ⌈K/128⌉])."""
+    N, K = w.shape
+    padded = F.pad(w.float(), (0, -K % FP8_BLOCK, 0, -N % FP8_BLOCK))
+    blocks = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, padded.shape[1] // FP8_BLOCK, FP8_BLOCK)
+    finite = blocks.isfinite()
+    scale = _fp8_scale(blocks.abs().where(finite, 0.0).amax((1, 3)), power_of_two)
+    q = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).where(finite, torch.nan)
+    return q.view(padded.shape)[:N, :K].to(torch.float8_e4m3fn).contiguous(), scale
+
+
+@triton.jit
+def _fp8_scale_kernel(amax, POWER_OF_TWO: tl.constexpr):
+    scale = tl.maximum(amax / 448.0, 1.1754943508222875e-38)
+    if POWER_OF_TWO:
+        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = bits.to(tl.float32, bitcast=True)
+    return tl.where(amax == 0, 1.0, scale)
+
+
+@triton.jit
+def _quantize_fp8_kernel(
+    x, q, scale, M, N, stride_m, stride_n, scale_columns,
+    WHOLE_BLOCK: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a [ROWS, 128] piece: a scale a row, or (WHOLE_BLOCK, ROWS = 128) one for the piece."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row[:, None] < M) & (column[None, :] < N)
+    at = row[:, None].to(tl.int64) * stride_m + column[None, :].to(tl.int64) * stride_n
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    finite = tl.abs(values) <= 3.4028234663852886e38  # false for NaN too
+    amax = tl.max(tl.where(finite, tl.abs(values), 0.0), axis=1)
+    if WHOLE_BLOCK:
+        whole = _fp8_scale_kernel(tl.max(amax, axis=0), POWER_OF_TWO)
+        scales = tl.zeros([ROWS], tl.float32) + whole
+        tl.store(scale + tl.program_id(0) * scale_columns + tl.program_id(1), whole)
+    else:
+        scales = _fp8_scale_kernel(amax, POWER_OF_TWO)
+        tl.store(scale + row.to(tl.int64) * scale_columns + tl.program_id(1), scales, mask=row < M)
+    scaled = tl.minimum(tl.maximum(values / scales[:, None], -448.0), 448.0)
+    bits = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    bits = tl.where(finite, bits, 0x7F)  # e4m3's NaN
+    tl.store(q + row[:, None].to(tl.int64) * N + column[None, :], bits.to(tl.uint8), mask=inside)
+
+
+def _quantize_fp8_triton(x: Tensor, power_of_two: bool, blocks: bool) -> tuple[Tensor, Tensor]:
+    M, N = x.shape
+    rows = FP8_BLOCK if blocks else 16
+    columns = -(-N // FP8_BLOCK)
+    q = torch.empty(M, N, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(-(-M // FP8_BLOCK) if blocks else M, columns, dtype=torch.float32, device=x.device)
+    if x.numel():
+        _quantize_fp8_kernel[(-(-M // rows), columns)](
+            x, q.view(torch.uint8), scale, M, N, x.stride(0), x.stride(1), columns,
+            WHOLE_BLOCK=blocks, POWER_OF_TWO=power_of_two, ROWS=rows, BLOCK=FP8_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return q, scale
+
+
+def quantize_fp8(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """As `quantize_fp8_reference`; on a GPU in one pass over x."""
+    return (
+        _quantize_fp8_triton(x, power_of_two, False)
+        if use_triton(x)
+        else quantize_fp8_reference(x, power_of_two)
+    )
+
+
+def quantize_fp8_blocks(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """As `quantize_fp8_blocks_reference`; on a GPU in one pass over w."""
+    if _use_fp8_triton(w):
+        return _quantize_fp8_triton(w, power_of_two, True)
+    return quantize_fp8_blocks_reference(w, power_of_two)
+
+
+def dequantize_fp8(q: Tensor, scale: Tensor, rows: int = 1) -> Tensor:
+    """q [M, N] times its scales, in fp32: scale [M, ⌈N/128⌉], or [⌈M/128⌉, ⌈N/128⌉] with rows = 128."""
+    M, N = q.shape
+    whole = scale.repeat_interleave(rows, 0)[:M].repeat_interleave(FP8_BLOCK, 1)[:, :N]
+    return q.float() * whole
+
+
+def fp8_matmul_reference(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_rows: int = FP8_BLOCK,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """a [M, K] times b [N, K] transposed, both e4m3, in fp32: [M, N].
+
+    a_scale [M, ⌈K/128⌉] by tiles; b_scale [⌈N/b_rows⌉, ⌈K/128⌉], by blocks (b_rows 128) or by tiles (1).
+    """
+    return (dequantize_fp8(a, a_scale) @ dequantize_fp8(b, b_scale, b_rows).T).to(dtype)
+
+
+@triton.jit
+def _fp8_matmul_kernel(
+    a, a_scale, b, b_scale, c, M, N, K, k_blocks,
+    B_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """c = (a·a_scale) @ (b·b_scale)ᵀ. Each 128 of K is one tensor-core product whose fp32 result is scaled
+    and added in fp32 registers: the promotion that keeps FP8's short accumulators from losing small terms
+    (DeepSeek-V3, §3.3.2)."""
+    # Programs that share columns of b run close together in time, so b stays in the L2 cache.
+    program, m_blocks, n_blocks = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP * n_blocks)
+    first = group * GROUP
+    size = tl.minimum(m_blocks - first, GROUP)
+    pid_m = first + (program % (GROUP * n_blocks)) % size
+    pid_n = (program % (GROUP * n_blocks)) // size
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a_at = a + m[:, None].to(tl.int64) * K + k[None, :]
+    b_at = b + n[None, :].to(tl.int64) * K + k[:, None]
+    a_scale_at = a_scale + m.to(tl.int64) * k_blocks
+    b_scale_at = b_scale + (n // B_ROWS).to(tl.int64) * k_blocks
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for block in range(0, k_blocks):
+        left = K - block * BLOCK_K
+        a_tile = tl.load(a_at, mask=(m[:, None] < M) & (k[None, :] < left), other=0.0)
+        b_tile = tl.load(b_at, mask=(n[None, :] < N) & (k[:, None] < left), other=0.0)
+        product = tl.dot(a_tile, b_tile)
+        scale_m = tl.load(a_scale_at + block, mask=m < M, other=0.0)
+        scale_n = tl.load(b_scale_at + block, mask=n < N, other=0.0)
+        total += product * scale_m[:, None] * scale_n[None, :]
+        a_at += BLOCK_K
+        b_at += BLOCK_K
+    at = m[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(c + at, total.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+def fp8_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_rows: int = FP8_BLOCK,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """As `fp8_matmul_reference`, any M, N, K; on a GPU with FP8 tensor cores where it has them."""
+    if not _use_fp8_triton(a):
+        return fp8_matmul_reference(a, a_scale, b, b_scale, b_rows, dtype)
+    M, K = a.shape
+    N = b.shape[0]
+    c = torch.empty(M, N, dtype=dtype, device=a.device)
+    if c.numel() == 0:
+        return c
+    block_m = 128 if M > 64 else 64
+    block_n = (
+        128 if b_rows == FP8_BLOCK else 64
+    )  # a scale a column takes registers: a smaller tile, no spills
+    grid = (-(-M // block_m) * -(-N // block_n),)
+    _fp8_matmul_kernel[grid](
+        a.contiguous(), a_scale.contiguous(), b.contiguous(), b_scale.contiguous(), c,
+        M, N, K, a_scale.shape[1],
+        B_ROWS=b_rows, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=FP8_BLOCK, GROUP=8,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return c
+
+
+class _FP8Linear(torch.autograd.Function):
+    """The three products of a linear layer, each with operands quantised along its own contraction:
+
+    forward          y = x wᵀ       over K      x by 1×128 tiles        w by 128×128 blocks
+    input gradient   dx = dy w      over N      dy by 1×128 tiles       w by the same blocks, transposed
+    weight gradient  dw = dyᵀ x     over M      dyᵀ by 1×128 tiles      xᵀ by 1×128 tiles, result in fp32
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        q, scale = quantize_fp8(x)
+        qw, scale_w = quantize_fp8_blocks(weight)
+        keep = ctx.needs_input_grad
+        ctx.save_for_backward(x if keep[1] else None, qw if keep[0] else None, scale_w if keep[0] else None)
+        ctx.weight_dtype = weight.dtype
+        return fp8_matmul(q, scale, qw, scale_w, dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple:
+        dy = gradients[0].contiguous()
+        x, qw, scale_w = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            q, scale = quantize_fp8(dy)
+            dx = fp8_matmul(q, scale, qw.T.contiguous(), scale_w.T.contiguous(), dtype=dy.dtype)
+        if ctx.needs_input_grad[1]:
+            q, scale = quantize_fp8(dy.T)
+            qx, scale_x = quantize_fp8(x.T)
+            dw = fp8_matmul(q, scale, qx, scale_x, b_rows=1).to(ctx.weight_dtype)
+        return dx, dw
+
+
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times weight [N, K] transposed in FP8, forward and backward: [..., N] in x's dtype.
+
+    The weight is a high-precision master, quantised anew in each pass. Any shape; no padding needed.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):
+        y = _FP8Linear.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# NF4 and int8: frozen weights in half a byte or one byte
+# ------------------------------------------------------------------------------------------------------------
+
+NF4_BLOCK = 64  # weights that share an absmax (QLoRA, arXiv 2305.14314, §3)
+NESTED_BLOCK = 256  # absmaxes that share a second-level absmax ("double quantisation")
+# Quantiles of a standard normal, scaled to [−1, 1], with an exact 0 (QLoRA, appendix E).
+NF4_CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@functools.cache
+def nf4_code(device: torch.device) -> Tensor:
+    """The 16 values [16] on a device, copied there once and not in every product."""
+    return torch.tensor(NF4_CODE, device=device)
+
+
+@functools.cache
+def dynamic_code(signed: bool, device: torch.device | str = "cpu") -> Tensor:
+    """The 256 values of the dynamic 8-bit type [256], ascending (arXiv 2110.02861, §2.1): seven decades, each
+    with twice as many steps as the one below it, and 0 and 1 exactly."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        steps = 2**exponent * (1 if signed else 2)
+        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        values += means.tolist() + ((-means).tolist() if signed else [])
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def nearest_code(x: Tensor, code: Tensor) -> Tensor:
+    """Index of the nearest value of an ascending code, as uint8; halfway goes down."""
+    return torch.bucketize(x, (code[:-1] + code[1:]) / 2).to(torch.uint8)
+
+
+def quantize_blockwise(
+    x: Tensor, code: Tensor, block: int = NESTED_BLOCK, signed_scale: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x of any shape, flattened, to (codes uint8 in x's shape, absmax fp32 [⌈n/block⌉]). A block of zeros has
+    absmax 0."""
+    flat = x.float().flatten()
+    blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+    extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))[:, 0]
+    absmax = extreme if signed_scale else extreme.abs()
+    scaled = blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]
+    return nearest_code(scaled, code).flatten()[: flat.numel()].view(x.shape), absmax
+
+
+def dequantize_blockwise(q: Tensor, absmax: Tensor, code: Tensor, block: int = NESTED_BLOCK) -> Tensor:
+    """The fp32 values that `quantize_blockwise` stands for."""
+    return code[q.int()] * absmax.repeat_interleave(block)[: q.numel()].view(q.shape)
+
+
+def quantize_nf4(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w [N, K], K a multiple of 64, to NF4 with double quantisation: (packed uint8 [N, K/2], absmax codes
+    uint8 [N, K/64], nested absmax fp32 [⌈N·K/64/256⌉], offset fp32 []). 0.516 bytes a weight.
+
+    Codes, packing (first weight in the high four bits) and both levels are bitsandbytes'. Raises ValueError
+    for other K.
+    """
+    N, K = w.shape
+    if K % NF4_BLOCK:
+        raise ValueError(f"NF4 needs rows of a multiple of {NF4_BLOCK} weights, not {K}")
+    blocks = w.float().view(N, K // NF4_BLOCK, NF4_BLOCK)
+    absmax = blocks.abs().amax(-1)
+    codes = nearest_code(blocks / torch.where(absmax == 0, 1.0, absmax)[..., None], nf4_code(w.device)).view(
+        N, K
+    )
+    offset = absmax.mean()
+    absmax_codes, nested = quantize_blockwise(absmax - offset, dynamic_code(True, w.device))
+    return (codes[:, ::2] << 4) | codes[:, 1::2], absmax_codes, nested, offset
+
+
+def dequantize_nf4(packed: Tensor, absmax_codes: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
+    """[N, K] in fp32."""
+    N, half = packed.shape
+    codes = torch.stack([packed >> 4, packed & 15], -1).view(N, half * 2)
+    absmax = dequantize_blockwise(absmax_codes, nested, dynamic_code(True, packed.device)) + offset
+    values = nf4_code(packed.device)[codes.int()]
+    return (values.view(N, -1, NF4_BLOCK) * absmax[..., None]).view(N, -1)
+
+
+def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """w [N, K] to (int8 [N, K], fp32 row scale [N]), w ≈ q·scale: LLM.int8's weights (arXiv 2208.07339,
+    §2.1)."""
+    absmax = w.float().abs().amax(1)
+    scale = torch.where(absmax == 0, 1.0, absmax / 127)
+    return (w.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+@triton.jit
+def _nf4_tile(packed, absmax_codes, nested, offset, code, dynamic, n, k_half, N, K, BLOCK_K: tl.constexpr):
+    """A [BLOCK_N, BLOCK_K] tile of the weight, in fp32; `k_half` [BLOCK_K/2] are byte columns."""
+    inside = (n[:, None] < N) & (k_half[None, :] < K // 2)
+    byte = tl.load(packed + n[:, None].to(tl.int64) * (K // 2) + k_half[None, :], mask=inside, other=0)
+    # Both weights of a byte share a block
+    block = n[:, None].to(tl.int64) * (K // 64) + k_half[None, :] // 32
+    absmax_code = tl.load(absmax_codes + block, mask=inside, other=0)
+    absmax = tl.load(dynamic + absmax_code.to(tl.int32)) * tl.load(
+        nested + block // 256, mask=inside, other=0.0
+    )
+    absmax = tl.where(inside, absmax + tl.load(offset), 0.0)
+    high = tl.load(code + (byte >> 4).to(tl.int32)) * absmax
+    low = tl.load(code + (byte & 15).to(tl.int32)) * absmax
+    return tl.reshape(tl.join(high, low), [n.shape[0], BLOCK_K])
+
+
+@triton.jit
+def _nf4_matmul_kernel(
+    x, packed, absmax_codes, nested, offset, code, dynamic, y, M, N, K,
+    INPUT_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = x [M, K] wᵀ, or with INPUT_GRADIENT y [M, K] = x [M, N] w, the weight dequantised tile by
+    tile."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    half = tl.arange(0, BLOCK_K // 2)
+    if INPUT_GRADIENT:
+        k_half = tl.program_id(1) * (BLOCK_K // 2) + half
+        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for start in range(0, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            w = _nf4_tile(packed, absmax_codes, nested, offset, code, dynamic, n, k_half, N, K, BLOCK_K)
+            inside = (m[:, None] < M) & (n[None, :] < N)
+            g = tl.load(x + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0)
+            total += tl.dot(g, w.to(g.dtype))
+        at = m[:, None].to(tl.int64) * K + k[None, :]
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
+    else:
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            w = _nf4_tile(
+                packed, absmax_codes, nested, offset, code, dynamic, n, start // 2 + half, N, K, BLOCK_K
+            )
+            k = start + tl.arange(0, BLOCK_K)
+            inside = (m[:, None] < M) & (k[None, :] < K)
+            a = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
+            total += tl.dot(a, tl.trans(w).to(a.dtype))
+        at = m[:, None].to(tl.int64) * N + n[None, :]
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def _int8_matmul_kernel(
+    x, q, scale, y, M, N, K,
+    INPUT_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As _nf4_matmul_kernel for q int8 [N, K] with a scale a row."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if INPUT_GRADIENT:
+        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for start in range(0, N, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            w = tl.load(
+                q + n[:, None].to(tl.int64) * K + k[None, :],
+                mask=(n[:, None] < N) & (k[None, :] < K),
+                other=0,
+            )
+            s = tl.load(scale + n, mask=n < N, other=0.0)
+            inside = (m[:, None] < M) & (n[None, :] < N)
+            g = tl.load(x + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0)
+            total += tl.dot(g, (w.to(tl.float32) * s[:, None]).to(g.dtype))
+        at = m[:, None].to(tl.int64) * K + k[None, :]
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
+    else:
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            w = tl.load(
+                q + n[None, :].to(tl.int64) * K + k[:, None],
+                mask=(n[None, :] < N) & (k[:, None] < K),
+                other=0,
+            )
+            inside = (m[:, None] < M) & (k[None, :] < K)
+            a = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
+            total += tl.dot(a, w.to(a.dtype))
+        total *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
+        at = m[:, None].to(tl.int64) * N + n[None, :]
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+def _frozen_product(kind: str, x: Tensor, stored: tuple[Tensor, ...], input_gradient: bool) -> Tensor:
+    """x [M, K] wᵀ, or x [M, N] w, for a weight stored as `kind`."""
+    if kind == "fp8":
+        qw, scale = stored
+        q, scale_x = quantize_fp8(x)
+        if input_gradient:
+            return fp8_matmul(q, scale_x, qw.T.contiguous(), scale.T.contiguous(), dtype=x.dtype)
+        return fp8_matmul(q, scale_x, qw, scale, dtype=x.dtype)
+    if not use_triton(x):
+        w = dequantize(kind, stored).to(x.dtype)
+        return x @ w if input_gradient else x @ w.T
+    N, K = stored[0].shape[0], stored[0].shape[1] * (2 if kind == "nf4" else 1)
+    M, x = x.shape[0], x.contiguous()
+    y = torch.empty(M, K if input_gradient else N, dtype=x.dtype, device=x.device)
+    block_m, block_n, block_k = (64, 64, 64)
+    columns = -(-K // block_k) if input_gradient else -(-N // block_n)
+    how = dict(INPUT_GRADIENT=input_gradient, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
+    grid = (-(-M // block_m), columns)
+    if kind == "nf4":
+        code, dynamic = nf4_code(x.device), dynamic_code(True, x.device)
+        _nf4_matmul_kernel[grid](x, *stored, code, dynamic, y, M, N, K, **how)
+    else:
+        _int8_matmul_kernel[grid](x, *stored, y, M, N, K, **how)
+    return y
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer whose weight is stored in few bits and not trained: no dense copy of it outlives a
+    pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, kind: str, *stored: Tensor) -> Tensor:
+        ctx.kind = kind
+        ctx.save_for_backward(*stored)
+        return _frozen_product(kind, x, stored, input_gradient=False)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple:
+        stored = ctx.saved_tensors  # once: a recomputed tensor can be unpacked only once
+        return (
+            _frozen_product(ctx.kind, gradients[0], stored, input_gradient=True),
+            None,
+            *[None] * len(stored),
+        )
+
+
+def quantize(kind: str, w: Tensor) -> tuple[Tensor, ...]:
+    """w [N, K] as `kind` stores it: nf4 (4 tensors), int8 (2) or fp8 (2); the first holds the weights."""
+    return {"nf4": quantize_nf4, "int8": quantize_int8, "fp8": quantize_fp8_blocks}[kind](w)
+
+
+def dequantize(kind: str, stored: tuple[Tensor, ...]) -> Tensor:
+    """The fp32 weight [N, K] that `quantize` stored."""
+    if kind == "nf4":
+        return dequantize_nf4(*stored)
+    q, scale = stored
+    return q.float() * scale[:, None] if kind == "int8" else dequantize_fp8(q, scale, FP8_BLOCK)
+
+
+def frozen_linear(x: Tensor, kind: str, stored: tuple[Tensor, ...], bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times a frozen quantised weight: [..., N]. Gradients flow to x only."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with torch.autocast(x.device.type, enabled=False):
+        flat = x.flatten(0, -2)
+        y = _FrozenLinear.apply(flat, kind, *stored).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias.to(y.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# AdamW with 8-bit states
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) whose two moments are kept in 8 bits, block-wise over 256 values with the
+    dynamic code (arXiv 2110.02861): 2.03 bytes a parameter instead of 8. Tensors below 4,096 elements keep
+    fp32 moments.
+
+    A state dict holds the moments dequantised, under AdamW's names and shapes, so checkpoints are resharded
+    like any other. Quantising them again gives the same codes: resuming is exact.
+    """
+
+    def __init__(
+        self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                p, g = _local(parameter), _local(parameter.grad).float()
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = self._pack(torch.zeros_like(p, dtype=torch.float32), name)
+                state["step"] += 1
+                m = self._unpack(state["exp_avg"], "exp_avg").lerp_(g, 1 - beta1)
+                v = (
+                    self._unpack(state["exp_avg_sq"], "exp_avg_sq")
+                    .mul_(beta2)
+                    .addcmul_(g, g, value=1 - beta2)
+                )
+                t = state["step"].item()
+                denominator = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_((m / (1 - beta1**t)).to(p.dtype), denominator.to(p.dtype), value=-group["lr"])
+                state["exp_avg"], state["exp_avg_sq"] = self._pack(m, "exp_avg"), self._pack(v, "exp_avg_sq")
+
+    @staticmethod
+    def _pack(x: Tensor, name: str):
+        if x.numel() < 4096:
+            return x
+        # The signed code has 1 but not −1: scaled by the extreme value itself, sign and all, that value is
+        # kept exactly, and quantising the dequantised moments gives the same codes.
+        return quantize_blockwise(x, dynamic_code(name == "exp_avg", x.device), signed_scale=True)
+
+    @staticmethod
+    def _unpack(state, name: str) -> Tensor:
+        if isinstance(state, Tensor):
+            return state
+        codes, scale = state
+        return dequantize_blockwise(codes, scale, dynamic_code(name == "exp_avg", codes.device))
+
+    def state_dict(self) -> dict:
+        held, whole = self.state, {}
+        for parameter, state in held.items():
+            whole[parameter] = {"step": state["step"]}
+            for name in ("exp_avg", "exp_avg_sq"):
+                value = self._unpack(state[name], name)
+                if isinstance(parameter, DTensor):
+                    value = DTensor.from_local(
+                        value, parameter.device_mesh, parameter.placements, shape=parameter.shape,
+                        stride=parameter.stride(), run_check=False,
+                    )  # fmt: skip
+                whole[parameter][name] = value
+        self.state = whole  # type: ignore[assignment]
+        try:
+            return super().state_dict()
+        finally:
+            self.state = held
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state:
+                    state[name] = self._pack(_local(state[name]).float(), name)
+
+    def state_bytes(self) -> int:
+        """Bytes of all moments."""
+        tensors = [
+            t for s in self.state.values() for n in ("exp_avg", "exp_avg_sq") if n in s
+            for t in (s[n] if isinstance(s[n], tuple) else (s[n],))
+        ]  # fmt: skip
+        return sum(t.numel() * t.element_size() for t in tensors)
