@@ -56,10 +56,8 @@ from torch.distributed.tensor import DTensor
 
 import low_precision
 from config import BallastError, ConfigError, check_ranges
-from model import (
-    Architecture,
-    Block,
-    Transformer,
+from model import Architecture, Block, Transformer, set_precision
+from weights import (  # fmt: skip
     apply_lora,
     initialize,
     initialize_lora,
@@ -67,8 +65,7 @@ from model import (
     load_weights,
     save_adapter,
     save_pretrained,
-    set_precision,
-)  # fmt: skip
+)
 
 T = TypeVar("T")
 log = logging.getLogger("ballast")

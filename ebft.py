@@ -38,20 +38,10 @@ from data import (
 )
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions
 from forensics import ForensicOptions, Forensics
+from generation import sample, sampling_logprobs
 from health import LogOptions, MetricLogger, log
 from kernels import SharedPrompts, TokenStatistics, linear_cross_entropy, linear_logprobs
-from model import (
-    Architecture,
-    BlockCache,
-    ModelOptions,
-    Transformer,
-    base_of,
-    check_model_options,
-    read_architecture,
-    resized,
-    sample,
-    sampling_logprobs,
-)
+from model import Architecture, BlockCache, ModelOptions, Transformer, check_model_options
 from policy import (
     PolicyBatch,
     PolicyOptions,
@@ -79,6 +69,7 @@ from rollout import (
     write_rollouts,
 )
 from tokenizer import IGNORE, BadRow, Tokenizer
+from weights import base_of, read_architecture, resized
 
 
 @dataclass

@@ -27,7 +27,8 @@ from dist import World
 from health import log
 from kernels import SharedPrompts
 from low_precision import FP8_BLOCK
-from model import Linear, Transformer, read_architecture, save_adapter, save_pretrained
+from model import Linear, Transformer
+from weights import read_architecture, save_adapter, save_pretrained
 
 R = TypeVar("R")
 

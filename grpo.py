@@ -48,7 +48,7 @@ from data import DataOptions, Prompt, PromptOrder, load_tokenizer, read_prompts,
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
-from model import ModelOptions, check_model_options, read_architecture, resized
+from model import ModelOptions, check_model_options
 from policy import (
     PolicyOptions,
     accumulate_gradients,
@@ -74,6 +74,7 @@ from rollout import (
     write_rollouts,
 )
 from tokenizer import Tokenizer
+from weights import read_architecture, resized
 
 
 @dataclass
@@ -857,7 +858,7 @@ def main(config: Config) -> None:
     if judge is not None:
         health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
     log.info("saved               %s", final)
-    log.info("talk to it          python model.py chat %s", final)
+    log.info("talk to it          python generation.py chat %s", final)
     dist.finish()
 
 
@@ -955,7 +956,7 @@ def test_rewards(argv: list[str]) -> int:
         prompts = [prompts[i % len(prompts)] for i in range(len(config.completions))]
         ids = [tokenizer.encode(text) for text in config.completions]
     elif config.source == "generate":
-        from model import load_pretrained
+        from weights import load_pretrained
 
         model = load_pretrained(str(checkpoint), dtype=torch.float32)
         engine = EmbeddedEngine(model, config, tokenizer, World(0, 1, 0, torch.device("cpu")))

@@ -1198,7 +1198,7 @@ def recipe_config(arguments: list[str]) -> Any:
 
 def memory_table(arguments: list[str]) -> str:
     from memory import table
-    from model import read_architecture
+    from weights import read_architecture
 
     processes = [a.partition("=")[2] for a in arguments if a.startswith("processes=")]
     if processes and not (processes[-1].isdigit() and int(processes[-1])):

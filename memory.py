@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import kernels
 from config import ConfigError, resolve_checkpoint
 from health import gib, log
-from model import Architecture, Block, Pass, Transformer, apply_lora, read_architecture, set_precision
+from model import Architecture, Block, Pass, Transformer, set_precision
+from weights import apply_lora, read_architecture
 
 
 @dataclasses.dataclass

@@ -22,8 +22,9 @@ from dist import World
 from forensics import Forensics
 from health import log
 from kernels import SharedPrompts, linear_logprobs
-from model import Transformer, base_of, load_balancing_loss
+from model import Transformer, load_balancing_loss
 from rollout import Rollout, RolloutOptions, check_rollout_options
+from weights import base_of
 
 
 @dataclass

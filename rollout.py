@@ -30,10 +30,12 @@ import dist
 from config import BallastError, ConfigError, DataError, check_at_least_one, import_attribute
 from data import Prompt
 from dist import World
+from generation import generate
 from health import log
 from kernels import linear_logprobs
-from model import Transformer, generate, iterate_weights, save_adapter, save_pretrained
+from model import Transformer
 from tokenizer import BadRow, Tokenizer
+from weights import iterate_weights, save_adapter, save_pretrained
 
 
 @dataclass

@@ -26,18 +26,12 @@ from config import ConfigError, check_at_least_one, parse_config, resolve_checkp
 from data import Batch, Batches, DataOptions, Dataset, load_tokenizer, prepare, split_held_out
 from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
+from generation import generate
 from health import LogOptions, MetricLogger, log
 from kernels import linear_cross_entropy
-from model import (
-    ModelOptions,
-    Transformer,
-    check_model_options,
-    generate,
-    load_balancing_loss,
-    read_architecture,
-    resized,
-)
+from model import ModelOptions, Transformer, check_model_options, load_balancing_loss
 from tokenizer import IGNORE, Tokenizer
+from weights import read_architecture, resized
 
 
 @dataclass
@@ -401,7 +395,7 @@ def main(config: Config) -> None:
     if config.eval_answers:
         log.info("held-out answers    %.1f %% right (greedy, %d rows)", 100 * accuracy, len(chosen))
     log.info("saved               %s", final)
-    log.info("talk to it          python model.py chat %s", final)
+    log.info("talk to it          python generation.py chat %s", final)
     dist.finish()
 
 

@@ -30,7 +30,8 @@ G, N = 8, 4  # tokens of a block, samples of it
 def network():
     import torch
 
-    from model import Architecture, Transformer, initialize
+    from model import Architecture, Transformer
+    from weights import initialize
 
     arch = Architecture.from_config({
         "architectures": ["Qwen3ForCausalLM"], "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 6,
@@ -73,7 +74,7 @@ def speed(length: int, stride: int, rounds: int) -> dict:
     import torch
 
     from ebft import BlockPass, Config, block_features, group_features, sample_blocks
-    from model import generate
+    from generation import generate
     from policy import collate, token_logprobs
     from rollout import Rollout
 

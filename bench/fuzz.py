@@ -44,8 +44,10 @@ import health
 import sft
 from config import BallastError, parse_config
 from data import DataOptions, encode_dataset, read_prompts
-from model import (
-    Transformer,
+from model import Transformer
+from rollout import ReplayEngine
+from tokenizer import Tokenizer
+from weights import (
     apply_lora,
     initialize,
     load_adapter,
@@ -54,8 +56,6 @@ from model import (
     read_architecture,
     save_adapter,
 )
-from rollout import ReplayEngine
-from tokenizer import Tokenizer
 
 PATIENCE = 20  # seconds for one case
 ROOM = 1 << 30  # bytes that all cases together may add to the process

@@ -127,7 +127,8 @@ def generate_ours(directory: Path) -> float:
     import torch
 
     sys.path.insert(0, str(ROOT))
-    from model import generate, load_pretrained
+    from generation import generate
+    from weights import load_pretrained
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pretrained(str(directory), dtype=torch.float32, device=device)

@@ -15,7 +15,7 @@ from torch import nn
 
 import dist
 from forensics import Forensics, NonFinite
-from model import read_architecture
+from weights import read_architecture
 
 NAMES = ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
 LENGTHS = [9, 7, 8]

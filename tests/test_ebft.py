@@ -35,9 +35,9 @@ from ebft import (
     whiten,
 )
 from kernels import linear_logprobs
-from model import load_pretrained
 from rollout import Completion, Rollout, play
 from tokenizer import Tokenizer
+from weights import load_pretrained
 
 ALONE = dist.World(0, 1, 0, torch.device("cpu"))
 GOLDEN = json.loads((Path(__file__).parent / "ebft_golden.json").read_text())

@@ -18,9 +18,9 @@ from conftest import ROOT, run_program
 from dist import World
 from forensics import Fault, Forensics, NonFinite, owners
 from kernels import SharedPrompts
-from model import load_pretrained
 from policy import StepSize, collate, policy_loss, token_logprobs
 from rollout import Rollout
+from weights import load_pretrained
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

@@ -87,7 +87,7 @@ def test_the_new_family_computes_what_transformers_does(forked, tmp_path):
         torch.save({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
     code = f"""
 import torch
-from model import load_pretrained
+from weights import load_pretrained
 made = torch.load("{tmp_path}/expected.pt")
 with torch.no_grad():
     gap = (load_pretrained("{tmp_path}/model", dtype=torch.float32)(made["ids"]) - made["logits"]).abs().max()

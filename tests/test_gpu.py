@@ -8,7 +8,8 @@ import torch
 import kernels
 import low_precision
 from conftest import FAMILIES, ROOT, run_program
-from model import generate, load_pretrained
+from generation import generate
+from weights import load_pretrained
 
 pytestmark = [
     pytest.mark.gpu,

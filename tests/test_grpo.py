@@ -16,7 +16,6 @@ from conftest import ROOT, embedded, metrics, run_program
 from data import PromptOrder
 from dist import World
 from grpo import Config, RewardError, group_advantages, pass_at_k, reward_metrics, weighted_rewards
-from model import load_pretrained
 from policy import (
     PolicyOptions,
     StepSize,
@@ -30,6 +29,7 @@ from policy import (
 )
 from rollout import EmbeddedEngine, EngineError, Rollout, play, read_completions
 from tokenizer import Tokenizer
+from weights import load_pretrained
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]

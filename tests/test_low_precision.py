@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import low_precision
 import model as model_module
 from conftest import CHATML_TEMPLATE, CHATML_TOKENS, ROOT, make_reference, run_program, write_tokenizer
-from model import ModelOptions, load_pretrained
+from model import ModelOptions
+from weights import load_pretrained
 
 
 def fp8_step(x):

@@ -13,8 +13,9 @@ import memory
 from conftest import ROOT, run_program
 from data import Batch
 from dist import World
-from model import Architecture, apply_lora, initialize, initialize_lora, read_architecture
+from model import Architecture
 from sft import Config, sft_loss
+from weights import apply_lora, initialize, initialize_lora, read_architecture
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 TINY = json.loads((ROOT / "configs" / "tiny" / "config.json").read_text())

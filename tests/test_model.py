@@ -10,7 +10,9 @@ import torch
 import model as ballast
 from config import CheckpointError, ConfigError
 from conftest import FAMILIES, make_reference
-from model import ModelOptions, generate, load_pretrained, sampling_logprobs, save_pretrained
+from generation import generate, sampling_logprobs
+from model import ModelOptions
+from weights import load_pretrained, save_pretrained
 
 T = 40
 
@@ -317,10 +319,10 @@ def test_a_hub_id_is_downloaded_once_and_an_unknown_one_is_named(references, tmp
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
-        "import torch, model, config\n"
-        "m = model.load_pretrained('org/tiny', dtype=torch.float32)\n"
+        "import torch, weights, config\n"
+        "m = weights.load_pretrained('org/tiny', dtype=torch.float32)\n"
         "print('layers', len(m.layers))\n"
-        "try: model.load_pretrained('org/absent', dtype=torch.float32)\n"
+        "try: weights.load_pretrained('org/absent', dtype=torch.float32)\n"
         "except config.CheckpointError as error: print('refused', error)\n"
     )
     import os

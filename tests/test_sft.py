@@ -21,9 +21,9 @@ import dist
 from config import ConfigError, parse_config
 from conftest import ROOT, arguments, metrics, run_ok, run_program
 from dist import OptimizerOptions, learning_rate
-from model import load_pretrained
 from sft import Config
 from tokenizer import IGNORE, Tokenizer
+from weights import load_pretrained
 
 WORKER = ROOT / "tests" / "worker.py"
 

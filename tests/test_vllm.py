@@ -29,9 +29,9 @@ from conftest import (
 )
 from dist import World
 from grpo import Config
-from model import load_pretrained
 from rollout import EngineError, Prompt, VllmEngine
 from tokenizer import Tokenizer
+from weights import load_pretrained
 
 pytestmark = pytest.mark.slow
 
