@@ -1,29 +1,20 @@
-"""Processes, sharding, optimiser, schedule and checkpoints: what turns a loop into one that runs on many
-devices and goes on after it was killed.
+"""Processes, sharding, optimiser and schedule: what turns a loop into one that runs on many devices.
 
 One process and many are the same program: `python sft.py` is a world of one. With more, FSDP2 shards each
 block; no rank ever holds a whole full-precision model.
 """
 
 import contextlib
-import fcntl
-import io
-import json
 import logging
 import math
 import os
-import pickle
 import random
-import shutil
 import signal
-import socket
 import statistics
 import sys
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -32,18 +23,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 import torch.distributed as td
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -57,15 +37,7 @@ from torch.distributed.tensor import DTensor
 import low_precision
 from config import BallastError, ConfigError, check_ranges
 from model import Architecture, Block, Transformer, set_precision
-from weights import (  # fmt: skip
-    apply_lora,
-    initialize,
-    initialize_lora,
-    load_adapter,
-    load_weights,
-    save_adapter,
-    save_pretrained,
-)
+from weights import apply_lora, initialize, initialize_lora, load_adapter, load_weights  # fmt: skip
 
 T = TypeVar("T")
 log = logging.getLogger("ballast")
@@ -120,24 +92,6 @@ class OptimizerOptions:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 leaves it."""
-
-
-@dataclass
-class CheckpointOptions:
-    output_dir: str = "outputs/run"
-    """Everything the run writes goes here."""
-    save_steps: int | None = None
-    """Write a checkpoint every so many steps; unset: only when the run is interrupted."""
-    save_total_limit: int = 2
-    """Keep this many checkpoints, the newest."""
-    save_async: bool = True
-    """Write checkpoints in the background while training goes on."""
-    resume: str = "auto"
-    """auto: continue from the newest checkpoint in output_dir if there is one; never; or a checkpoint's
-    directory."""
-    resume_with_new_data: bool = False
-    """Allow a checkpoint to go on with data other than it was made with; its position then means other
-    rows."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -203,35 +157,6 @@ def init(options: DistOptions) -> World:
 def finish() -> None:
     if td.is_initialized():
         td.destroy_process_group()
-
-
-_claimed: dict[Path, int] = {}  # output directory → descriptor of its lock, held as long as the process lives
-
-
-def claim(output_dir: Path) -> None:
-    """Make the directory, and keep every other run out of it while this process lives: two would write over
-    each other's checkpoints. ConfigError where another run is in it, or where nothing can be written."""
-    output_dir = output_dir.resolve()
-    if output_dir in _claimed:
-        return
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        remedy = f"cannot be written ({error.strerror}); choose another"
-        raise ConfigError("output_dir", str(output_dir), remedy) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
-        os.close(descriptor)
-        remedy = f"is another run's at this moment ({holder}): choose another, or stop that run"
-        raise ConfigError("output_dir", str(output_dir), remedy) from None
-    except OSError as error:  # a network file system without locks
-        log.warning("output_dir cannot be locked (%s): see to it that no other run uses it", error.strerror)
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    _claimed[output_dir] = descriptor
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
@@ -535,368 +460,6 @@ def mix_weights(into: nn.Module, other: nn.Module, share: float) -> None:
     for a, b in zip(into.parameters(), other.parameters(), strict=True):
         a, b = (x.to_local() if isinstance(x, DTensor) else x for x in (a, b))
         a.lerp_(b.to(a.dtype), share)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is either the old one or the whole new one, also after a power cut."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def publish(aside: Path, final: Path) -> None:
-    """Make a finished directory appear under its name at once: flush every file, rename, flush the parent."""
-    for file in aside.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    _sync_directory(aside)
-    if (
-        final.exists()
-    ):  # rename cannot replace a directory that holds files: move the old one out of the way first
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        aside.rename(final)
-    _sync_directory(final.parent)
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None after every byte was found as it was written."""
-    try:
-        sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-        for name, (size, checksum) in sums.items():
-            file = path / Path(name).name  # files of this directory alone
-            if not file.exists() or file.stat().st_size != size or _checksum(file) != checksum:
-                return f"{file}: damaged (size or checksum differs)"
-        if not {"trainer.json", ".metadata"} <= set(sums):
-            return f"{path}: is not a whole checkpoint"
-        json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{path}: is not a whole checkpoint ({error})"
-    return None
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong; DCP's own error (which is no Exception) holds one for each rank."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class _Unpickler(pickle.Unpickler):
-    """DCP keeps its index of tensors as a pickle, which could name any function to be called: only what an
-    index is made of is let in."""
-
-    CLASSES = frozenset({
-        ("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
-        *(("torch.distributed.checkpoint.metadata", name) for name in (
-            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    })  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if dtype or (module, name) in self.CLASSES:
-            return super().find_class(module, name)
-        raise BallastError(f"a checkpoint's index names {module}.{name}, which none of ours does: not loaded")
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _Unpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Planner(dcp.DefaultLoadPlanner):
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # raises on all but numbers and their names; DCP would run it
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
-class Checkpointer:
-    """Sharded checkpoints (DCP) in `directory`/step-N that exist whole or not at all.
-
-    A checkpoint holds the trained parameters, the optimisers, each rank's random state and a JSON state of
-    the loop. It is written in .step-N, with a checksum for every file, and renamed when the last rank is
-    done; `latest` follows.
-    """
-
-    def __init__(self, directory: Path, world: World, options: CheckpointOptions):
-        self.directory, self.world, self.options = directory, world, options
-        self._pending: Future | None = None
-        self._group: Any = td.new_group(
-            backend="gloo"
-        )  # collectives of a background save never mix with the loop's own
-        if world.main:
-            directory.mkdir(parents=True, exist_ok=True)
-            for leftover in directory.glob(".step-*"):  # of a run that was killed while saving
-                replaced = directory / leftover.name.removeprefix(".").removesuffix(".old")
-                if leftover.suffix == ".old" and not replaced.exists():
-                    leftover.rename(replaced)  # killed between the two renames of publish
-                else:
-                    shutil.rmtree(leftover, ignore_errors=True)
-        if world.size > 1:
-            td.barrier()
-
-    def steps(self) -> list[int]:
-        found = (p.name.removeprefix("step-") for p in self.directory.glob("step-*") if p.is_dir())
-        return sorted(int(n) for n in found if n.isdigit())
-
-    def newest(self) -> Path | None:
-        """The newest checkpoint whose checksums are right. What is damaged is put aside under another name
-        (never deleted) and said. BallastError where checkpoints are there and none of them is whole."""
-
-        def look() -> str | None:
-            tried = []
-            for step in reversed(self.steps()):
-                path = self.directory / f"step-{step}"
-                if (wrong := damage(path)) is None:
-                    return str(path)
-                aside = self.directory / f"damaged-step-{step}"
-                shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
-                path.rename(aside)
-                log.warning("checkpoint step-%d is damaged and now %s: %s", step, aside.name, wrong)
-                tried.append(step)
-            if tried:
-                raise BallastError(
-                    f"{self.directory}: none of its {len(tried)} checkpoints is whole; "
-                    "train from the start in another output_dir"
-                )
-            return None
-
-        found = from_main(look, self.world)
-        return Path(found) if found else None
-
-    @staticmethod
-    def _state_dict(
-        model: Transformer, optimizers: list[torch.optim.Optimizer], others: Mapping[str, nn.Module]
-    ) -> dict[str, Any]:
-        options = StateDictOptions(
-            ignore_frozen_params=True
-        )  # the base weights of LoRA are not the run's to save
-        return {
-            "model": get_model_state_dict(model, options=options),
-            "optimizer": get_optimizer_state_dict(model, optimizers, options=options),
-            **{name: get_model_state_dict(other) for name, other in others.items()},
-        }
-
-    def save(
-        self, step: int, model: Transformer, optimizers: list[torch.optim.Optimizer], state: dict,
-        others: Mapping[str, nn.Module] | None = None,
-    ) -> None:  # fmt: skip
-        """Write step-N; in the background if `save_async`. A collective. `state` must be JSON; `others` are
-        frozen models that move, all of whose weights are saved too."""
-        self.finish()
-        final, aside = self.directory / f"step-{step}", self.directory / f".step-{step}"
-        with self._named():
-            if self.world.main:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-                facts = {**state, "step": step, "world": self.world.size}
-                (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            td.barrier(self._group)
-            torch.save(_random_state(), aside / f"random-{self.world.rank}.pt")
-        state_dict = self._state_dict(model, optimizers, others or {})
-
-        def publish_it() -> None:
-            if not self.world.main:
-                return
-            sums = {p.name: [p.stat().st_size, _checksum(p)] for p in sorted(aside.iterdir())}
-            (aside / "checksums.json").write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-            publish(aside, final)
-            write_atomically(self.directory / "latest", final.name + "\n")
-            for old in self.steps()[: -max(1, self.options.save_total_limit)]:
-                shutil.rmtree(self.directory / f"step-{old}", ignore_errors=True)
-
-        if not self.options.save_async:
-            with self._named():
-                dcp.save(state_dict, checkpoint_id=aside, process_group=self._group)
-                publish_it()
-            td.barrier(self._group)
-            return
-        # Rank 0's part is done only when DCP has heard from every rank, so rank 0 alone decides when it is
-        # whole.
-        written = dcp.async_save(state_dict, checkpoint_id=aside, process_group=self._group)
-        assert isinstance(written, Future)
-        done: Future = Future()
-
-        def wait() -> None:
-            try:
-                written.result()
-                publish_it()
-                done.set_result(None)
-            except BaseException as error:  # raised in the loop by finish()
-                done.set_exception(error)
-
-        threading.Thread(target=wait, daemon=True).start()
-        self._pending = done
-
-    def finish(self) -> None:
-        """Wait for a save in the background; its error is raised here."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            with self._named():
-                pending.result()
-            td.barrier(self._group)
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Errors of writing as a line that names the directory."""
-        try:
-            yield
-        except (OSError, RuntimeError, CheckpointException) as error:
-            raise BallastError(
-                f"no checkpoint could be written to {self.directory} ({_reason(error)}); those before it are "
-                "whole: make room, and the same command goes on from there"
-            ) from error
-
-    def to_resume(self, identity: dict) -> tuple[Path | None, dict]:
-        """The checkpoint that `resume` asks for, if there is one, and its JSON state.
-
-        `identity` says what a checkpoint can go on with: option → value, and "data" → fingerprint. Raises
-        ConfigError where the checkpoint has another: it would silently continue a different run.
-        """
-        resume = self.options.resume
-        path = self.newest() if resume == "auto" else None if resume == "never" else Path(resume)
-        if resume == "never" and self.steps():
-            raise ConfigError(
-                "output_dir",
-                self.options.output_dir,
-                "holds checkpoints already; choose another, or resume: auto",
-            )
-        if path is None:
-            return None, {}
-        if not (path / "trainer.json").exists():
-            raise ConfigError(
-                "resume", resume, "is not a checkpoint; give auto, never or …/checkpoints/step-N"
-            )
-        if resume != "auto" and (wrong := from_main(lambda: damage(path), self.world)):
-            raise BallastError(f"{wrong}; resume from another checkpoint")
-        state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-        saved = state["identity"]
-        for key, value in identity.items():
-            if saved.get(key) == value or (key == "data" and self.options.resume_with_new_data):
-                continue
-            if key == "data":
-                remedy = (
-                    "was made with other data: its position means other rows; set resume_with_new_data: true"
-                )
-                raise ConfigError("datasets", None, f"{path} {remedy} to go on, or choose another output_dir")
-            remedy = f"but {path} was made with {saved.get(key)!r}: set it back, or choose another output_dir"
-            raise ConfigError(key, value, remedy)
-        return path, state
-
-    def load(
-        self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int,
-        others: Mapping[str, nn.Module] | None = None,
-    ) -> bool:  # fmt: skip
-        """Bring parameters, optimisers and random state back. False if the world has another size than the
-        checkpoint's: the numbers then agree only to rounding, and random state starts anew from `seed`."""
-        options = StateDictOptions(ignore_frozen_params=True, strict=False)
-        state_dict = self._state_dict(model, optimizers, others or {})
-        try:
-            dcp.load(state_dict, storage_reader=_Reader(path), planner=_Planner(), process_group=self._group)
-        except CheckpointException as error:
-            raise BallastError(f"{path}: cannot be loaded ({_reason(error)})") from error
-        set_model_state_dict(model, state_dict["model"], options=options)
-        set_optimizer_state_dict(model, optimizers, state_dict["optimizer"], options=options)
-        for name, other in (others or {}).items():
-            set_model_state_dict(other, state_dict[name])
-        same = json.loads((path / "trainer.json").read_text(encoding="utf-8"))["world"] == self.world.size
-        if same:
-            _set_random_state(torch.load(path / f"random-{self.world.rank}.pt", weights_only=True))
-        else:
-            seed_everything(seed, self.world.rank)
-        return same
-
-
-def _random_state() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    name, keys, pos, has_gauss, cached = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(), "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), pos, has_gauss, cached],
-    }  # fmt: skip
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, pos, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-@contextlib.contextmanager
-def appearing(final: Path, world: World):
-    """A directory that all ranks may write in, which appears under its name when the block ends without an
-    error."""
-    aside = final.with_name(f".{final.name}.tmp")
-    if world.main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    if world.size > 1:
-        td.barrier()
-    yield aside
-    if world.size > 1:
-        td.barrier()
-    if world.main:
-        publish(aside, final)
-    if world.size > 1:
-        td.barrier()
-
-
-def save_final(model: Transformer, tokenizer: Any, config: Any, world: World) -> Path:
-    """output_dir/final: the model as a Hugging Face folder, or the adapter as a PEFT folder, when it is
-    whole."""
-    final = Path(config.output_dir) / "final"
-    with appearing(final, world) as aside:
-        if config.adapter and not config.merge_adapter:
-            save_adapter(model, aside, main=world.main)
-        else:
-            dtype = torch.bfloat16 if config.bf16 else torch.float32
-            save_pretrained(model, aside, dtype=dtype, merge=config.adapter is not None, main=world.main)
-        if world.main:
-            tokenizer.save(aside)
-    return final
 
 
 class Timer:

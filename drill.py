@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
+from checkpoint import write_atomically
 from config import ConfigError, parse_config
-from dist import write_atomically
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent / "drills"

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 
 import dist
 import health
+from checkpoint import Checkpointer, CheckpointOptions, save_final, write_atomically
 from config import ConfigError, DataError, check_at_least_one, parse_config, resolve_checkpoint
 from data import (
     DataOptions,
@@ -36,7 +37,7 @@ from data import (
     read_prompts,
     split_held_out,
 )
-from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions
+from dist import DistOptions, OptimizerOptions
 from forensics import ForensicOptions, Forensics
 from generation import sample, sampling_logprobs
 from health import LogOptions, MetricLogger, log
@@ -374,7 +375,7 @@ def write_blocks(
     if world.main:
         directory.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(everyone[place]) + "\n" for place in sorted(everyone))
-        dist.write_atomically(directory / f"step-{step}.jsonl", text)
+        write_atomically(directory / f"step-{step}.jsonl", text)
 
 
 def read_blocks(path: str, directory: Path, n: int, G: int, vocab_size: int) -> list[Document]:
@@ -801,7 +802,7 @@ def strided(config: Config) -> None:
     checkpointer.finish()
 
     # 6. Final save and report.
-    final = dist.save_final(model, tokenizer, config, world)
+    final = save_final(model, tokenizer, config, world)
     logger.close()
     if judged:
         health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
@@ -1104,7 +1105,7 @@ def structured(config: Config) -> None:
     checkpointer.finish()
 
     # 5. Final save and report.
-    final = dist.save_final(model, tokenizer, config, world)
+    final = save_final(model, tokenizer, config, world)
     logger.close()
     if held_out:
         health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import checkpoint
 import dist
 from config import BallastError, ConfigError, resolve_checkpoint
 from dist import World
@@ -369,7 +370,7 @@ class Forensics:
         probe: Probe | None,
     ) -> None:  # fmt: skip
         """The incident on disk: report, batch, random state, config, text, and the weights that made it."""
-        with dist.appearing(directory, self.world) as aside:
+        with checkpoint.appearing(directory, self.world) as aside:
             if self.world.rank == fault.rank and suspect is not None and probe is not None:
                 save_file(batch_tensors(probe), aside / "batch.safetensors")
                 save_file(suspect.random, aside / "random.safetensors")

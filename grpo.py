@@ -36,6 +36,7 @@ from torch import Tensor
 
 import dist
 import health
+from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import (
     BallastError,
     ConfigError,
@@ -45,7 +46,7 @@ from config import (
     resolve_checkpoint,
 )
 from data import DataOptions, Prompt, PromptOrder, load_tokenizer, read_prompts, split_held_out
-from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
+from dist import DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
 from model import ModelOptions, check_model_options
@@ -853,7 +854,7 @@ def main(config: Config) -> None:
     checkpointer.finish()
 
     # 6. Final save and report.
-    final = dist.save_final(model, tokenizer, config, world)
+    final = save_final(model, tokenizer, config, world)
     logger.close()
     if judge is not None:
         health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))

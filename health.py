@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import checkpoint
 import dist
 from config import BallastError, ConfigError, UnknownOption, parse_config, read_yaml_file, resolve_checkpoint
 
@@ -100,7 +101,7 @@ def start_log(output_dir: Path, main: bool) -> None:
     log.propagate = False
     if main:
         log.addHandler(_Console(level))
-        dist.claim(output_dir)
+        checkpoint.claim(output_dir)
         to_file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
@@ -951,13 +952,13 @@ class MetricLogger:
         if metrics.exists():  # a resumed run repeats the steps after its checkpoint: drop their first version
             lines = metrics.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= first_step]  # type: ignore[operator]
-            dist.write_atomically(metrics, "".join(line + "\n" for line in kept))
+            checkpoint.write_atomically(metrics, "".join(line + "\n" for line in kept))
         self.file = metrics.open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(
             str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
         )
         values = {k: v for k, v in asdict(config).items() if k != "config_directory"}
-        dist.write_atomically(
+        checkpoint.write_atomically(
             output_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         )
         if config.wandb_project:

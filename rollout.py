@@ -26,6 +26,7 @@ from urllib.parse import urlparse
 import httpx
 import torch
 
+import checkpoint
 import dist
 from config import BallastError, ConfigError, DataError, check_at_least_one, import_attribute
 from data import Prompt
@@ -194,7 +195,7 @@ def write_rollouts(
             "completion": tokenizer.decode(rollout.completion_ids, special=True),
         }
         lines.append(json.dumps({**to_json(rollout), **texts}, ensure_ascii=False) + "\n")
-    dist.write_atomically(directory / f"{kind}-{step}.jsonl", "".join(lines))
+    checkpoint.write_atomically(directory / f"{kind}-{step}.jsonl", "".join(lines))
 
 
 # ------------------------------------------------------------------------------------------------------------

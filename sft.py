@@ -22,9 +22,10 @@ from torch import Tensor
 
 import dist
 import health
+from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import ConfigError, check_at_least_one, parse_config, resolve_checkpoint
 from data import Batch, Batches, DataOptions, Dataset, load_tokenizer, prepare, split_held_out
-from dist import Checkpointer, CheckpointOptions, DistOptions, OptimizerOptions, World
+from dist import DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from generation import generate
 from health import LogOptions, MetricLogger, log
@@ -377,7 +378,7 @@ def main(config: Config) -> None:
     checkpointer.finish()
 
     # 6. Final save and report.
-    final = dist.save_final(model, tokenizer, config, world)
+    final = save_final(model, tokenizer, config, world)
     if config.eval_answers:
         chosen = [int(row) for row in held_out_rows[: config.eval_answers]]
         accuracy, answers = sampled_accuracy(model, held_out, chosen, tokenizer, config, world)

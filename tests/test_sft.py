@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import dist
+import checkpoint
 from config import ConfigError, parse_config
 from conftest import ROOT, arguments, metrics, run_ok, run_program
 from dist import OptimizerOptions, learning_rate
@@ -278,8 +278,8 @@ def test_save_total_limit_keeps_the_newest_and_a_damaged_checkpoint_gives_way_to
 
 
 def test_two_runs_cannot_share_an_output_directory(small_checkpoint, chat_file, tmp_path):
-    dist.claim(tmp_path / "out")  # by this process
-    dist.claim(tmp_path / "out")  # its own is no other
+    checkpoint.claim(tmp_path / "out")  # by this process
+    checkpoint.claim(tmp_path / "out")  # its own is no other
     done = run_program(
         ROOT / "sft.py", *arguments(small_checkpoint, chat_file, tmp_path / "out", max_steps=1)
     )
@@ -308,7 +308,7 @@ def test_a_checkpoint_made_to_run_code_is_refused(small_checkpoint, chat_file, t
     torch.save({"rate": Hostile()}, value)
     value.seek(0)
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
-        dist._Planner().load_bytes(None, value)
+        checkpoint._Planner().load_bytes(None, value)
     assert not (tmp_path / "broken in").exists()
 
 

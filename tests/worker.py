@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.distributed.tensor import DTensor
 
+import checkpoint
 import dist
 import forensics
 import grpo
@@ -50,14 +51,14 @@ def gradients(file: str) -> None:
 
 
 def kill_in_save(step: str) -> None:
-    publish = dist.publish
+    publish = checkpoint.publish
 
     def die(aside, final):
         if final.name == f"step-{step}":
             os.kill(os.getpid(), signal.SIGKILL)
         publish(aside, final)
 
-    dist.publish = die
+    checkpoint.publish = die
 
 
 def last_rank(what_and_step: str) -> None:
