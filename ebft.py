@@ -57,19 +57,9 @@ from policy import (
     keep_logprobs,
     token_logprobs,
 )
-from rollout import (
-    Completion,
-    EngineError,
-    ReplayEngine,
-    Rollout,
-    VllmEngine,
-    as_rollouts,
-    make_engine,
-    play,
-    replay_lines,
-    write_rollouts,
-)
+from rollout import ReplayEngine, Rollout, as_rollouts, make_engine, play, replay_lines, write_rollouts
 from tokenizer import IGNORE, BadRow, Tokenizer
+from vllm_client import Completion, EngineError, VllmEngine
 from weights import base_of, read_architecture, resized
 
 

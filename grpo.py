@@ -60,21 +60,18 @@ from policy import (
     keep_logprobs,
 )
 from rollout import (
-    Completion,
     EmbeddedEngine,
     Engine,
-    EngineError,
     ReplayEngine,
     Rollout,
-    VllmEngine,
     as_rollouts,
     load_environment,
     make_engine,
     play,
-    server_command,
     write_rollouts,
 )
 from tokenizer import Tokenizer
+from vllm_client import Completion, EngineError, VllmEngine, server_command
 from weights import read_architecture, resized
 
 

@@ -17,7 +17,8 @@ import jinja2
 import yaml
 
 from config import ConfigError
-from health import Doctor, Verdict, judge, read_history, rules_of
+from health import judge, read_history
+from rules import Doctor, Verdict, rules_of
 
 # The metrics that a reader looks for first; all others follow by name.
 FIRST = (

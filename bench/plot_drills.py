@@ -19,10 +19,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import drill
-import health
+import rules
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-RULES = {rule.name: rule for rule in health.RULES}
+RULES = {rule.name: rule for rule in rules.RULES}
 
 
 def curve(run: Path, metric: str) -> tuple[list[int], list[float]]:
@@ -31,7 +31,7 @@ def curve(run: Path, metric: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def metric_of(run: Path, rule: health.Rule) -> str | None:
+def metric_of(run: Path, rule: rules.Rule) -> str | None:
     return next((name for name in rule.metrics if "*" not in name and curve(run, name)[0]), None)
 
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 import drill
-import health
+import rules
 from conftest import ROOT, run_program
 from drill import Drill, Outcome
 
@@ -20,7 +20,7 @@ def test_a_drill_says_what_breaks_what_is_seen_and_what_mends_it(name):
     assert found.fix or found.patch, "nothing is mended"
     assert (drill.HERE / "base" / f"{found.base}.yaml").exists()
     if "rule" in found.sees:
-        assert found.sees["rule"] in {rule.name for rule in health.RULES} and found.sees["within"] > 0
+        assert found.sees["rule"] in {rule.name for rule in rules.RULES} and found.sees["within"] > 0
     else:
         assert found.sees["error"]
     if found.patch:

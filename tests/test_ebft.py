@@ -35,8 +35,9 @@ from ebft import (
     whiten,
 )
 from kernels import linear_logprobs
-from rollout import Completion, Rollout, play
+from rollout import Rollout, play
 from tokenizer import Tokenizer
+from vllm_client import Completion
 from weights import load_pretrained
 
 ALONE = dist.World(0, 1, 0, torch.device("cpu"))

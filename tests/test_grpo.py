@@ -27,8 +27,9 @@ from policy import (
     tally_policy,
     token_logprobs,
 )
-from rollout import EmbeddedEngine, EngineError, Rollout, play, read_completions
+from rollout import EmbeddedEngine, Rollout, play
 from tokenizer import Tokenizer
+from vllm_client import EngineError, read_completions
 from weights import load_pretrained
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

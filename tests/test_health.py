@@ -10,9 +10,11 @@ import yaml
 
 import grpo
 import health
+import rules
 from config import ConfigError, parse_config
 from conftest import ROOT, run_program
-from health import RULES, Doctor, judge, read_history, rules_of
+from health import judge, read_history
+from rules import RULES, Doctor, rules_of
 
 CONFIG = {
     "learning_rate": 1e-3, "temperature": 0.6, "vllm_sync_interval": 4, "num_generations": 8, "beta": 0.0,
@@ -87,7 +89,7 @@ def test_every_rule_has_a_case_here():
 @pytest.mark.parametrize("name", [name for name in ILL if name != "memory_creep"])
 def test_a_run_that_is_resumed_hears_what_it_would_have_heard(name):
     metric, healthy, ill, _ = ILL[name]
-    if health.MEASURED.search(metric):
+    if rules.MEASURED.search(metric):
         pytest.skip("a new process measures anew")
     rows = [{"step": i, metric: v} for i, v in enumerate([*healthy, *ill], 1)]
     whole = Doctor(CONFIG)
@@ -141,7 +143,7 @@ def test_where_the_page_contradicts_itself_the_interval_goes_down():
 def test_every_option_that_a_fix_names_exists():
     known = {f for recipe in ("sft", "grpo", "ebft") for f in __import__(recipe).Config.__dataclass_fields__}
     for rule in RULES:
-        assert rule.fixes and rule.cause and rule.says and rule.check in health.CHECKS
+        assert rule.fixes and rule.cause and rule.says and rule.check in rules.CHECKS
         for option, *_ in rule.fixes:
             assert option in known, f"{rule.name}: {option}"
 

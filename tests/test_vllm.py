@@ -29,8 +29,9 @@ from conftest import (
 )
 from dist import World
 from grpo import Config
-from rollout import EngineError, Prompt, VllmEngine
+from rollout import Prompt
 from tokenizer import Tokenizer
+from vllm_client import EngineError, VllmEngine
 from weights import load_pretrained
 
 pytestmark = pytest.mark.slow

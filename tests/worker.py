@@ -24,8 +24,8 @@ import dist
 import forensics
 import grpo
 import health
-import rollout
 import sft
+import vllm_client
 from config import parse_config
 
 
@@ -141,7 +141,7 @@ def silent_sync(way: str) -> None:
             how = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             server.ask("POST", "/collective_rpc", how)
 
-    rollout.VllmEngine._load_file = reload
+    vllm_client.VllmEngine._load_file = reload
 
 
 if __name__ == "__main__":
