@@ -3,6 +3,7 @@ not at all, checksums, checkpoints that go on at another number of processes, th
 """
 
 import contextlib
+import enum
 import fcntl
 import io
 import json
@@ -163,6 +164,14 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _member(of: Any, name: str) -> enum.Enum:
+    if not (isinstance(of, type) and issubclass(of, enum.Enum)):
+        raise BallastError(
+            f"a checkpoint's index asks for {name} of {of}, which none of ours does: not loaded"
+        )
+    return of[name]
+
+
 class _Unpickler(pickle.Unpickler):
     """DCP keeps its index of tensors as a pickle, which could name any function to be called: only what an
     index is made of is let in."""
@@ -176,6 +185,8 @@ class _Unpickler(pickle.Unpickler):
     })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # how Python before 3.11.4 pickles a member of an Enum
+            return _member
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or (module, name) in self.CLASSES:
             return super().find_class(module, name)

@@ -1,5 +1,5 @@
-"""What a run tells about itself: one tidy line a step, metrics.jsonl, TensorBoard, wandb, run.log, verdicts as
-they fall (rules.py) and clear endings; and the commands that judge, explain and redraw a finished run.
+"""What a run tells about itself: one tidy line a step, metrics.jsonl, TensorBoard, wandb, run.log, verdicts
+(rules.py) and clear endings; and the commands that judge, explain and redraw a finished run.
 """
 
 import csv

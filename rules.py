@@ -1,5 +1,5 @@
-"""What is unhealthy, why, and what to do about it: the reference page's tables and what they leave out, as data
-(RULES), and the doctor that reads a run's metrics by them.
+"""What is unhealthy, why, and what to do about it: the reference page's tables, and what they leave out, as
+data (RULES), and the doctor that reads a run's metrics by them.
 """
 
 import collections

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 import checkpoint
-from config import ConfigError, parse_config
+from config import BallastError, ConfigError, parse_config
 from conftest import ROOT, arguments, metrics, run_ok, run_program
 from dist import OptimizerOptions, learning_rate
 from sft import Config
@@ -304,6 +304,19 @@ def test_a_checkpoint_made_to_run_code_is_refused(small_checkpoint, chat_file, t
     (path / "checksums.json").write_text(json.dumps(sums))
     done = run_program(ROOT / "sft.py", *args, f"resume={path}")
     assert done.returncode == 2 and "posix.mkdir, which none of ours does" in done.stderr
+
+    class Member:  # as an older Python writes a member of an Enum; and the same with what is none
+        def __init__(self, of, name):
+            self.of = (of, name)
+
+        def __reduce__(self):
+            return getattr, self.of
+
+    encoding = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    contiguous = pickle.dumps(Member(encoding, "TORCH_CONTIGUOUS_FORMAT"))
+    assert checkpoint._Unpickler(io.BytesIO(contiguous)).load() is encoding.TORCH_CONTIGUOUS_FORMAT
+    with pytest.raises(BallastError, match="asks for __class__"):
+        checkpoint._Unpickler(io.BytesIO(pickle.dumps(Member(torch.float32, "__class__")))).load()
     value = io.BytesIO()
     torch.save({"rate": Hostile()}, value)
     value.seek(0)
