@@ -64,7 +64,7 @@ class LogOptions:
     """At the end write output_dir/report.html: verdict, every metric with its healthy band, samples, config,
     where the run has 10 steps or more."""
     health: bool = True
-    """Judge every step by the rules of health.py, and say when one is broken or well again."""
+    """Judge every step by the rules of rules.py, and say when one is broken or well again."""
     health_rules: dict = field(default_factory=dict)
     """Other ranges, by rule: {entropy_collapse: off, grad_norm_high: {high: 20, window: 10}}. Of a rule low,
     high, window (steps in a row), after (steps before it may speak) and severity can be set."""

@@ -8,10 +8,7 @@ import pytest
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md"]
-MODULES = (
-    "config|data|dist|drill|ebft|forensics|grpo|health|kernels|memory|migrate|model|policy|report|rollout|sft|"
-    "tokenizer"
-)
+MODULES = "|".join(path.stem for path in ROOT.glob("*.py"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

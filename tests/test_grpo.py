@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import grpo
+import rewards
 from config import ConfigError
 from conftest import ROOT, embedded, metrics, run_program
 from data import PromptOrder
 from dist import World
-from grpo import Config, RewardError, group_advantages, pass_at_k, reward_metrics, weighted_rewards
+from grpo import Config, group_advantages, pass_at_k, reward_metrics, weighted_rewards
 from policy import (
     PolicyOptions,
     StepSize,
@@ -27,6 +28,7 @@ from policy import (
     tally_policy,
     token_logprobs,
 )
+from rewards import RewardError
 from rollout import EmbeddedEngine, Rollout, play
 from tokenizer import Tokenizer
 from vllm_client import EngineError, read_completions
@@ -546,7 +548,7 @@ def scoring(tmp_path_factory, tokenizer_directory):
     def score(*names, **changes):
         config = options(reward_funcs=list(names), output_dir=str(directory / "out"), **changes)
         config.config_directory = str(directory)
-        scorer = grpo.Scorer(config, tokenizer)
+        scorer = rewards.Scorer(config, tokenizer)
         return scorer.finish(scorer.begin(prompts, ids))
 
     return score, directory
@@ -597,12 +599,12 @@ def test_a_reward_function_that_cannot_be_imported_says_where_it_was_looked_for(
     ],
 )  # fmt: skip
 def test_numeric_match_reads_the_last_number(text, expected, right):
-    assert grpo.numeric_match([text], [expected]) == [float(right)]
+    assert rewards.numeric_match([text], [expected]) == [float(right)]
 
 
 def test_built_in_rewards_on_text_and_messages():
-    assert grpo.exact_match([" 5 ", [{"role": "assistant", "content": "6"}]], ["5", "5"]) == [1.0, 0.0]
-    built_in = grpo.built_in_rewards(options(max_completion_length=10))
+    assert rewards.exact_match([" 5 ", [{"role": "assistant", "content": "6"}]], ["5", "5"]) == [1.0, 0.0]
+    built_in = rewards.built_in_rewards(options(max_completion_length=10))
     assert built_in["length"](completion_ids=[[1] * 8, [1] * 9, [1] * 10, [1] * 12]) == [
         0.0,
         -0.5,
@@ -616,7 +618,7 @@ def test_the_reasoning_gym_scorer_uses_the_tasks_own_verifier():
     gym = pytest.importorskip("reasoning_gym")
     entry = gym.create_dataset("chain_sum", size=1, seed=0)[0]
     columns = {k: [entry[k]] * 2 for k in ("answer", "metadata", "question")}
-    assert grpo.reasoning_gym([entry["answer"], "x"], **columns)[0] == 1.0
+    assert rewards.reasoning_gym([entry["answer"], "x"], **columns)[0] == 1.0
 
 
 def test_pass_at_k_equals_counting():
