@@ -13,24 +13,20 @@ from safetensors.torch import load_file
 
 import dist
 import ebft
+from blocks import BlockPass, Document, block_anchors, read_blocks, sample_blocks
 from config import DataError
 from conftest import ROOT, run_program
 from data import DataOptions, Prompt, read_prompts
 from ebft import (
-    BlockPass,
     Config,
     Conversation,
-    Document,
     advantages,
     alignment,
-    block_anchors,
     block_features,
     cfm_loss,
     diversity,
     energy,
     group_features,
-    read_blocks,
-    sample_blocks,
     true_completion,
     whiten,
 )
