@@ -4,12 +4,16 @@
 
 import csv
 import importlib
+import importlib.metadata
 import json
 import logging
 import math
 import os
+import platform
 import re
 import resource
+import shutil
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -277,6 +281,20 @@ FORMATS = {
 ABANDON = 1e6  # in the sum over ranks that asks whether to stop: stop without a checkpoint
 
 
+def made_by() -> str:
+    """The code that runs: version, commit, whether the tree has changes of its own, and torch."""
+    try:
+        version = importlib.metadata.version("ballast")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    commit, git, here = "", shutil.which("git"), Path(__file__).resolve().parent
+    if git and (here / ".git").exists():
+        described = [git, "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        found = subprocess.run(described, capture_output=True, text=True)
+        commit = f", commit {found.stdout.strip()}" if found.returncode == 0 else ""
+    return f"Ballast {version}{commit}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
 class MetricLogger:
     """Console, output_dir/metrics.jsonl, TensorBoard and wandb, from one dict a step. Only the main rank
     writes."""
@@ -304,9 +322,8 @@ class MetricLogger:
             str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
         )
         values = {k: v for k, v in asdict(config).items() if k != "config_directory"}
-        checkpoint.write_atomically(
-            output_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        )
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        checkpoint.write_atomically(output_dir / "config.yaml", f"# {made_by()}\n{text}")
         if config.wandb_project:
             import wandb
 

@@ -3,6 +3,7 @@ here."""
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import grpo
 
 CORPUS = argparse.__file__  # text that no change of ours touches, for tokenizers
 ROOT = Path(__file__).resolve().parent.parent
@@ -349,3 +352,28 @@ def embedded(task, checkpoint, out, *more):
         "max_completion_length: 12\nlearning_rate: 2.0e-3\nlr_scheduler: constant\nmax_steps: 6\n"
     )
     return ["--config", str(task / "c.yaml"), f"output_dir={out}", *more]
+
+
+def ids(seed=0, *shape):
+    """Token ids [2, 40] below 96, the vocabulary of `make_reference`."""
+    return torch.randint(3, 96, shape or (2, 40), generator=torch.Generator().manual_seed(seed))
+
+
+def options(**changes) -> grpo.Config:
+    """A GRPO config, that of groups of four."""
+    given = dict(
+        base_model="x", datasets=[{"path": "x"}], reward_funcs=["exact_match"], num_generations=4,
+        micro_batch_size=4,
+    )  # fmt: skip
+    return grpo.Config(**{**given, **changes})
+
+
+def noisy(level: float, steps: int, noise: float = 0.05, seed: int = 0) -> list[float]:
+    rng = random.Random(seed)
+    return [level * (1 + rng.gauss(0, noise)) for _ in range(steps)]
+
+
+def falling(start: float, end: float, steps: int) -> list[float]:
+    """A loss curve: exponential, with 3 % of noise."""
+    clean = [end + (start - end) * math.exp(-5 * i / steps) for i in range(steps)]
+    return [x * f for x, f in zip(clean, noisy(1.0, steps, 0.03), strict=True)]

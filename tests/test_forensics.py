@@ -8,13 +8,11 @@ import forensics_ranks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_grpo import options
 
 import dist
 import forensics
-import kernels
 import low_precision
-from conftest import ROOT, run_program
+from conftest import ROOT, options, run_program
 from dist import World
 from forensics import Fault, Forensics, NonFinite, owners
 from kernels import SharedPrompts
@@ -82,7 +80,7 @@ def test_an_fp8_tile_without_a_guard_is_named(watched, tmp_path, monkeypatch):
         model.embed_tokens.weight[7] = 0.0
         model.layers[0].self_attn.q_proj.weight.add_(0.0)
     guarded = low_precision._fp8_scale
-    monkeypatch.setattr(kernels, "_fp8_scale", lambda amax, power_of_two: amax / 448.0)
+    monkeypatch.setattr(low_precision, "_fp8_scale", lambda amax, power_of_two: amax / 448.0)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 7, 11]])
     documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2]])
     compute = lambda: model.hidden_states(ids, document_ids=documents)[0].pow(2).mean()  # noqa: E731
@@ -90,7 +88,7 @@ def test_an_fp8_tile_without_a_guard_is_named(watched, tmp_path, monkeypatch):
     found = report_of(tmp_path)
     assert (found["direction"], found["module"]) == ("forward", "layers.0.self_attn.q_proj"), said
     assert [r["name"] for r in found["rows"]] == ["a:2", "a:3"] and "FP8 tiles" in said and "zero" in said
-    monkeypatch.setattr(kernels, "_fp8_scale", guarded)
+    monkeypatch.setattr(low_precision, "_fp8_scale", guarded)
     assert torch.isfinite(compute())
 
 

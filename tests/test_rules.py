@@ -1,0 +1,198 @@
+"""Rules: each speaks of its own illness within its window, names the user's own options, and is silent
+else."""
+
+import math
+
+import pytest
+import yaml
+
+import grpo
+import health
+import rules
+from config import ConfigError, parse_config
+from conftest import falling, noisy
+from rules import RULES, Doctor, rules_of
+
+CONFIG = {
+    "learning_rate": 1e-3, "temperature": 0.6, "vllm_sync_interval": 4, "num_generations": 8, "beta": 0.0,
+    "datasets": [{"path": "x", "type": "chat"}], "whitening": "none", "on_unhealthy": "warn", "lora_r": 16,
+}  # fmt: skip
+
+
+# rule → (metric, healthy values, then ill ones, observations within which it must speak)
+ILL: dict[str, tuple[str, list[float], list[float], int]] = {
+    "loss_stuck": ("train/loss", [], noisy(5.2, 80, 0.01), 70),
+    "loss_plateau": ("train/loss", falling(8.0, 4.0, 100), noisy(4.0, 150, 0.01), 150),
+    "loss_spike": ("train/loss", falling(3.0, 1.0, 60), [4.0], 1),
+    "loss_diverging": ("train/loss", falling(3.0, 1.0, 60), [1.0 + 0.1 * i for i in range(40)], 30),
+    "overfitting": ("eval/loss", [1.5, 1.2, 1.0, 0.9], [0.95, 1.0, 1.1], 3),
+    "grad_norm_high": ("train/grad_norm", noisy(1.0, 40, 0.3), noisy(20.0, 10, 0.2), 5),
+    "grad_norm_exploding": ("train/grad_norm", noisy(1.0, 40, 0.3), [250.0], 1),
+    "grad_norm_vanishing": ("train/grad_norm", noisy(1.0, 40, 0.3), [1e-6] * 20, 20),
+    "loss_mis_scaled": ("train/loss_consistency", [1.0] * 5, [0.93] * 4, 3),
+    "samples_identical": ("ebft/pairwise_cosine", noisy(0.6, 10), [1.0] * 6, 5),
+    "step_skipped": ("skipped_steps", [0.0] * 5, [1.0], 1),
+    "few_trained_tokens": ("trained_token_share", noisy(0.3, 20), [0.001] * 6, 5),
+    "trained_on_prompts": ("trained_token_share", [], [1.0] * 6, 5),
+    "reward_stuck_at_zero": ("rewards/exact_match/mean", [], [0.0] * 25, 21),
+    "no_signal": ("reward_std", noisy(0.3, 20), [0.0] * 12, 10),
+    "all_groups_flat": ("frac_reward_zero_std", noisy(0.4, 20, 0.1), [1.0] * 12, 10),
+    "flat_groups": ("frac_reward_zero_std", noisy(0.4, 20, 0.1), [0.9] * 25, 20),
+    "entropy_collapse": ("entropy", falling(0.5, 0.2, 60), [0.008] * 12, 10),
+    "entropy_high": ("entropy", noisy(0.4, 40, 0.2), [1.5] * 25, 20),
+    "kl_high": ("kl", [0.01 * i for i in range(30)], [3.0] * 4, 3),
+    "kl_drifting": ("kl", [0.01 * i for i in range(30)], [0.8] * 12, 10),
+    "sampler_mismatch": ("sampling/sampling_logp_difference/mean", noisy(0.01, 30), [0.4] * 6, 5),
+    "off_policy": ("sampling/sampling_logp_difference/mean", noisy(0.01, 30), [1.5] * 3, 2),
+    "ratio_vanishing": ("sampling/importance_sampling_ratio/min", noisy(0.8, 30), [0.01] * 6, 5),
+    "clipping": ("clip_ratio/region_mean", noisy(0.02, 30), [0.5] * 6, 5),
+    "length_creep": ("completions/mean_length", noisy(50, 60, 0.1), [50 * 1.03**i for i in range(60)], 45),
+    "completions_clipped": ("completions/clipped_ratio", noisy(0.1, 30, 0.3), [0.95] * 6, 5),
+    "stale_weights": ("weight_version_lag", [0.0, 1.0, 2.0, 3.0] * 5, [9.0] * 3, 2),
+    "policy_gradient_large": ("grad_norm", noisy(0.5, 30, 0.5), [30.0] * 6, 5),
+    "no_gradient": ("grad_norm", noisy(0.5, 30, 0.5), [0.0] * 11, 10),
+    "reward_collapse": ("reward", [0.2 + 0.01 * i for i in range(50)], [0.1] * 15, 12),
+    "nonfinite_activations": ("nonfinite_hidden_states", [0.0] * 5, [3.0], 1),
+    "alignment_low": ("ebft/alignment_cosine", [], noisy(0.1, 45), 25),
+    "alignment_falling": ("ebft/alignment_cosine", noisy(0.7, 40, 0.03), noisy(0.5, 20, 0.03), 12),
+    "samples_alike": ("ebft/diversity", noisy(0.05, 20), [1.4] * 12, 10),
+    "feature_distance_high": ("ebft/cfm_unwhitened", noisy(0.5, 20), [40.0] * 4, 3),
+    "feature_distance_rising": ("ebft/cfm_unwhitened", falling(0.5, 0.1, 40), [0.6] * 15, 12),
+    "diversity_drowns_alignment": ("ebft/reward", noisy(0.8, 20), [-0.2] * 12, 10),
+    "whitening_failed": ("ebft/whitening_fallbacks", [0.0] * 5, [1.0], 1),
+    "memory_creep": ("memory/max_alloc", [1.0] * 70, [1.0 + 0.02 * i for i in range(60)], 45),
+    "step_time_jump": ("step_time", noisy(1.0, 60, 0.2), [5.0] * 8, 5),
+    "data_starvation": ("step_time/data_share", noisy(0.02, 20), [0.8] * 12, 10),
+    "slow_rank": ("ranks/slowness", noisy(1.05, 10), [2.4] * 4, 3),
+}  # fmt: skip
+
+
+def test_every_rule_has_a_case_here():
+    own = {"learning_rate_off_schedule"}
+    assert set(ILL) | own == {rule.name for rule in RULES}
+    assert len({rule.name for rule in RULES}) == len(RULES)
+
+
+@pytest.mark.parametrize("name", [name for name in ILL if name != "memory_creep"])
+def test_a_run_that_is_resumed_hears_what_it_would_have_heard(name):
+    metric, healthy, ill, _ = ILL[name]
+    if rules.MEASURED.search(metric):
+        pytest.skip("a new process measures anew")
+    rows = [{"step": i, metric: v} for i, v in enumerate([*healthy, *ill], 1)]
+    whole = Doctor(CONFIG)
+    said = [[v.line(CONFIG) for v in whole.observe(row["step"], row)] for row in rows]
+    for cut in (1, len(healthy), len(rows) - len(ill) // 2):
+        doctor = Doctor(CONFIG)
+        doctor.recall(rows[:cut])
+        again = [[v.line(CONFIG) for v in doctor.observe(row["step"], row)] for row in rows[cut:]]
+        assert again == said[cut:] and doctor.status == whole.status
+
+
+@pytest.mark.parametrize("name", ILL)
+def test_a_rule_speaks_within_its_window_and_only_then_and_is_over_when_it_is_over(name):
+    metric, healthy, ill, within = ILL[name]
+    doctor = Doctor(CONFIG)
+    for step, value in enumerate(healthy, 1):
+        assert doctor.observe(step, {metric: value}) == [], f"{value} at {step} is healthy"
+    spoken = []
+    for step, value in enumerate(ill, len(healthy) + 1):
+        spoken += doctor.observe(step, {metric: value})
+    first = next(v for v in spoken if v.rule.name == name)
+    assert first.ill and first.step - len(healthy) <= within
+    assert [v.rule.name for v in spoken if v.ill].count(name) == 1, "one line, not a flood"
+    assert first.line(CONFIG).count("\n") == 0 and f"{metric} " in first.line(CONFIG)
+    if healthy and first.rule.check in ("outside", "stays_at", "spike"):
+        after = [healthy[-1]] * 60
+        over = [v for k, x in enumerate(after) for v in doctor.observe(1000 + k, {metric: x})]
+        assert name in {v.rule.name for v in over if not v.ill} and name not in doctor.status
+
+
+def test_a_verdict_gives_the_figures_the_cause_and_the_options_with_their_values():
+    doctor = Doctor(CONFIG)
+    spoken = [v for step in range(1, 12) for v in doctor.observe(step, {"entropy": 0.008})]
+    (verdict,) = spoken
+    line = verdict.line(CONFIG)
+    for words in ("step 10", "entropy 0.008 for 10 steps, below 0.01", "completions are becoming identical",
+                  "temperature is 0.6: try 0.8 to 1.0", "learning_rate is 0.001: halve it"):  # fmt: skip
+        assert words in line
+    assert "max_grad_norm" not in line and "beta is 0: 0.01 to 0.1" in line
+    at_one = verdict.line({**CONFIG, "temperature": 1.0, "beta": 0.05})  # nothing to tell about these
+    assert "temperature" not in at_one and "beta" not in at_one
+    assert doctor.status == "entropy_collapse"
+    assert doctor.metrics() == {"health/alarms": 1.0, "health/entropy_collapse": 1.0}
+
+
+def test_where_the_page_contradicts_itself_the_interval_goes_down():
+    (rule,) = (r for r in RULES if r.name == "ratio_vanishing")
+    assert ("vllm_sync_interval", "lower it: sync more often") in {fix[:2] for fix in rule.fixes}
+
+
+def test_every_option_that_a_fix_names_exists():
+    known = {f for recipe in ("sft", "grpo", "ebft") for f in __import__(recipe).Config.__dataclass_fields__}
+    for rule in RULES:
+        assert rule.fixes and rule.cause and rule.says and rule.check in rules.CHECKS
+        for option, *_ in rule.fixes:
+            assert option in known, f"{rule.name}: {option}"
+
+
+def test_a_learning_rate_that_is_not_the_schedules_is_found():
+    config = {**CONFIG, "lr_scheduler": "cosine", "warmup_steps": 5, "warmup_ratio": 0.0, "min_lr_ratio": 0.0}
+    options = type("Options", (), config)()
+    for wrong, expected in ((1.0, []), (0.5, ["learning_rate_off_schedule"])):
+        doctor = Doctor(config, total_steps=40)
+        for step in range(1, 41):
+            rate = health.dist.learning_rate(step - 1, options, 40) * (wrong if step > 20 else 1.0)
+            doctor.observe(step, {"train/learning_rate": rate})
+        assert list(doctor.ever) == expected
+
+
+def test_a_rule_reads_one_of_its_metrics_in_whatever_order_they_come():
+    both = {"reward": 0.0, "reward_std": 0.2, "rewards/good/mean": 0.0}
+    for metrics in (both, dict(reversed(both.items()))):
+        doctor = Doctor(CONFIG)
+        spoken = [v for step in range(1, 30) for v in doctor.observe(step, metrics)]
+        assert [(v.rule.name, v.metric) for v in spoken] == [("reward_stuck_at_zero", "rewards/good/mean")]
+
+
+def test_the_gravest_comes_first():
+    doctor = Doctor(CONFIG)
+    spoken = [v for s in range(1, 12) for v in doctor.observe(s, {"kl": 5.0, "clip_ratio/region_mean": 0.9})]
+    assert next(v.rule.name for v in spoken if v.ill) == "kl_high"
+
+
+def test_ranges_can_be_set_and_rules_switched_off():
+    config = {**CONFIG, "health_rules": {"entropy_collapse": {"low": 0.1, "window": 2}, "kl_high": "off"}}
+    doctor = Doctor(config)
+    spoken = [v for s in range(1, 10) for v in doctor.observe(s, {"entropy": 0.05, "kl": 50.0})]
+    assert {v.rule.name for v in spoken} == {"entropy_collapse"} and spoken[0].step == 2
+    raw = Doctor({**CONFIG, "whitening": "feature"})  # whitened diversity is 0 or small by construction
+    assert "samples_alike" not in {rule.name for rule in raw.rules}
+
+
+@pytest.mark.parametrize("rules, words", [
+    ({"entropy_colapse": "off"}, "did you mean entropy_collapse"), ({"kl_high": "on"}, "must be off, or set"),
+    ({"kl_high": {"hihg": 1}}, "must be off, or set"), ({"kl_high": {"window": 0}}, "kl_high.window: 0"),
+    ({"kl_high": {"severity": "grave"}}, "kl_high.severity"), ({"kl_high": {"high": "x"}}, "kl_high.high"),
+])  # fmt: skip
+def test_a_mistake_in_health_rules_is_one_clear_line(rules, words):
+    with pytest.raises(ConfigError, match=words):
+        rules_of({**CONFIG, "health_rules": rules})
+
+
+def test_options_of_health_are_read_from_yaml(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({
+        "base_model": "x", "datasets": [{"path": "x"}], "reward_funcs": ["format"],
+        "health_rules": {"kl_high": False, "entropy_collapse": {"low": 0.02}},
+        "on_unhealthy": {"critical": "stop"},
+    }))  # fmt: skip
+    config = parse_config(grpo.Config, ["--config", str(file)])
+    assert config.on_unhealthy == {"critical": "stop"} and config.health_rules["kl_high"] is False
+    file.write_text(file.read_text().replace("critical: stop", "critical: explode"))
+    with pytest.raises(ConfigError, match="on_unhealthy"):
+        parse_config(grpo.Config, ["--config", str(file)])
+
+
+def test_values_that_are_not_finite_are_left_to_the_forensics():
+    doctor = Doctor(CONFIG)
+    assert [v for s in range(30) for v in doctor.observe(s, {"entropy": math.nan, "kl": math.inf})] == []
