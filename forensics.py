@@ -9,6 +9,7 @@ page: NaN and Inf Handling).
 import functools
 import json
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import checkpoint
 import dist
-from config import BallastError, ConfigError, resolve_checkpoint
+from config import BallastError, ConfigError, read_options, resolve_checkpoint
 from dist import World
 from health import log
 from kernels import SharedPrompts
@@ -516,17 +518,15 @@ def advice(fault: Fault, config: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def replay(directory: Path) -> bool:
-    """Run an incident's micro-batch again and print what is found; whether it is the same. ConfigError for a
-    directory that holds no incident."""
+def _read_incident(directory: Path) -> tuple[dict, Any, dict[str, Tensor], dict[str, Tensor], Path]:
+    """(report, config, batch, random state, folder of the model that began the step)."""
     try:
         report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-        values = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
         batch = load_file(directory / "batch.safetensors")
         random = load_file(directory / "random.safetensors")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ConfigError(str(directory), None, f"is no incident that can be run again ({error})") from None
-    config = SimpleNamespace(**values)
+    config = SimpleNamespace(**read_options(directory / "config.yaml", str(directory)))
     folder = directory / "model"
     if not folder.exists():
         kept = sorted(directory.parent.glob("step-*/model"))
@@ -540,14 +540,34 @@ def replay(directory: Path) -> bool:
                                         Path(config.config_directory))  # fmt: skip
         config.lora_model_dir = str(folder)
     config.random_init = config.fsdp_cpu_offload = False
+    return report, config, batch, random, checkpoint
+
+
+def replay(directory: Path) -> bool:
+    """Run an incident's micro-batch again and print what is found; whether it is the same. ConfigError for a
+    directory that holds no incident, or one that was changed so that it cannot be run."""
+    try:
+        return _replay(*_read_incident(directory))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        log.debug("%s", traceback.format_exc())
+        why = f"is no incident that can be run again ({type(error).__name__}: {error})"
+        raise ConfigError(str(directory), None, why) from None
+
+
+def _replay(
+    report: dict, config: Any, batch: dict[str, Tensor], random: dict[str, Tensor], checkpoint: Path
+) -> bool:
     world = World(0, 1, 0, torch.device("cpu"))
     model = dist.build_model(read_architecture(checkpoint, config.ignore_config_fields), checkpoint, config,
                              world)  # fmt: skip
-    shared = None
+    ids, shared = batch["input_ids"], None
     if "groups" in batch:
         groups: dict[int, tuple[int, list[tuple[int, int]]]] = {}
         for number, length, P, L in batch["groups"].tolist():
             groups.setdefault(number, (length, []))[1].extend([(P, L)] if L else [])
+        tokens = [(length, sum(L for _, L in rows)) for length, rows in groups.values()]
+        if min(map(min, tokens)) < 0 or sum(map(sum, tokens)) != ids.numel():
+            raise ValueError(f"its groups are not those of {ids.numel()} tokens")
         shared = SharedPrompts(list(groups.values()), world.device)
     print(f"step {report['step']}, rank {report['rank']} of {report['world']}: {report['says']}")
     set_random_state(random)
@@ -555,7 +575,7 @@ def replay(directory: Path) -> bool:
     with Probe(model) as probe:
         with world.autocast(config.bf16):
             hidden, _ = model.hidden_states(
-                batch["input_ids"], position_ids=batch.get("position_ids"),
+                ids, position_ids=batch.get("position_ids"),
                 document_ids=batch.get("document_ids"), shared_prompts=shared,
             )  # fmt: skip
         fault = probe.forward_fault

@@ -1,5 +1,5 @@
 """Bad input by the thousand: configs, rows, Parquet files, tokenizers, templates, weights, adapters, recorded
-rollouts and metrics, each broken at random in one or a few places.
+rollouts, metrics and incidents, each broken at random in one or a few places.
 
     python bench/fuzz.py --cases 2000     what CI runs
     python bench/fuzz.py --cases 20000    the whole proof, some minutes on two cores
@@ -11,7 +11,9 @@ with what it raised; --only KIND --seed N runs it again.
 """
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import logging
 import math
@@ -44,6 +46,7 @@ import health
 import sft
 from config import BallastError, parse_config
 from data import DataOptions, encode_dataset, read_prompts
+from forensics import replay
 from model import Transformer
 from rollout import ReplayEngine
 from tokenizer import Tokenizer
@@ -152,6 +155,17 @@ def either(value: Any, rng: random.Random, write: Callable[[Any], str]) -> bytes
 # ------------------------------------------------------------------------------------------------------------
 
 
+POISON = """
+import dist
+build = dist.build_model
+def poisoned(*arguments):
+    model = build(*arguments)
+    model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    return model
+dist.build_model = poisoned
+"""
+
+
 class Bench:
     """A directory with one good example of everything, and the tiny model that reads it."""
 
@@ -175,6 +189,11 @@ class Bench:
             initialize(model, 1)
             apply_lora(model, options)
             save_adapter(model, self.adapter)
+        self.incident = root / "poisoned" / "incidents" / "step-1"
+        if not self.incident.exists():
+            shutil.rmtree(root / "poisoned", ignore_errors=True)
+            options = {"output_dir": str(root / "poisoned"), "max_steps": 1}
+            drill.start(root, "sft", options, patch=POISON).join()
 
 
 class Case:
@@ -426,6 +445,28 @@ def metrics(bench: Bench, rng: random.Random, place: Path) -> Case:
     return case
 
 
+def incident(bench: Bench, rng: random.Random, place: Path) -> Case:
+    case = Case(place)
+    folder = place / "step-1"
+    shutil.copytree(bench.incident, folder)
+    victim = rng.choice(sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "rows.txt"))
+    raw = victim.read_bytes()
+    if victim.suffix == ".json" and rng.random() < 0.7:
+        victim.write_bytes(either(json.loads(raw), rng, json.dumps))
+    elif victim.suffix == ".yaml" and rng.random() < 0.7:
+        victim.write_bytes(either(yaml.safe_load(raw), rng, yaml.safe_dump))
+    else:
+        victim.write_bytes(broken(raw, rng))
+
+    def read() -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return replay(folder)
+
+    case.read = read
+    case.names = ["step-1", "incident"]
+    return case
+
+
 KINDS: dict[str, Callable[[Bench, random.Random, Path], Case]] = {
     kind.__name__: kind
     for kind in (
@@ -439,6 +480,7 @@ KINDS: dict[str, Callable[[Bench, random.Random, Path], Case]] = {
         adapter,
         rollouts,
         metrics,
+        incident,
     )
 }
 
