@@ -463,7 +463,7 @@ def incident(bench: Bench, rng: random.Random, place: Path) -> Case:
             return replay(folder)
 
     case.read = read
-    case.names = ["step-1", "incident"]
+    case.names = ["step-1", "incident", "model"]
     return case
 
 

@@ -1,5 +1,7 @@
 """What the documentation names must exist: functions, files, links, configs."""
 
+import ast
+import graphlib
 import importlib
 import re
 
@@ -32,3 +34,36 @@ def test_every_function_that_a_walk_names_exists(page):
         for name in rest:
             assert hasattr(found, name), path
             found = getattr(found, name)
+
+
+def imports() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """module → ours that it imports at its top; and those that a function of it imports."""
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    top: dict[str, set[str]] = {name: set() for name in ours}
+    within: dict[str, set[str]] = {name: set() for name in ours}
+    for name in ours:
+        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            named = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            named += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            (top if node in tree.body else within)[name].update(ours.intersection(named) - {name})
+    return top, within
+
+
+def test_modules_import_downwards_and_never_a_recipe():
+    top, within = imports()
+    for name in top.keys() - {"sft", "grpo", "ebft"}:
+        assert not (top[name] | within[name]) & {"sft", "grpo", "ebft"}, name
+    tuple(graphlib.TopologicalSorter(top).static_order())  # raises for a cycle
+
+
+def test_the_drawing_of_the_imports_is_up_to_date():
+    """One line a layer: a module stands above everything that it imports."""
+    text = (ROOT / "docs" / "internals.md").read_text(encoding="utf-8")
+    drawn = [line.split() for line in text.split("```text\n")[1].split("```")[0].splitlines()]
+    layers: dict[str, int] = {}
+    top, _ = imports()
+    for name in graphlib.TopologicalSorter(top).static_order():
+        layers[name] = 1 + max((layers[x] for x in top[name]), default=-1)
+    rows = [sorted(n for n in layers if layers[n] == k) for k in sorted(set(layers.values()), reverse=True)]
+    assert [sorted(line) for line in drawn] == rows
