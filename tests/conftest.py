@@ -8,7 +8,11 @@ import os
 import random
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many workers as cores, a thread each
 
 import pytest
 import torch
@@ -377,3 +381,49 @@ def falling(start: float, end: float, steps: int) -> list[float]:
     """A loss curve: exponential, with 3 % of noise."""
     clean = [end + (start - end) * math.exp(-5 * i / steps) for i in range(steps)]
     return [x * f for x, f in zip(clean, noisy(1.0, steps, 0.03), strict=True)]
+
+
+class HubStandIn(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as a download of one repository uses."""
+
+    folder, requests, kind = None, [], "models"
+
+    def _answer(self, body: bool) -> None:
+        path = unquote(urlparse(self.path).path)
+        self.requests.append(path)
+        files = {p.name: p for p in self.folder.iterdir()}
+        if path.startswith(f"/api/{self.kind}/org/tiny/tree/"):
+            tree = [
+                {"type": "file", "path": n, "size": p.stat().st_size, "oid": "b" * 40}
+                for n, p in files.items()
+            ]
+            data, headers = json.dumps(tree).encode(), {"Content-Type": "application/json"}
+        elif path.startswith(f"/api/{self.kind}/org/tiny"):
+            facts = {"id": "org/tiny", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
+            facts["private"], facts["tags"], facts["downloads"], facts["likes"] = False, [], 0, 0
+            data, headers = json.dumps(facts).encode(), {"Content-Type": "application/json"}
+        elif "/org/tiny/resolve/" in path and path.rsplit("/", 1)[1] in files:
+            data = files[path.rsplit("/", 1)[1]].read_bytes()
+            headers = {"ETag": f'"{abs(hash(path))}"', "X-Repo-Commit": "a" * 40}
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def do_GET(self):
+        self._answer(True)
+
+    def do_HEAD(self):
+        self._answer(False)
+
+    def log_message(self, *_):
+        pass

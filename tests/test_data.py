@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import ConfigError
-from conftest import CORPUS, ROOT, TEMPLATES
+from conftest import CORPUS, ROOT, TEMPLATES, HubStandIn
 from data import (
     IGNORE,
     BadRow,
@@ -400,13 +400,11 @@ def test_a_dataset_on_the_hub_is_read_through_a_local_stand_in(tmp_path):
     import threading
     from http.server import ThreadingHTTPServer
 
-    from test_model import _Hub
-
     files = tmp_path / "files"
     files.mkdir()
     write(files / "train.jsonl", [{"text": "from the hub"}])
     write(files / "test.jsonl", [{"text": "held out"}])
-    handler = type("Hub", (_Hub,), {"folder": files, "requests": [], "kind": "datasets"})
+    handler = type("Hub", (HubStandIn,), {"folder": files, "requests": [], "kind": "datasets"})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (

@@ -345,7 +345,12 @@ def train_with_trl(checkpoint, rows, tmp_path, **options):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["adapter=lora", "lora_r=4", "learning_rate=1e-2"], ["num_iterations=2", "beta=0.01"]]
+    "more",
+    [
+        [],
+        pytest.param(["adapter=lora", "lora_r=4", "learning_rate=1e-2"], marks=pytest.mark.slow),
+        pytest.param(["num_iterations=2", "beta=0.01"], marks=pytest.mark.slow),
+    ],
 )
 def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoint, tmp_path):
     run_grpo(

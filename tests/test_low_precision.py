@@ -15,7 +15,7 @@ import low_precision
 import model as model_module
 from conftest import CHATML_TEMPLATE, CHATML_TOKENS, ROOT, make_reference, run_program, write_tokenizer
 from model import ModelOptions
-from weights import load_pretrained
+from weights import load_pretrained, load_weights, read_architecture
 
 
 def fp8_step(x):
@@ -283,10 +283,10 @@ def test_a_checkpoint_that_bitsandbytes_quantised_is_read_as_it_is(kind, option,
     with torch.no_grad():
         got = load_pretrained(str(tmp_path / "quantised"), dtype=torch.float32)
         assert (got(ids) - expected(ids)).abs().max() < 1e-4
-        arch = weights.read_architecture(tmp_path / "quantised")
+        arch = read_architecture(tmp_path / "quantised")
         stored = model_module.Transformer(arch)
         model_module.set_precision(stored, ModelOptions(**{option: True}))
-        weights.load_weights(stored, tmp_path / "quantised")
+        load_weights(stored, tmp_path / "quantised")
         assert stored.layers[0].mlp.up_proj.kind == kind
         assert (stored(ids) - expected(ids)).abs().max() < 1e-3
 

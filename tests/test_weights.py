@@ -2,8 +2,7 @@
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlparse
+from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 import model as ballast
 import weights
 from config import CheckpointError, ConfigError
-from conftest import ids, make_reference
+from conftest import HubStandIn, ids, make_reference
 from model import ModelOptions
 from weights import load_pretrained, save_pretrained
 
@@ -82,52 +81,6 @@ def test_a_grown_vocabulary_keeps_its_rows_and_adds_mean_rows(references, tmp_pa
     assert again.arch.vocab_size == 128 and torch.equal(again.embed_tokens.weight, model.embed_tokens.weight)
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """As much of the hub's HTTP interface as a download of one repository uses."""
-
-    folder, requests, kind = None, [], "models"
-
-    def _answer(self, body: bool) -> None:
-        path = unquote(urlparse(self.path).path)
-        self.requests.append(path)
-        files = {p.name: p for p in self.folder.iterdir()}
-        if path.startswith(f"/api/{self.kind}/org/tiny/tree/"):
-            tree = [
-                {"type": "file", "path": n, "size": p.stat().st_size, "oid": "b" * 40}
-                for n, p in files.items()
-            ]
-            data, headers = json.dumps(tree).encode(), {"Content-Type": "application/json"}
-        elif path.startswith(f"/api/{self.kind}/org/tiny"):
-            facts = {"id": "org/tiny", "sha": "a" * 40, "siblings": [{"rfilename": name} for name in files]}
-            facts["private"], facts["tags"], facts["downloads"], facts["likes"] = False, [], 0, 0
-            data, headers = json.dumps(facts).encode(), {"Content-Type": "application/json"}
-        elif "/org/tiny/resolve/" in path and path.rsplit("/", 1)[1] in files:
-            data = files[path.rsplit("/", 1)[1]].read_bytes()
-            headers = {"ETag": f'"{abs(hash(path))}"', "X-Repo-Commit": "a" * 40}
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def do_GET(self):
-        self._answer(True)
-
-    def do_HEAD(self):
-        self._answer(False)
-
-    def log_message(self, *_):
-        pass
-
-
 def test_a_hub_id_is_downloaded_once_and_an_unknown_one_is_named(references, tmp_path):
     """In a process of its own: huggingface-hub reads its address when it is imported."""
     import subprocess
@@ -136,7 +89,7 @@ def test_a_hub_id_is_downloaded_once_and_an_unknown_one_is_named(references, tmp
     from conftest import ROOT
 
     _, directory = references("qwen3")
-    handler = type("Hub", (_Hub,), {"folder": directory, "requests": []})
+    handler = type("Hub", (HubStandIn,), {"folder": directory, "requests": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
