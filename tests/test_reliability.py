@@ -77,11 +77,20 @@ def replayed(small_checkpoint, task, texts, tmp_path_factory):
     made = {}
 
     def command(recipe, out, *more):
-        checkpoint, last = small_checkpoint[0], ("max_steps=4", "save_steps=2", "val_set_size=0", *more)
+        checkpoint = small_checkpoint[0]
+        # Where a gradient is rounding noise, Adam would make a step of learning_rate out of it but for epsilon
+        last = (
+            "max_steps=4",
+            "save_steps=2",
+            "val_set_size=0",
+            "learning_rate=1e-3",
+            "adam_epsilon=1e-4",
+            *more,
+        )
         if recipe == "grpo":
             spread = "reward_funcs=[letters.many_g, letters.spread]"
             return [ROOT / "grpo.py", *embedded(task, checkpoint, out, spread, "beta=0.01", *last)]
-        common = [f"base_model={checkpoint}", f"output_dir={out}", "learning_rate=1e-3", "temperature=1.0"]
+        common = [f"base_model={checkpoint}", f"output_dir={out}", "temperature=1.0"]
         if recipe == "ebft":
             data = f"datasets=[{{path: {task / 'rows.jsonl'}, type: chat}}]"
             return [ROOT / "ebft.py", *common, data, "num_generations=4", "max_completion_length=8", *last]
@@ -115,7 +124,7 @@ def replayed(small_checkpoint, task, texts, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "1"])
 @pytest.mark.parametrize("recipe", STEP)
-def test_the_same_samples_train_alike_on_any_number_of_processes(recipe, mesh, replayed):
+def test_the_same_samples_train_alike_on_any_number_of_processes(recipe, mesh, replayed, small_checkpoint):
     alone, many = (
         {row["step"]: row for row in metrics(replayed(recipe, name)) if "grad_norm" in row}
         for name in ("1", mesh)
@@ -127,7 +136,13 @@ def test_the_same_samples_train_alike_on_any_number_of_processes(recipe, mesh, r
             if name in row:
                 assert many[step][name] == pytest.approx(row[name], rel=1e-5, abs=1e-6), (step, name)
         assert many[step]["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
-    assert gap(replayed(recipe, "1"), replayed(recipe, mesh)) < 5e-6
+    assert gap(replayed(recipe, "1"), replayed(recipe, mesh)) < 1e-6  # weights
+    begun, trained = (
+        small_checkpoint[0] / "model.safetensors",
+        replayed(recipe, mesh) / "final/model.safetensors",
+    )
+    before, after = load_file(begun), load_file(trained)
+    assert max((after[name] - before[name]).abs().max().item() for name in after) > 1e-4  # it did train
 
 
 @pytest.mark.slow
@@ -136,7 +151,7 @@ def test_the_same_samples_train_alike_on_any_number_of_processes(recipe, mesh, r
 def test_rl_goes_on_at_another_number_of_processes(recipe, mesh, replayed):
     went_on = replayed(recipe, mesh, from_step_2_of="2")
     assert "made by 2 processes" in (went_on / "run.log").read_text()
-    assert gap(went_on, replayed(recipe, "2")) < 5e-6
+    assert gap(went_on, replayed(recipe, "2")) < 1e-6
 
 
 @pytest.mark.parametrize("what", ["KILL", "STOP"])
