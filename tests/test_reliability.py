@@ -78,7 +78,7 @@ def replayed(small_checkpoint, task, texts, tmp_path_factory):
 
     def command(recipe, out, *more):
         checkpoint = small_checkpoint[0]
-        # Where a gradient is rounding noise, Adam would make a step of learning_rate out of it but for epsilon
+        # Where a gradient is rounding noise, Adam makes a step of learning_rate out of it but for epsilon
         last = (
             "max_steps=4",
             "save_steps=2",
