@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many workers a
 
 import pytest
 import torch
+from programs import run_forked
 
 import grpo
 
@@ -312,6 +313,8 @@ def run_program(
     script: str | Path, *arguments: str, ranks: int = 1, timeout: int = 900, env: dict | None = None
 ):
     """Run a script as a user would; with `ranks` > 1 under torchrun. Returns the finished process."""
+    if ranks == 1 and env is None:
+        return run_forked(script, *arguments, timeout=timeout)
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

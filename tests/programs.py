@@ -1,0 +1,56 @@
+"""Our programs, each in a process of its own, begun in a moment: a server that has imported everything forks
+for every run, where a new interpreter takes five seconds to import torch. It is started with the first
+run; a run sees nothing of the process of the tests.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+context = multiprocessing.get_context("forkserver")
+
+
+def _start_server() -> None:
+    """With the paths of our modules: the server imports before it is told sys.path."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    context.set_forkserver_preload(["sft", "grpo", "ebft", "memory", "report", "programs"])
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+def _child(script: str, arguments: list[str], out: str, err: str) -> None:
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
+    os.chdir(ROOT)
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_forked(script: str | Path, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
+    """The finished run of a script of ours, as subprocess.run with text would give it."""
+    _start_server()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        out.touch()
+        err.touch()
+        child = context.Process(target=_child, args=(str(script), list(arguments), str(out), str(err)))
+        child.start()
+        child.join(timeout)
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+            raise subprocess.TimeoutExpired(
+                [str(script), *arguments], timeout, out.read_text(), err.read_text()
+            )
+        said = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
+        return subprocess.CompletedProcess([str(script), *arguments], child.exitcode, *said)
