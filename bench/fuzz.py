@@ -463,7 +463,8 @@ def incident(bench: Bench, rng: random.Random, place: Path) -> Case:
             return replay(folder)
 
     case.read = read
-    case.names = ["step-1", "incident", "model"]
+    keys = yaml.safe_load((bench.incident / "config.yaml").read_text())
+    case.names = ["step-1", "incident", "model", *keys]
     return case
 
 
