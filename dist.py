@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 
 import low_precision
 from config import BallastError, ConfigError, check_ranges
-from model import Architecture, Block, Transformer, set_precision
+from model import Architecture, Block, Transformer, full_tensor, set_precision
 from weights import apply_lora, initialize, initialize_lora, load_adapter, load_weights  # fmt: skip
 
 T = TypeVar("T")
@@ -446,7 +446,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, list[nn.P
     if not with_grad:
         return torch.zeros(()), []
     norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad])  # type: ignore[misc]
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float(), with_grad
+    return full_tensor(norm).float(), with_grad
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:

@@ -9,7 +9,6 @@ page: NaN and Inf Handling).
 import functools
 import json
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -549,9 +548,8 @@ def replay(directory: Path) -> bool:
     try:
         return _replay(*_read_incident(directory))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        log.debug("%s", traceback.format_exc())
         why = f"is no incident that can be run again ({type(error).__name__}: {error})"
-        raise ConfigError(str(directory), None, why) from None
+        raise ConfigError(str(directory), None, why) from error
 
 
 def _replay(

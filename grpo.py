@@ -59,7 +59,7 @@ from rollout import (
 )
 from tokenizer import Tokenizer
 from vllm_client import Completion, EngineError, VllmEngine, server_command
-from weights import read_architecture, resized
+from weights import load_pretrained, read_architecture, resized
 
 
 @dataclass
@@ -727,8 +727,6 @@ def test_rewards(argv: list[str]) -> int:
         prompts = [prompts[i % len(prompts)] for i in range(len(config.completions))]
         ids = [tokenizer.encode(text) for text in config.completions]
     elif config.source == "generate":
-        from weights import load_pretrained
-
         model = load_pretrained(str(checkpoint), dtype=torch.float32)
         engine = EmbeddedEngine(model, config, tokenizer, World(0, 1, 0, torch.device("cpu")))
         ids = [g[0].ids for g in engine.generate([p.ids for p in prompts], 1, seed=(config.seed,))]

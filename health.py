@@ -315,8 +315,9 @@ class MetricLogger:
         metrics, kept = output_dir / "metrics.jsonl", []
         if metrics.exists():  # a resumed run repeats the steps after its checkpoint: drop their first version
             lines = metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= first_step]  # type: ignore[operator]
-            checkpoint.write_atomically(metrics, "".join(line + "\n" for line in kept))
+            logged = [(line, row) for line in lines if (row := _logged(line)) and row["step"] <= first_step]
+            checkpoint.write_atomically(metrics, "".join(line + "\n" for line, _ in logged))
+            kept = [row for _, row in logged]
         self.file = metrics.open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(
             str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
@@ -339,7 +340,7 @@ class MetricLogger:
         self.total_steps = total_steps
         if config.health:
             self.doctor = Doctor(values, total_steps)
-            self.doctor.recall(map(json.loads, kept))
+            self.doctor.recall(kept)
             if self.doctor.ill:
                 log.warning("unhealthy since before the checkpoint: %s", self.doctor.status)
 
@@ -422,11 +423,12 @@ class MetricLogger:
             self.wandb.finish()
 
 
-def _step_of(line: str) -> int | None:
+def _logged(line: str) -> dict | None:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(line)
+    except ValueError:
         return None  # the torn last line of a killed run
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def report_evaluation(before: dict[str, float], after: dict[str, float]) -> None:

@@ -8,7 +8,8 @@ import os
 import random
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -22,7 +23,6 @@ import grpo
 
 CORPUS = argparse.__file__  # text that no change of ours touches, for tokenizers
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 torch.set_num_threads(2)
 
@@ -270,23 +270,7 @@ def chat_file(tmp_path_factory):
 def texts(tmp_path_factory):
     """40 lines of a few words each."""
     path, rng = tmp_path_factory.mktemp("texts") / "texts.jsonl", random.Random(0)
-    words = [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "saw",
-        "the",
-        "dog",
-        "run",
-        "far",
-        "away",
-        "from",
-        "home",
-    ]
+    words = "the cat sat on a mat and saw the dog run far away from home".split()  # noqa: SIM905
     rows = [{"text": " ".join(rng.choice(words) for _ in range(12 + i % 9))} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -430,3 +414,17 @@ class HubStandIn(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+def with_hub(code: str, folder: Path, home: Path, kind: str = "models"):
+    """Run Python code in a process of its own (huggingface-hub reads its address when it is imported), beside
+    a hub that has `folder` as org/tiny: (the finished process, the paths that were asked for)."""
+    handler = type("Hub", (HubStandIn,), {"folder": folder, "requests": [], "kind": kind})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home),
+           "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
+    env.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    server.shutdown()
+    return done, handler.requests

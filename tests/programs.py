@@ -3,6 +3,7 @@ for every run, where a new interpreter takes five seconds to import torch. It is
 run; a run sees nothing of the process of the tests.
 """
 
+import functools
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -11,26 +12,25 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 context = multiprocessing.get_context("forkserver")
 
 
+@functools.cache
 def _start_server() -> None:
     """With the paths of our modules: the server imports before it is told sys.path."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     context.set_forkserver_preload(["sft", "grpo", "ebft", "memory", "report", "programs"])
-    multiprocessing.forkserver.ensure_running()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
+        multiprocessing.forkserver.ensure_running()
 
 
-def _child(script: str, arguments: list[str], out: str, err: str) -> None:
+def _child(script: str, arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY), number)
+    os.environ.clear()
+    os.environ.update(environment)
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
     os.chdir(ROOT)
     runpy.run_path(script, run_name="__main__")
@@ -43,7 +43,8 @@ def run_forked(script: str | Path, *arguments: str, timeout: float) -> subproces
         out, err = Path(folder, "out"), Path(folder, "err")
         out.touch()
         err.touch()
-        child = context.Process(target=_child, args=(str(script), list(arguments), str(out), str(err)))
+        given = (str(script), list(arguments), dict(os.environ), str(out), str(err))
+        child = context.Process(target=_child, args=given)
         child.start()
         child.join(timeout)
         if child.exitcode is None:

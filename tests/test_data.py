@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import ConfigError
-from conftest import CORPUS, ROOT, TEMPLATES, HubStandIn
+from conftest import CORPUS, ROOT, TEMPLATES, with_hub
 from data import (
     IGNORE,
     BadRow,
@@ -395,18 +395,10 @@ def test_json_parquet_directories_and_slices_are_read(tokenizer, tmp_path):
 
 
 def test_a_dataset_on_the_hub_is_read_through_a_local_stand_in(tmp_path):
-    """In a process of its own: huggingface-hub reads its address when it is imported."""
-    import os
-    import threading
-    from http.server import ThreadingHTTPServer
-
     files = tmp_path / "files"
     files.mkdir()
     write(files / "train.jsonl", [{"text": "from the hub"}])
     write(files / "test.jsonl", [{"text": "held out"}])
-    handler = type("Hub", (HubStandIn,), {"folder": files, "requests": [], "kind": "datasets"})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
         "import pathlib, data, config\n"
         "for split in ('train', 'test'):\n"
@@ -415,10 +407,7 @@ def test_a_dataset_on_the_hub_is_read_through_a_local_stand_in(tmp_path):
         "try: list(data.read_rows({'path': 'hf://datasets/org/absent', 'type': 'text'}, pathlib.Path('.')))\n"
         "except config.BallastError as error: print('refused', error)\n"
     )
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "PYTHONPATH": str(ROOT)}
-    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    server.shutdown()
+    done, _ = with_hub(code, files, tmp_path / "home", "datasets")
     lines = done.stdout.splitlines()
     assert lines[:2] == ["['from the hub']", "['held out']"], done.stderr
     assert lines[2].startswith("refused hf://datasets/org/absent")

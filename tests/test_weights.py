@@ -1,8 +1,6 @@
 """Checkpoints and adapters in and out, against transformers and peft, and what is refused."""
 
 import json
-import threading
-from http.server import ThreadingHTTPServer
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 import model as ballast
 import weights
 from config import CheckpointError, ConfigError
-from conftest import HubStandIn, ids, make_reference
+from conftest import ids, make_reference, with_hub
 from model import ModelOptions
 from weights import load_pretrained, save_pretrained
 
@@ -82,16 +80,7 @@ def test_a_grown_vocabulary_keeps_its_rows_and_adds_mean_rows(references, tmp_pa
 
 
 def test_a_hub_id_is_downloaded_once_and_an_unknown_one_is_named(references, tmp_path):
-    """In a process of its own: huggingface-hub reads its address when it is imported."""
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     _, directory = references("qwen3")
-    handler = type("Hub", (HubStandIn,), {"folder": directory, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
         "import torch, weights, config\n"
         "m = weights.load_pretrained('org/tiny', dtype=torch.float32)\n"
@@ -99,17 +88,11 @@ def test_a_hub_id_is_downloaded_once_and_an_unknown_one_is_named(references, tmp
         "try: weights.load_pretrained('org/absent', dtype=torch.float32)\n"
         "except config.CheckpointError as error: print('refused', error)\n"
     )
-    import os
-
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
-           "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
-    env.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    server.shutdown()
+    done, requests = with_hub(code, directory, tmp_path)
     assert "layers 4" in done.stdout, done.stderr
     refused = [line for line in done.stdout.splitlines() if line.startswith("refused")]
     assert len(refused) == 1 and "org/absent" in refused[0]
-    assert any("model.safetensors" in path for path in handler.requests)
+    assert any("model.safetensors" in path for path in requests)
 
 
 def test_random_initialisation_depends_on_the_seed_alone():
