@@ -14,13 +14,15 @@ import functools
 import importlib
 import inspect
 import math
+import os
 import re
 import reprlib
 import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import docstring_parser
 import jsonargparse
@@ -28,6 +30,18 @@ import yaml
 
 Config = TypeVar("Config")
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def run_command(work: Callable[[], int | None]) -> NoReturn:
+    """A command that is no training run: its exit code, or one line and 2 for what the user can mend."""
+    try:
+        sys.exit(work())
+    except BallastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's own flush fails at its end
+        sys.exit(0)
 
 
 class BallastError(Exception):

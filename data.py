@@ -21,6 +21,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from inspect import getfile
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -30,12 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import (
-    BallastError,
     ConfigError,
     DataError,
     import_attribute,
     parse_config,
     resolve_checkpoint,
+    run_command,
     shown,
 )
 from tokenizer import IGNORE, BadRow, Tokenizer, read_text
@@ -821,6 +822,7 @@ def prepare(
     """Encode every dataset, or find the result of an earlier run with the same files, options, tokenizer and
     code."""
     key = hashlib.sha256(Path(__file__).read_bytes())
+    key.update(Path(getfile(Tokenizer)).read_bytes())  # whose masks a researcher may have edited
     for spec in specs:
         key.update(json.dumps(spec, sort_keys=True, default=str).encode())
         if not spec.get("path", "").startswith("reasoning-gym:"):
@@ -1259,13 +1261,12 @@ def _report(
     return 0
 
 
+def cli() -> None:
+    """python data.py, or ballast-data where the package is installed."""
+    if sys.argv[1:2] != ["inspect"]:
+        sys.exit("usage: data.py inspect --config x.yaml [--json] [key=value …]")
+    run_command(lambda: inspect(sys.argv[2:]))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] != "inspect":
-        sys.exit("usage: python data.py inspect --config x.yaml [--json] [key=value …]")
-    try:
-        sys.exit(inspect(sys.argv[2:]))
-    except BallastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(0)
+    cli()

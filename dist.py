@@ -225,6 +225,12 @@ def main_first(work: Callable[[], T], world: World) -> T:
     return result if world.main else work()  # type: ignore[return-value]
 
 
+def begin_step(step: int, world: World) -> dict[str, float]:
+    """What every loop does first: say which step this is, and now and then measure who is slow (`race`)."""
+    beat(step, world)
+    return race(step, world)
+
+
 def beat(step: int, world: World) -> None:
     """Tell the others which step this rank has begun, so that a rank which is missing can be named."""
     if world.size > 1:

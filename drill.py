@@ -42,6 +42,7 @@ class Drill:
     name: str
     breaks: str  # what, in a sentence
     why: str  # the mechanism
+    theme: str  # its section of docs/stability.md
     sees: dict[str, Any]  # {rule: …, within: steps} or {error: a regular expression}
     fix: dict[str, Any]  # the options that put it right
     code: str  # module.name: where it is prevented, or caught

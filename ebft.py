@@ -510,8 +510,7 @@ def strided(config: Config) -> None:
         logger.log(step, state["eval_before"])
     seconds = dist.Timer()
     while step < total_steps:
-        dist.beat(step + 1, world)
-        raced = dist.race(step + 1, world)
+        raced = dist.begin_step(step + 1, world)
         # a. This step's documents, the same on every rank, and this rank's micro-batches.
         replayed = config.replay_path is not None
         chosen = [
@@ -797,8 +796,7 @@ def structured(config: Config) -> None:
             state["eval_before"] = evaluated(step)
             logger.log(step, state["eval_before"])
         while step < total_steps:
-            dist.beat(step + 1, world)
-            raced = dist.race(step + 1, world)
+            raced = dist.begin_step(step + 1, world)
             seconds, took, sync = dist.Timer(), {}, {}
             # a. Samples of each prompt, from the engine or a recorded file.
             if replay is not None:

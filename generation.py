@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from config import BallastError, resolve_checkpoint
+from config import resolve_checkpoint, run_command
 from model import KVCache, Transformer
 from weights import apply_lora, load_adapter, load_pretrained, read_adapter_options, read_json
 
@@ -250,10 +250,12 @@ def _stream_reply(model: Transformer, tokenizer: Any, prompt: list[int], **how) 
     return shown
 
 
+def cli() -> None:
+    """python generation.py, or ballast-generation where the package is installed."""
+    if sys.argv[1:2] != ["chat"]:
+        sys.exit("usage: generation.py chat DIR [--temperature 0.7] [--max-new-tokens 512]")
+    run_command(lambda: chat(sys.argv[2:]))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] != "chat":
-        sys.exit("usage: python generation.py chat DIR [--temperature 0.7] [--max-new-tokens 512]")
-    try:
-        chat(sys.argv[2:])
-    except BallastError as error:
-        sys.exit(f"error: {error}")
+    cli()

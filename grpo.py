@@ -498,8 +498,7 @@ def main(config: Config) -> None:
             state["eval_before"] = evaluated(step)
             logger.log(step, state["eval_before"])
         while step < total_steps:
-            dist.beat(step + 1, world)
-            raced = dist.race(step + 1, world)
+            raced = dist.begin_step(step + 1, world)
             generation, used = divmod(step, updates)
             seconds = dist.Timer()
             took = {"sync": 0.0, "logprob": 0.0, "train": 0.0}

@@ -32,7 +32,15 @@ from tqdm import tqdm
 
 import checkpoint
 import dist
-from config import BallastError, ConfigError, UnknownOption, parse_config, read_yaml_file, resolve_checkpoint
+from config import (
+    BallastError,
+    ConfigError,
+    UnknownOption,
+    parse_config,
+    read_yaml_file,
+    resolve_checkpoint,
+    run_command,
+)
 from rules import ALIASES, Doctor, Verdict, rules_of
 
 log = logging.getLogger("ballast")
@@ -116,7 +124,7 @@ class _Console(logging.Handler):
 
 
 # What a message of torch, NCCL, CUDA, a hub or the system means here: (pattern, cause, what to do). The
-# page's table of errors, without the rows that cannot occur in this code: docs/stability.md says why.
+# page's table of errors, without the rows that cannot occur in this code: docs/health.md says why.
 ERRORS: tuple[tuple[str, str, str], ...] = (
     (r"timed? ?out.*(recv|send|operation|waiting|collective)|Watchdog caught collective operation timeout",
      "a process waited longer than gpu_timeout_minutes for the others: one is stuck, or took another path",
@@ -195,7 +203,7 @@ def run(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
             log.debug("error: %s", said)
         for logger in list(MetricLogger.running):
             with suppress(Exception):  # the error above is what counts
-                logger.close()  # its report shows the incident
+                logger.close(failed=True)  # its report shows the incident
         logging.shutdown()
         # At once: another rank may wait in a collective, and torchrun stops it when this one is gone.
         os._exit(2)
@@ -397,8 +405,9 @@ class MetricLogger:
             shown.append(f"unhealthy: {self.doctor.status}")
         log.info("step %*d/%d  %s", len(str(self.total_steps)), step, self.total_steps, "  ".join(shown))
 
-    def close(self) -> None:
-        """Close the files, and say in a line what the rules have found."""
+    def close(self, failed: bool = False) -> None:
+        """Close the files, and say in a line what the rules have found; `failed` where the run ends in an
+        error."""
         with suppress(ValueError):  # closed already
             self.running.remove(self)
         if not self.main:
@@ -406,7 +415,8 @@ class MetricLogger:
         if self.doctor is not None:
             found = self.doctor.ever.values()
             named = ", ".join(f"{v.rule.name} at step {v.step}" for v in found)
-            log.info("health              %s", named or "well from beginning to end")
+            well = "no rule spoke before the error" if failed else "well from beginning to end"
+            log.info("health              %s", named or well)
         self.file.close()
         self.tensorboard.close()
         if self.bar is not None:
@@ -534,6 +544,22 @@ def judge(history: list[dict], config: dict) -> tuple[Doctor, list[Verdict]]:
     return doctor, verdicts
 
 
+def ended_in(directory: Path) -> str | None:
+    """The error that a run ended in, by the end of its log; None where it came to its end or has gone on."""
+    try:
+        with (directory / "run.log").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if " DEBUG error: " in line:
+            return line.split(" DEBUG error: ", 1)[1]
+        if re.search(r" INFO (?!health  |report  )", line):
+            return None
+    return None
+
+
 USAGE = """usage: python health.py COMMAND …
     diagnose RUN          verdicts for a finished run: its directory, a metrics.jsonl, a trainer_state.json
                           (TRL, axolotl) or a table exported from wandb (.csv, .jsonl)
@@ -587,9 +613,11 @@ def command_line(arguments: list[str]) -> int:
             print(verdict.line(config))
         readers = [rule for found in doctor.readers.values() for rule in found]
         of, read = len(doctor.rules), sum(rule in readers for rule in doctor.rules)
-        if not doctor.ever:
+        if (error := ended_in(Path(rest[0]))) is not None:
+            print(f"ended in an error: {error}")
+        elif not doctor.ever:
             print(f"well: {len(history)} logged steps, {read} of {of} rules had something to read")
-        return 1 if doctor.ever else 0
+        return 1 if doctor.ever or error else 0
     if command == "report" and rest:
         from report import write
 
@@ -623,11 +651,7 @@ def command_line(arguments: list[str]) -> int:
 
 def cli() -> None:
     """python health.py, or ballast-health where the package is installed."""
-    try:
-        sys.exit(command_line(sys.argv[1:]))
-    except BallastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda: command_line(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import jinja2
 import yaml
 
 from config import ConfigError
-from health import judge, read_history
+from health import ended_in, judge, read_history
 from rules import Doctor, Verdict, rules_of
 
 # The metrics that a reader looks for first; all others follow by name.
@@ -54,6 +54,7 @@ class RunPage:
     verdicts: list[Verdict]
     incidents: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
+    error: str | None = None  # that it ended in
 
     @property
     def steps(self) -> int:
@@ -65,14 +66,15 @@ class RunPage:
 
     @property
     def summary(self) -> str:
-        """Incidents, and the rules that spoke."""
+        """Its error, incidents, and the rules that spoke."""
         many = "s" * (len(self.incidents) > 1)
-        parts = [f"{len(self.incidents)} incident{many}"] * bool(self.incidents)
+        parts = ["ended in an error"] * bool(self.error)
+        parts += [f"{len(self.incidents)} incident{many}"] * bool(self.incidents)
         return ", ".join(parts + list(dict.fromkeys(v.rule.name for v in self.ill)))
 
     @property
     def worst(self) -> str:
-        critical = self.incidents or any(v.rule.severity == "critical" for v in self.ill)
+        critical = self.error or self.incidents or any(v.rule.severity == "critical" for v in self.ill)
         return "critical" if critical else "warning"
 
     @property
@@ -102,6 +104,7 @@ def read_run(path: Path) -> RunPage:
     page = RunPage(path.resolve().name, path, history, config, doctor, verdicts)
     if not path.is_dir():
         return page
+    page.error = ended_in(path)
     for report in sorted(path.glob("incidents/step-*/report.json"), key=lambda p: int(p.parent.name[5:])):
         page.incidents.append(json.loads(report.read_text(encoding="utf-8")))
     files = sorted(path.glob("rollouts/*.jsonl"), key=lambda p: p.stat().st_mtime)
@@ -195,12 +198,13 @@ pre{background:#f6f6f4;padding:.7rem;overflow-x:auto;font-size:12px;white-space:
 {% for p in pages %}
 <h1><span class="key" style="background:{{ colours[loop.index0 % colours|length] }}"></span>
 {{ p.name }}:
-{% if p.ill or p.incidents %}<span class="{{ 'critical' if p.worst == 'critical' else 'warning' }}">
+{% if p.summary %}<span class="{{ 'critical' if p.worst == 'critical' else 'warning' }}">
 {{ p.summary }}</span>{% else %}<span class="well">well from beginning to end</span>{% endif %}</h1>
 <p>{{ p.steps }} steps, {{ p.history|length }} logged.
 {% for name, first, last in p.ends %}{{ name }} {{ first }} → {{ last }}{{ "." if loop.last else ", " }}
 {% endfor %}</p>
 {% for severity, line in p.lines() %}<p class="{{ severity }}">{{ line }}</p>{% endfor %}
+{% if p.error %}<p class="critical">error: {{ p.error }}</p>{% endif %}
 {% for i in p.incidents %}<p class="critical">incident, step {{ i.step }}: {{ i.says }}. {{ i.advice }}.
 <code>python health.py replay {{ p.path }}/incidents/step-{{ i.step }}</code></p>
 {% for row in i.rows %}<pre>{{ row.name }} tokens {{ row.first }}–{{ row.last }}

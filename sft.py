@@ -267,8 +267,7 @@ def main(config: Config) -> None:
     first_step = True
     seconds = dist.Timer()
     while step < total_steps:
-        dist.beat(step + 1, world)
-        raced = dist.race(step + 1, world)
+        raced = dist.begin_step(step + 1, world)
         with health.profiled(step + 1, config, output_dir, world.rank, world.device):
             # a. The rows of this step, the same on every rank; this rank's micro-batches; and the tokens that
             # all of them train together.

@@ -606,7 +606,7 @@ def test_held_out_rows_never_meet_training_rows():
             split_held_out(100, bad, seed=0)
 
 
-def test_prepared_data_is_reused_until_anything_that_matters_changes(tokenizer, tmp_path):
+def test_prepared_data_is_reused_until_anything_that_matters_changes(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "three"}])
     tok, cache = tokenizer("chatml"), tmp_path / "cache"
     spec = {"path": path, "type": "text"}
@@ -620,7 +620,11 @@ def test_prepared_data_is_reused_until_anything_that_matters_changes(tokenizer, 
     assert len(list(cache.iterdir())) == 2
     write(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": "other"}])
     assert prepared().fingerprint != first.fingerprint
-    assert not list(cache.glob(".*"))
+    found = len(list(cache.iterdir()))
+    (tmp_path / "edited.py").write_text("# masks made in another way")
+    monkeypatch.setattr("data.getfile", lambda _: tmp_path / "edited.py")  # tokenizer.py was edited
+    prepared()
+    assert len(list(cache.iterdir())) == found + 1 and not list(cache.glob(".*"))
 
 
 def test_a_damaged_cache_is_made_again_and_two_runs_may_share_one(tokenizer, tmp_path):

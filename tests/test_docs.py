@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+import drill
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md"]
@@ -34,6 +35,40 @@ def test_every_function_that_a_walk_names_exists(page):
         for name in rest:
             assert hasattr(found, name), path
             found = getattr(found, name)
+
+
+GUIDE = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+
+
+def test_the_guide_has_each_drill_and_a_picture_in_the_section_of_its_theme():
+    sections = dict(part.split("\n", 1) for part in re.split(r"^## ", GUIDE, flags=re.M)[1:])
+    themes = {drill.Drill.read(name).theme for name in drill.names()}
+    assert themes <= {title.lower() for title in sections}
+    for title, text in sections.items():
+        mine = {name for name in drill.names() if drill.Drill.read(name).theme == title.lower()}
+        assert set(re.findall(r"`(\w+)`", text)) & set(drill.names()) == mine, title
+        rules = [name for name in mine if "rule" in drill.Drill.read(name).sees]
+        assert (f"(stability-{title.lower()}.png)" in text) == (len(rules) > 1), title
+
+
+QUOTED = re.findall(r"```python\n# (\w+\.py): (\w+)\n(.*?)```", GUIDE, flags=re.S)
+
+
+@pytest.mark.parametrize("file, function, lines", QUOTED, ids=[q[1] for q in QUOTED])
+def test_lines_that_the_guide_quotes_stand_in_that_order_in_the_function(file, function, lines):
+    source = (ROOT / file).read_text(encoding="utf-8")
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == function]
+    bodies = [(ast.get_source_segment(source, node) or "").splitlines() for node in nodes]
+
+    def has(body: list[str]) -> bool:
+        rest = iter(body)
+        return all(any(line.strip() == quoted.strip() for line in rest) for quoted in lines.splitlines())
+
+    assert any(has(body) for body in bodies), f"{file}: {function} has no longer {lines}"
+
+
+def test_the_guide_quotes_code():
+    assert len(QUOTED) == GUIDE.count("```python") > 10
 
 
 def imports() -> tuple[dict[str, set[str]], dict[str, set[str]]]:

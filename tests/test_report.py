@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -97,3 +98,20 @@ def test_an_unknown_error_is_left_alone():
 def test_every_pattern_has_a_message_here():
     for pattern, _, _ in health.ERRORS[:10]:
         assert any(re.search(pattern, m, re.IGNORECASE | re.DOTALL) for m in SEEN), pattern
+
+
+def test_a_run_that_ended_in_an_error_is_not_called_well_until_it_has_gone_on(run):
+    rows = [{"step": i, "entropy": 0.3} for i in range(1, 31)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(run / "incidents")
+    stamp = "2026-11-26 01:20:06,010"
+    ended = (
+        f"{stamp} INFO step 3\n{stamp} DEBUG error: the disk is full\n{stamp} INFO health              none\n"
+    )
+    (run / "run.log").write_text(ended)
+    page = report.render([run])
+    assert "ended in an error" in page and "error: the disk is full" in page and "well from" not in page
+    done = run_program(ROOT / "health.py", "diagnose", str(run))
+    assert done.returncode == 1 and done.stdout == "ended in an error: the disk is full\n"
+    (run / "run.log").write_text(ended + f"{stamp} INFO resuming\n")
+    assert "well from beginning to end" in report.render([run])
