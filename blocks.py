@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import dist
+from batches import Dataset
 from checkpoint import write_atomically
 from config import DataError
-from data import Dataset
 from generation import sample, sampling_logprobs
 from kernels import SharedPrompts
 from model import BlockCache, Transformer

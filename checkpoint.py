@@ -383,9 +383,10 @@ class Checkpointer:
     def load(
         self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int,
         others: Mapping[str, nn.Module] | None = None,
-    ) -> bool:  # fmt: skip
-        """Bring parameters, optimisers and random state back. False if the world has another size than the
-        checkpoint's: the numbers then agree only to rounding, and random state starts anew from `seed`."""
+    ) -> None:  # fmt: skip
+        """Bring parameters, optimisers and random state back. Where the world has another size than the
+        checkpoint's, the numbers then agree only to rounding, and random state starts anew from `seed`."""
+        log.info("resuming from %s", path)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         state_dict = self._state_dict(model, optimizers, others or {})
         try:
@@ -396,12 +397,12 @@ class Checkpointer:
         set_optimizer_state_dict(model, optimizers, state_dict["optimizer"], options=options)
         for name, other in (others or {}).items():
             set_model_state_dict(other, state_dict[name])
-        same = json.loads((path / "trainer.json").read_text(encoding="utf-8"))["world"] == self.world.size
-        if same:
+        processes = json.loads((path / "trainer.json").read_text(encoding="utf-8"))["world"]
+        if processes == self.world.size:
             _set_random_state(torch.load(path / f"random-{self.world.rank}.pt", weights_only=True))
         else:
             seed_everything(seed, self.world.rank)
-        return same
+            log.info("made by %d processes: numbers go on to rounding, not to the bit", processes)
 
 
 def _random_state() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From rows on disk to micro-batches: token ids and labels, packing, order, and a look at all of it.
+"""From rows to token ids and labels, and to prompts; and a look at what training would see of them.
 
     python data.py inspect --config x.yaml           what training would see, with its faults named
     python data.py inspect --config x.yaml --json    one object a row: input_ids, labels (−100: not trained)
@@ -8,7 +8,6 @@ A row is encoded once, by the same code for training and for `inspect`. What can
 and line.
 """
 
-import bisect
 import contextlib
 import hashlib
 import itertools
@@ -23,13 +22,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from inspect import getfile
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from batches import Dataset, Encoded, pack, settle
 from config import (
     ConfigError,
     DataError,
@@ -39,10 +37,10 @@ from config import (
     run_command,
     shown,
 )
-from tokenizer import IGNORE, BadRow, Tokenizer, read_text
+from rows import Row, locate, read_rows
+from tokenizer import IGNORE, BadRow, Tokenizer
 
 log = logging.getLogger("ballast")
-PACK_WINDOW = 8192  # rows that are packed together; bounds the time of packing and keeps the order random
 
 
 @dataclass
@@ -83,183 +81,6 @@ class DataOptions:
     dataset_prepared_path: str | None = None
     """Where encoded data is kept between runs; default: output_dir/prepared."""
     config_directory: str = field(default=".", init=False)  # of the YAML file: where relative paths begin
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Rows on disk
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    file: str
-    line: int
-    value: dict
-
-
-def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield DataError(str(path), number, f"is not valid JSON ({error})")
-                    continue
-                if isinstance(value, dict):
-                    yield Row(str(path), number, value)
-                else:
-                    yield DataError(str(path), number, "must be a JSON object")
-    except OSError as error:
-        raise DataError(str(path), None, f"cannot be read ({error.strerror})") from None
-
-
-def _read_json(path: Path) -> Iterator[Row | DataError]:
-    try:
-        values = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(str(path), getattr(error, "lineno", None), f"is not valid JSON ({error})") from None
-    if isinstance(values, dict):
-        lists = [v for v in values.values() if isinstance(v, list)]
-        values = lists[0] if len(lists) == 1 else values
-    if not isinstance(values, list):
-        raise DataError(
-            str(path), None, "must hold a JSON list of objects", "or use .jsonl with one object a line"
-        )
-    for number, value in enumerate(values, 1):
-        good = isinstance(value, dict)
-        yield Row(str(path), number, value) if good else DataError(str(path), number, "must be a JSON object")
-
-
-def _read_parquet(path: Path) -> Iterator[Row | DataError]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(str(path), number, value)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(str(path), None, f"cannot be read as Parquet ({error})") from None
-
-
-READERS = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-
-
-def _reasoning_gym(spec: dict, name: str) -> Iterator[Row | DataError]:
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise ConfigError("datasets", spec["path"], "needs the package: pip install -e '.[tiny]'") from None
-    try:
-        rows = reasoning_gym.create_dataset(
-            name,
-            size=int(spec.get("size", 1000)),
-            seed=int(spec.get("seed", 0)),
-            **(spec.get("params") or {}),
-        )
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ConfigError("datasets", spec["path"], f"reasoning-gym says: {error}") from None
-    for number, row in enumerate(rows, 1):
-        instruct = {"instruction": row["question"], "output": row["answer"]}
-        yield Row(spec["path"], number, {**row, **instruct})
-
-
-DATASET_KEYS = {"path", "type", "weight", "split", "columns", "size", "seed", "params"}
-
-
-def _locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
-    """The files of a dataset, and the slice of rows to take."""
-    path, split = spec["path"], str(spec.get("split") or "")
-    matched = re.fullmatch(r"(\w*)(?:\[(.*)\])?", split)
-    if not matched:
-        raise ConfigError("datasets", split, "is not a split; write train, test[:100] or train[10%:]")
-    name, rows = matched.group(1), matched.group(2)
-    if path.startswith("hf://datasets/"):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        parts = path.removeprefix("hf://datasets/").split("/")
-        owner, _, revision = parts[1].partition("@") if len(parts) > 1 else ("", "", "")
-        if not owner:
-            raise ConfigError("datasets", path, "write hf://datasets/owner/name")
-        try:
-            local = Path(
-                snapshot_download(
-                    f"{parts[0]}/{owner}", repo_type="dataset", revision=revision or None,
-                    allow_patterns=["*" + ending for ending in (*READERS, ".txt")],
-                )
-            ).joinpath(*parts[2:])  # fmt: skip
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(path, None, f"could not be had from the hub: {reason}") from None
-    else:
-        local = Path(path).expanduser()
-        if not local.is_absolute():
-            local = next(
-                (p for p in (directory / local, Path.cwd() / local) if p.exists()), directory / local
-            )
-    if local.is_file():
-        return [local], rows
-    if not local.is_dir():
-        raise DataError(path, None, "no such file or directory", f"looked in {directory} and {Path.cwd()}")
-    endings = set(READERS) | ({".txt", ".md", ".py"} if spec.get("type") == "text" else set())
-    files = sorted(p for p in local.rglob("*") if p.suffix in endings and not p.name.startswith("."))
-    named = [
-        p for p in files if re.search(rf"(^|[^a-z]){name or 'train'}([^a-z]|$)", str(p.relative_to(local)))
-    ]
-    if name and not named:
-        raise DataError(path, None, f"no file of split {name!r}", f"there are {[p.name for p in files][:5]}")
-    if not (named or files):
-        raise DataError(path, None, f"no {', '.join(sorted(endings))} file in this directory")
-    return named or files, rows
-
-
-def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
-    """The rows of one entry of `datasets`, in order; a row that cannot be parsed comes as the error that says
-    so."""
-    unknown = set(spec) - DATASET_KEYS
-    if unknown:
-        raise ConfigError(
-            "datasets", sorted(unknown)[0], f"is not a key of a dataset; known: {sorted(DATASET_KEYS)}"
-        )
-    if not isinstance(spec.get("path"), str):
-        raise ConfigError("datasets", spec, "each entry needs a path")
-    if spec["path"].startswith("reasoning-gym:"):
-        rows, cut = list(_reasoning_gym(spec, spec["path"].split(":", 1)[1])), None
-    else:
-        files, cut = _locate(spec, directory)
-
-        def read() -> Iterator[Row | DataError]:
-            for file in files:
-                reader = READERS.get(file.suffix)
-                if reader is not None:
-                    yield from reader(file)
-                elif spec.get("type") == "text":
-                    yield Row(str(file), 1, {"text": read_text(file)})
-                else:
-                    raise DataError(
-                        str(file), None, "has an ending that is not known", f"known: {sorted(READERS)}"
-                    )
-
-        if not cut:
-            yield from read()
-            return
-        rows = list(read())
-    if cut:
-        ends = []
-        for text, default in zip([*cut.split(":"), ""][:2], (0, len(rows)), strict=True):
-            number = re.fullmatch(r"(-?\d+)(%?)", text.strip()) if text.strip() else None
-            if text.strip() and not number:
-                raise ConfigError("datasets", spec["split"], "is not a slice; write [:100] or [10%:]")
-            value = int(number.group(1)) if number else default
-            ends.append(len(rows) * value // 100 if number and number.group(2) else value)
-        rows = rows[ends[0] : ends[1]]
-    yield from rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -494,18 +315,6 @@ def _import_function(name: str, directory: Path) -> Callable[[dict], Any]:
     return function
 
 
-@dataclass
-class Encoded:
-    """A row as training sees it, or why training does not see it."""
-
-    file: str
-    line: int
-    input_ids: list[int]
-    labels: list[int]
-    status: Literal["kept", "truncated", "dropped", "bad", "skipped"] = "kept"
-    reason: str = ""
-
-
 def encode_dataset(
     spec: dict, tokenizer: Tokenizer, options: DataOptions, directory: Path
 ) -> Iterator[Encoded]:
@@ -701,119 +510,9 @@ def read_prompts(
     return prompts, digest.hexdigest()
 
 
-class PromptOrder:
-    """Which prompts a generation batch holds: a function of the seed and the number of the batch alone, so
-    that resuming needs no iterator's state. Epochs are permutations, one after the other."""
-
-    def __init__(self, count: int, prompts_a_batch: int, seed: int):
-        self.count, self.size, self.seed = count, prompts_a_batch, seed
-        self._order = (-1, np.zeros(0, np.int64))  # the epoch asked for last
-
-    def batch(self, number: int) -> list[int]:
-        found = []
-        for position in range(number * self.size, (number + 1) * self.size):
-            epoch, place = divmod(position, self.count)
-            found.append(int(self._epoch(epoch)[place]))
-        return found
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
-        return self._order[1]
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Encoded data in memory, and its order
+# Encoded once, kept on disk
 # ------------------------------------------------------------------------------------------------------------
-
-
-def _settle(aside: Path, place: Path) -> None:
-    """Give a finished directory its name, unless another run that shares the cache was first: what has that
-    name was made from the same rows."""
-    try:
-        aside.rename(place)
-    except OSError:
-        if not place.is_dir():
-            raise
-        shutil.rmtree(aside)
-
-
-class Dataset:
-    """Encoded rows as flat arrays (memory-mapped when prepared on disk).
-
-    `tokens`, `labels` int32 [all tokens]; row i is tokens[offsets[i]:offsets[i+1]]; `source` [rows] is the
-    dataset of a row, `lines` [rows] its line, `files` [rows] an index into `file_names`.
-    """
-
-    ARRAYS: ClassVar = ("tokens", "labels", "offsets", "source", "lines", "files")
-
-    def __init__(self, arrays: dict[str, np.ndarray], file_names: list[str], counts: dict, fingerprint: str):
-        self.tokens, self.labels, self.offsets = arrays["tokens"], arrays["labels"], arrays["offsets"]
-        self.source, self.lines, self.files = arrays["source"], arrays["lines"], arrays["files"]
-        self.file_names, self.counts, self.fingerprint = file_names, counts, fingerprint
-        self.lengths = np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[part], self.labels[part]
-
-    def name(self, i: int) -> str:
-        return f"{self.file_names[self.files[i]]}:{self.lines[i]}"
-
-    def trained_tokens(self, i: int) -> int:
-        return int((self.row(i)[1][1:] != IGNORE).sum())
-
-    @staticmethod
-    def build(rows: Iterator[tuple[int, Encoded]]) -> "Dataset":
-        tokens, labels, offsets, source, lines, files = [], [], [0], [], [], []
-        names: dict[str, int] = {}
-        counts: dict[str, Any] = {"rows": 0, "kept": 0, "truncated": 0, "dropped": 0, "bad": 0, "skipped": 0}
-        counts["named"] = []
-        for number, encoded in rows:
-            counts["rows"] += 1
-            counts[encoded.status] += 1
-            if encoded.status in ("bad", "dropped") and len(counts["named"]) < 100:
-                counts["named"].append(f"{encoded.file}:{encoded.line}: {encoded.status}: {encoded.reason}")
-            if encoded.status not in ("kept", "truncated"):
-                continue
-            tokens.append(np.array(encoded.input_ids, dtype=np.int32))
-            labels.append(np.array(encoded.labels, dtype=np.int32))
-            offsets.append(offsets[-1] + len(encoded.input_ids))
-            source.append(number)
-            lines.append(encoded.line)
-            files.append(names.setdefault(encoded.file, len(names)))
-        arrays = {
-            "tokens": np.concatenate(tokens) if tokens else np.zeros(0, np.int32),
-            "labels": np.concatenate(labels) if labels else np.zeros(0, np.int32),
-            "offsets": np.array(offsets, np.int64), "source": np.array(source, np.int32),
-            "lines": np.array(lines, np.int64), "files": np.array(files, np.int32),
-        }  # fmt: skip
-        digest = hashlib.sha256()
-        for name in ("tokens", "labels", "offsets", "source"):
-            digest.update(arrays[name].tobytes())
-        return Dataset(arrays, list(names), counts, digest.hexdigest())
-
-    def save(self, directory: Path) -> None:
-        """Beside its final place first, so that a kill leaves nothing half-written under that name."""
-        aside = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
-        aside.mkdir(parents=True)
-        for name in self.ARRAYS:
-            np.save(aside / f"{name}.npy", getattr(self, name))
-        facts = {"file_names": self.file_names, "counts": self.counts, "fingerprint": self.fingerprint}
-        (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-        _settle(aside, directory)
-
-    @staticmethod
-    def load(directory: Path) -> "Dataset":
-        facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
-        arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in Dataset.ARRAYS}
-        counts = {len(arrays["tokens"]), len(arrays["labels"]), int(arrays["offsets"][-1])}
-        if len(counts) != 1:
-            raise ValueError(f"tokens, labels and offsets disagree: {sorted(counts)}")
-        return Dataset(arrays, facts["file_names"], facts["counts"], facts["fingerprint"])
 
 
 def prepare(
@@ -822,11 +521,12 @@ def prepare(
     """Encode every dataset, or find the result of an earlier run with the same files, options, tokenizer and
     code."""
     key = hashlib.sha256(Path(__file__).read_bytes())
-    key.update(Path(getfile(Tokenizer)).read_bytes())  # whose masks a researcher may have edited
+    for source in (Row, Tokenizer):  # a researcher may have edited how rows are read, or masks
+        key.update(Path(getfile(source)).read_bytes())
     for spec in specs:
         key.update(json.dumps(spec, sort_keys=True, default=str).encode())
         if not spec.get("path", "").startswith("reasoning-gym:"):
-            for file in _locate(spec, directory)[0]:
+            for file in locate(spec, directory)[0]:
                 facts = file.stat()
                 key.update(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode())
         if "." in str(spec.get("type")):
@@ -854,205 +554,6 @@ def prepare(
     progress = tqdm(rows(), unit=" rows", leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
     Dataset.build(iter(progress)).save(place)
     return Dataset.load(place)
-
-
-def split_held_out(rows: int, val_set_size: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, held-out rows), both ascending; the choice depends on the seed only."""
-    if isinstance(val_set_size, float) and val_set_size != int(val_set_size) and not 0 < val_set_size < 1:
-        raise ConfigError("val_set_size", val_set_size, "must be a count, or a fraction between 0 and 1")
-    count = round(rows * val_set_size) if 0 < val_set_size < 1 else int(val_set_size)
-    if val_set_size and not 0 < count < rows:
-        raise ConfigError(
-            "val_set_size", val_set_size, f"holds out {count} of {rows} rows; leave some on both sides"
-        )
-    order = np.random.default_rng([seed, 17]).permutation(rows)
-    return np.sort(order[count:]), np.sort(order[:count])
-
-
-def pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: bins of `capacity` tokens, each a list of indices into `lengths`, in order of
-    creation.
-
-    The longest document goes first, into the fullest bin that still has room for it. Raises ValueError for a
-    document that fits no bin.
-    """
-    bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # room left → bins with just that room
-    rooms: list[int] = []  # the keys of by_room, ascending
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[i]
-        if length > capacity:
-            raise ValueError(f"a document of {length} tokens does not fit into {capacity}")
-        at = bisect.bisect_left(rooms, length)
-        if at == len(rooms):
-            bins.append([i])
-            target, room = len(bins) - 1, capacity
-        else:
-            room = rooms[at]
-            target = by_room[room].pop()
-            bins[target].append(i)
-            if not by_room[room]:
-                del by_room[room]
-                rooms.pop(at)
-        room -= length
-        if room > 0:
-            if room not in by_room:
-                by_room[room] = []
-                bisect.insort(rooms, room)
-            by_room[room].append(target)
-    return bins
-
-
-@dataclass
-class Batch:
-    """One micro-batch. Shapes [B, T]; a target is the label of the next token of the same document, −100 if
-    untrained."""
-
-    input_ids: Tensor
-    targets: Tensor
-    position_ids: Tensor
-    document_ids: Tensor  # −1 on padding
-    rows: list[int]  # of the Dataset, to name a row that breaks a run
-
-    def to(self, device: torch.device) -> "Batch":
-        tensors = (self.input_ids, self.targets, self.position_ids, self.document_ids)
-        ids, targets, positions, documents = (x.to(device, non_blocking=True) for x in tensors)
-        return Batch(ids, targets, positions, documents, self.rows)
-
-
-class Batches:
-    """The order of training: a pure function of (seed, epoch), so that a step number is the whole position.
-
-    A unit is a row, or a pack of rows. Step s takes units [s·U, (s+1)·U) of the epochs laid end to end, where
-    U = micro_batch_size · gradient_accumulation_steps · world: how U is cut changes nothing but who computes
-    what.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        rows: np.ndarray,
-        options: DataOptions,
-        *,
-        weights: list[float],
-        units_a_step: int,
-        seed: int,
-        pad_id: int,
-        shuffle: bool = True,
-    ):
-        self.dataset, self.rows, self.options, self.weights = dataset, rows, options, weights
-        self.units_a_step, self.seed, self.pad_id, self.shuffle = units_a_step, seed, pad_id, shuffle
-        self.total_units = sys.maxsize
-        self._epochs: dict[int, list[list[int]]] = {}
-        self._starts = [0]  # unit at which each epoch begins
-
-    def epoch(self, number: int) -> list[list[int]]:
-        """The units of an epoch, each a list of rows."""
-        if number not in self._epochs:
-            generator = np.random.default_rng([self.seed, number])
-            chosen = []
-            for source, weight in enumerate(self.weights):
-                of_source = self.rows[self.dataset.source[self.rows] == source]
-                whole, part = int(weight), weight - int(weight)
-                chosen += [of_source] * whole
-                if part:  # another part in every epoch
-                    chosen.append(generator.permutation(of_source)[: round(part * len(of_source))])
-            order = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
-            if self.shuffle:
-                order = generator.permutation(order)
-            if self.options.sample_packing:
-                units = []
-                for begin in range(0, len(order), PACK_WINDOW):
-                    window = order[begin : begin + PACK_WINDOW]
-                    packs = pack(self.dataset.lengths[window].tolist(), self.options.sequence_len)
-                    units += [[int(window[i]) for i in one] for one in packs]
-                if self.shuffle:  # best fit makes full packs first: undo that
-                    units = [units[i] for i in generator.permutation(len(units))]
-            else:
-                units = [[int(i)] for i in order]
-            if not units:
-                raise DataError(
-                    "datasets", None, "no row is left to train on", "see `python data.py inspect`"
-                )
-            self._epochs = {k: v for k, v in self._epochs.items() if k >= number - 1} | {number: units}
-        return self._epochs[number]
-
-    def plan(self, epochs: float, max_steps: int | None = None) -> int:
-        """Fix the end of the run, and return the number of its steps; the last one may be smaller."""
-        if max_steps is not None:
-            self.total_units = max_steps * self.units_a_step
-            return max_steps
-        whole = int(epochs)
-        self.total_units = sum(len(self.epoch(number)) for number in range(whole))
-        if epochs > whole:
-            self.total_units += round((epochs - whole) * len(self.epoch(whole)))
-        self.total_units = max(1, self.total_units)
-        return -(-self.total_units // self.units_a_step)
-
-    def units(self, step: int) -> list[list[int]]:
-        """The units of one step. Epochs follow each other without a gap, to the end that `plan` set."""
-        first, last = step * self.units_a_step, min((step + 1) * self.units_a_step, self.total_units)
-        found: list[list[int]] = []
-        while self._starts[-1] <= last:
-            self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
-        for number in range(bisect.bisect_right(self._starts, first) - 1, len(self._starts) - 1):
-            start = self._starts[number]
-            if start >= last:
-                break
-            found += self.epoch(number)[max(0, first - start) : last - start]
-        return found
-
-    def epoch_of(self, step: int) -> float:
-        """How many epochs are behind after so many steps."""
-        unit = step * self.units_a_step
-        while self._starts[-1] <= unit:
-            self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
-        number = bisect.bisect_right(self._starts, unit) - 1
-        return number + (unit - self._starts[number]) / (self._starts[number + 1] - self._starts[number])
-
-    def micro_batches(
-        self, units: list[list[int]], micro_batch_size: int, rank: int, world: int
-    ) -> list[Batch]:
-        """This rank's share of the units of one step, cut into micro-batches; as many on every rank."""
-        share = micro_batch_size * world
-        batches = []
-        for begin in range(0, len(units), share):
-            mine = units[
-                begin + rank * micro_batch_size : min(begin + (rank + 1) * micro_batch_size, begin + share)
-            ]
-            batches.append(self.collate(mine))
-        return batches
-
-    def trained_tokens(self, units: list[list[int]]) -> int:
-        """Of all ranks: what the loss of the step is divided by."""
-        return sum(self.dataset.trained_tokens(i) for unit in units for i in unit)
-
-    def collate(self, units: list[list[int]]) -> Batch:
-        rows = [i for unit in units for i in unit]
-        width = max((sum(int(self.dataset.lengths[i]) for i in unit) for unit in units), default=1)
-        if self.options.sample_packing:  # few different widths, so that compiled kernels are reused
-            width = min(-(-width // 64) * 64, self.options.sequence_len)
-        B = max(
-            1, len(units)
-        )  # a rank without a row still takes part in every collective, on one untrained token
-        ids = np.full((B, width), self.pad_id, np.int64)
-        targets = np.full((B, width), IGNORE, np.int64)
-        positions = np.zeros((B, width), np.int64)
-        documents = np.full((B, width), -1, np.int64)
-        if not units:
-            documents[0, 0] = 0
-        for b, unit in enumerate(units):
-            at = 0
-            for number, i in enumerate(unit):
-                tokens, labels = self.dataset.row(i)
-                end = at + len(tokens)
-                ids[b, at:end] = tokens
-                targets[b, at : end - 1] = labels[1:]
-                positions[b, at:end] = np.arange(len(tokens))
-                documents[b, at:end] = number
-                at = end
-        tensors = (torch.from_numpy(x) for x in (ids, targets, positions, documents))
-        return Batch(*tensors, rows=rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1097,7 +598,7 @@ def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path, cach
         log.info("training a tokenizer of %d tokens on the rows", options.tokenizer_vocab_size)
         aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         Tokenizer.train(texts(), options.tokenizer_vocab_size).save(aside)
-        _settle(aside, place)
+        settle(aside, place)
     return Tokenizer.load(place).configure(options, directory)
 
 

@@ -415,6 +415,14 @@ def warmup(options: OptimizerOptions, total_steps: int) -> int:
     return round((options.warmup_ratio or 0.0) * total_steps)
 
 
+def check_warmup(options: OptimizerOptions, total_steps: int) -> None:
+    """ConfigError where the run would end before its learning rate is reached."""
+    if warmup(options, total_steps) > total_steps:
+        raise ConfigError(
+            "warmup_steps", options.warmup_steps, f"is longer than the run of {total_steps} steps"
+        )
+
+
 def learning_rate(step: int, options: OptimizerOptions, total_steps: int) -> float:
     """Learning rate of optimiser step `step` (counted from 0) of `total_steps`: linear warmup, then the
     decay."""

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 
 import dist
 import health
+from batches import PromptOrder, split_held_out
 from blocks import (
     BlockOptions,
     BlockPass,
@@ -37,7 +38,7 @@ from blocks import (
 )
 from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import ConfigError, DataError, check_at_least_one, parse_config, resolve_checkpoint
-from data import DataOptions, Prompt, PromptOrder, load_tokenizer, prepare, read_prompts, split_held_out
+from data import DataOptions, Prompt, load_tokenizer, prepare, read_prompts
 from dist import DistOptions, OptimizerOptions
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
@@ -409,6 +410,8 @@ def strided(config: Config) -> None:
     if config.replay_path is not None:
         total_steps = len(documents) // a_step
     total_steps = min(total_steps, config.max_steps or total_steps)
+    dist.check_warmup(config, total_steps)
+    dist.check_warmup(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     keys = ("base_model", "adapter", "lora_r", "optimizer", "seed", "stride", "context_length",
     "generate_max_len",
@@ -437,9 +440,7 @@ def strided(config: Config) -> None:
     step = 0
     if resume_from is not None:
         step, state = saved["step"], {**saved, "identity": identity}
-        log.info("resuming from %s", resume_from)
-        if not checkpointer.load(resume_from, model, optimizers, config.seed):
-            log.info("made by %d processes: numbers go on to rounding, not to the bit", saved["world"])
+        checkpointer.load(resume_from, model, optimizers, config.seed)
     logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
 
     def rollout(part: list[Document], *seed: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -579,9 +580,7 @@ def strided(config: Config) -> None:
         }  # fmt: skip
         write_blocks(output_dir / "rollouts", step - 1, parts, drawn, places, world)
         logger.advance()
-        asked = float(interrupt.signal is not None) + logger.asked
-        stopping = dist.all_reduce([asked], world)[0]
-        logger.stop_if_asked(stopping, step, world)
+        stopping = logger.stopping(interrupt.signal, step, world)
         if judged and (
             step == total_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
         ):
@@ -671,6 +670,8 @@ def structured(config: Config) -> None:
         raise ConfigError("async_prefetch", True, "does not work with remaining_turns; drop one of the two")
     order = PromptOrder(max(1, len(prompts)), batch_size // n, config.seed)
     total_steps = min(total_steps, config.max_steps or total_steps)
+    dist.check_warmup(config, total_steps)
+    dist.check_warmup(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     keys = ("base_model", "mode", "adapter", "lora_r", "optimizer", "seed", "num_generations", "val_set_size",
             "rollout_engine")  # fmt: skip
@@ -701,9 +702,7 @@ def structured(config: Config) -> None:
     step, ahead = 0, None
     if resume_from is not None:
         step, state = saved["step"], {**saved, "identity": identity}
-        log.info("resuming from %s", resume_from)
-        if not checkpointer.load(resume_from, model, optimizers, config.seed):
-            log.info("made by %d processes: numbers go on to rounding, not to the bit", saved["world"])
+        checkpointer.load(resume_from, model, optimizers, config.seed)
         stored = state.pop("ahead")
         ahead = None if stored is None else [Rollout(**r) for r in stored]
     logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
@@ -866,9 +865,7 @@ def structured(config: Config) -> None:
                 **health.memory(world.device), **raced,
             }  # fmt: skip
             logger.advance()
-            asked = float(interrupt.signal is not None) + logger.asked
-            stopping = dist.all_reduce([asked], world)[0]
-            logger.stop_if_asked(stopping, step, world)
+            stopping = logger.stopping(interrupt.signal, step, world)
             last = step == total_steps
             evaluating = bool(held_out) and (
                 last or (config.eval_steps is not None and step % config.eval_steps == 0)

@@ -29,9 +29,10 @@ from torch import Tensor
 
 import dist
 import health
+from batches import PromptOrder, split_held_out
 from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import BallastError, ConfigError, check_at_least_one, parse_config, resolve_checkpoint
-from data import DataOptions, Prompt, PromptOrder, load_tokenizer, read_prompts, split_held_out
+from data import DataOptions, Prompt, load_tokenizer, read_prompts
 from dist import DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
@@ -425,10 +426,7 @@ def main(config: Config) -> None:
         batches = max(1, math.ceil(len(prompts) * config.num_epochs / order.size))
     total_steps = min(batches * updates, config.max_steps or math.inf)
     assert isinstance(total_steps, int)
-    if dist.warmup(config, total_steps) > total_steps:
-        raise ConfigError(
-            "warmup_steps", config.warmup_steps, f"is longer than the run of {total_steps} steps"
-        )
+    dist.check_warmup(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     identity = run_identity(config, batch_size, data)
     resume_from, saved = checkpointer.to_resume(identity)
@@ -463,9 +461,7 @@ def main(config: Config) -> None:
     ahead: list[Rollout] | None = None  # the next one, where it was prefetched before a checkpoint
     if resume_from is not None:
         step, state = saved["step"], {**saved, "identity": identity}
-        log.info("resuming from %s", resume_from)
-        if not checkpointer.load(resume_from, model, optimizers, config.seed, moving):
-            log.info("made by %d processes: numbers go on to rounding, not to the bit", saved["world"])
+        checkpointer.load(resume_from, model, optimizers, config.seed, moving)
         rollouts = [Rollout(**r) for r in state.pop("rollouts")]
         ahead = None if state["ahead"] is None else [Rollout(**r) for r in state["ahead"]]
         buffer.groups.extend([[Rollout(**r) for r in group] for group in state.pop("buffer")])
@@ -587,9 +583,7 @@ def main(config: Config) -> None:
                 **sync_metrics, **watch.metrics(), **health.memory(world.device), **raced,
             }  # fmt: skip
             logger.advance()
-            asked = float(interrupt.signal is not None) + logger.asked
-            stopping = dist.all_reduce([asked], world)[0]
-            logger.stop_if_asked(stopping, step, world)
+            stopping = logger.stopping(interrupt.signal, step, world)
             evaluating = judge is not None and (
                 step == total_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
             )

@@ -368,11 +368,14 @@ class MetricLogger:
         if self.bar is not None:
             self.bar.set_postfix_str(self.doctor.status)
 
-    def stop_if_asked(self, asked: float, step: int, world: dist.World) -> None:
-        """`asked` is summed over ranks. Raises Unhealthy where the rules say to stop at once."""
+    def stopping(self, signal: int | None, step: int, world: dist.World) -> bool:
+        """Whether any rank has had a signal, or the rules ask to save and stop. A collective. Raises
+        Unhealthy where the rules say to stop at once."""
+        asked = dist.all_reduce([float(signal is not None) + self.asked], world)[0]
         if asked >= ABANDON:
             why = dist.from_main(lambda: self.why, world)
             raise Unhealthy(f"step {step}: stopped by on_unhealthy, without a checkpoint: {why}")
+        return asked > 0
 
     def stopped(self, step: int, world: dist.World) -> None:
         """The end of a run that was stopped and saved. Raises Unhealthy where the rules asked for it."""

@@ -22,9 +22,10 @@ from torch import Tensor
 
 import dist
 import health
+from batches import Batch, Batches, Dataset, split_held_out
 from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import ConfigError, check_at_least_one, parse_config, resolve_checkpoint
-from data import Batch, Batches, DataOptions, Dataset, load_tokenizer, prepare, split_held_out
+from data import DataOptions, load_tokenizer, prepare
 from dist import DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from generation import generate
@@ -186,8 +187,8 @@ def main(config: Config) -> None:
         rows: np.ndarray, of: Dataset, weights: list[float], units_a_step: int, shuffle: bool
     ) -> Batches:
         return Batches(
-            of, rows, config, weights=weights, units_a_step=units_a_step, seed=config.seed,
-            pad_id=tokenizer.pad_id, shuffle=shuffle,
+            of, rows, weights=weights, units_a_step=units_a_step, seed=config.seed, pad_id=tokenizer.pad_id,
+            capacity=config.sequence_len if config.sample_packing else None, shuffle=shuffle,
         )  # fmt: skip
 
     checkpoint = dist.main_first(
@@ -208,10 +209,7 @@ def main(config: Config) -> None:
     eval_batch = config.micro_batch_size * world.size
     eval_order = ordered(held_out_rows, held_out, held_out_weights, eval_batch, shuffle=False)
     total_steps = order.plan(config.num_epochs, config.max_steps)
-    if dist.warmup(config, total_steps) > total_steps:
-        raise ConfigError(
-            "warmup_steps", config.warmup_steps, f"is longer than the run of {total_steps} steps"
-        )
+    dist.check_warmup(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     identity = run_identity(config, global_batch, dataset)
     resume_from, saved = checkpointer.to_resume(identity)
@@ -242,9 +240,7 @@ def main(config: Config) -> None:
     step = 0
     if resume_from is not None:
         step, state = saved["step"], {**saved, "identity": identity}
-        log.info("resuming from %s", resume_from)
-        if not checkpointer.load(resume_from, model, optimizers, config.seed):
-            log.info("made by %d processes: numbers go on to rounding, not to the bit", saved["world"])
+        checkpointer.load(resume_from, model, optimizers, config.seed)
     logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
     if len(held_out_rows) and state["eval_before"] is None:
         state["eval_before"] = evaluate(model, eval_order, config, world)["eval/loss"]
@@ -304,7 +300,7 @@ def main(config: Config) -> None:
                 health.gib(states), config.optimizer, measured["memory/max_alloc"],
             )  # fmt: skip
 
-        # d. Sums over ranks, and whether any of them was asked to stop: one small collective a step.
+        # d. Sums over ranks, and whether any of them was asked to stop.
         sums = {
             "nll": sum(float(nll) for nll in losses) if healthy else 0.0,
             "tokens": float(sum(int((batch.document_ids >= 0).sum()) for batch in batches)),
@@ -313,11 +309,9 @@ def main(config: Config) -> None:
             "differentiated": (sum(map(float, differentiated)) - aux_coef * aux_mean) / world.size
             if healthy
             else 0.0,
-            "stopping": float(interrupt.signal is not None) + logger.asked,
         }
         sums = dict(zip(sums, dist.all_reduce(list(sums.values()), world), strict=True))
-        stopping = sums.pop("stopping")
-        logger.stop_if_asked(stopping, step, world)
+        stopping = logger.stopping(interrupt.signal, step, world)
         sums |= {"trained": trained_tokens, "documents": sum(len(unit) for unit in units), "steps": 1}
         sums["learnt"] = trained_tokens if healthy else 0
         sums["seconds"] = seconds()

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 import dist  # noqa: E402
 import health  # noqa: E402
-from data import Batch  # noqa: E402
+from batches import Batch  # noqa: E402
 from memory import estimate  # noqa: E402
 from model import Architecture, Transformer  # noqa: E402
 from sft import Config, sft_loss  # noqa: E402

@@ -20,6 +20,7 @@ import torch
 from programs import run_forked
 
 import grpo
+from tokenizer import IGNORE, Tokenizer
 
 CORPUS = argparse.__file__  # text that no change of ours touches, for tokenizers
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,6 +235,68 @@ def tokenizer_directory(tmp_path_factory):
         return made[name]
 
     return get
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int", "note": "<&> é"}}}]
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+CONVERSATIONS = {
+    "one turn": [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Hi, you!"}],
+    "system": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "Three?"},
+        {"role": "assistant", "content": "  Four, naïve 日本 \n"},
+    ],
+    "tools": [
+        {"role": "user", "content": "Add"},
+        {"role": "assistant", "content": "", "tool_calls": CALL},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ],
+    "reasoning": [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So.", "reasoning_content": "Let me think"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Thus.", "reasoning_content": "Once more\nwith lines"},
+    ],
+    "consecutive": [
+        {"role": "user", "content": "Go"},
+        {"role": "assistant", "content": "First"},
+        {"role": "assistant", "content": "Second"},
+    ],
+    "the answer repeats the question": [
+        {"role": "user", "content": "assistant"},
+        {"role": "assistant", "content": "assistant"},
+        {"role": "user", "content": "user"},
+        {"role": "assistant", "content": "assistant"},
+    ],
+}
+
+
+def trained_text(tokenizer, ids, labels):
+    """The trained stretches as text."""
+    pieces, current = [], []
+    for token, label in zip([*ids, None], [*labels, IGNORE], strict=True):
+        if label != IGNORE:
+            assert label == token
+            current.append(token)
+        elif current:
+            pieces.append(tokenizer.decode(current, special=True))
+            current = []
+    return pieces
+
+
+@pytest.fixture
+def tokenizer(tokenizer_directory):
+    return lambda name: Tokenizer.load(tokenizer_directory(name))
+
+
+def write(path, rows):
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
+    return str(path)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -271,6 +271,16 @@ def test_with_cross_entropy_alone_a_step_is_that_of_supervised_fine_tuning(
         assert (mine[name] - tensor).abs().max() < 1e-5, name
 
 
+@pytest.mark.parametrize("mode", ["structured", "strided"])
+def test_a_warmup_that_is_longer_than_the_run_is_refused(mode, small_checkpoint, questions, tmp_path):
+    done = run_program(
+        ROOT / "ebft.py", f"base_model={small_checkpoint[0]}", f"output_dir={tmp_path}", f"mode={mode}",
+        f"datasets=[{{path: {questions}, type: chat}}]", "max_steps=2", "warmup_steps=3",
+        "generate_max_len=2", "micro_batch_size=8",
+    )  # fmt: skip
+    assert done.returncode == 2 and "warmup_steps: 3 is longer than the run of 2 steps" in done.stderr
+
+
 def test_two_processes_train_together(small_checkpoint, texts, tmp_path):
     rows = run_ebft(small_checkpoint[0], texts, tmp_path, "micro_batch_size=1", ranks=2)
     assert len(rows) == 5 and rows[-1]["grad_norm"] > 0

@@ -10,8 +10,8 @@ import torch
 import dist
 import health
 import memory
+from batches import Batch
 from conftest import ROOT, run_program
-from data import Batch
 from dist import World
 from model import Architecture
 from sft import Config, sft_loss

@@ -4,9 +4,9 @@ import pytest
 
 import grpo
 import rewards
+from batches import PromptOrder
 from config import ConfigError
 from conftest import options
-from data import PromptOrder
 from grpo import pass_at_k
 from rewards import RewardError
 from rollout import Rollout
