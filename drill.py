@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -51,6 +51,12 @@ class Drill:
     patch: str = ""
     keep_patch: bool = False  # the fix is an option; otherwise it is to take the patch out
     processes: int = 1
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """What it begins from; supervised ones begin from nothing."""
+        named = Path(str(self.options.get("base_model", "../checkpoint/final"))).parent.name
+        return [] if self.base == "sft" else [named]
 
     @staticmethod
     def read(name: str) -> "Drill":
@@ -89,8 +95,11 @@ def names() -> list[str]:
     return sorted(p.stem for p in HERE.glob("*.yaml"))
 
 
-def prepare(root: Path) -> None:
-    """Rows, model and base configs in `root`, and the checkpoint that RL drills begin from: once."""
+CHECKPOINTS = {"checkpoint": "letters", "wordy_checkpoint": "uneven"}  # that RL drills begin from → its rows
+
+
+def prepare(root: Path, checkpoints: Collection[str] = tuple(CHECKPOINTS)) -> None:
+    """Rows, model and base configs in `root`, and these checkpoints: once."""
 
     def rows(count: int, seed: int, right: float) -> str:
         rng, lines = random.Random(seed), []
@@ -125,8 +134,8 @@ def prepare(root: Path) -> None:
             path.write_text(text, encoding="utf-8")
     shutil.copytree(HERE / "model", root / "model", dirs_exist_ok=True)
     shutil.copytree(HERE / "base", root / "base", dirs_exist_ok=True)
-    for name, rows_of in (("checkpoint", "letters"), ("wordy_checkpoint", "uneven")):
-        if (root / name / "final").exists():
+    for name, rows_of in CHECKPOINTS.items():
+        if name not in checkpoints or (root / name / "final").exists():
             continue
         print(f"making the {name} that RL drills begin from (once, about half a minute)", flush=True)
         data = [{"path": str(root / "data" / f"{rows_of}.jsonl"), "type": "chat"}]
@@ -286,7 +295,7 @@ def attempt(name: str, root: Path, seed: int = 42) -> tuple[Drill, Outcome, Outc
 def show(name: str, root: Path) -> bool:
     """`drill NAME`: what breaks, what is seen, what mends it, and that it does."""
     drill = Drill.read(name)
-    prepare(root)
+    prepare(root, drill.checkpoints)
     print(f"{name}: {drill.breaks}\n  why    {drill.why}")
     changed = ", ".join(f"{k}: {v}" for k, v in drill.options.items())
     print(
@@ -338,9 +347,10 @@ def show_all(
     root: Path, chosen: list[str] | None = None, seeds: tuple[int, ...] = (42,), jobs: int = 2
 ) -> bool:
     """`drill all`: a line for each, `jobs` at a time."""
-    prepare(root)
+    chosen = chosen or names()
+    prepare(root, {checkpoint for name in chosen for checkpoint in Drill.read(name).checkpoints})
     shutil.rmtree(root / MENDED, ignore_errors=True)
-    wanted = [(name, root, seed) for name in chosen or names() for seed in seeds]
+    wanted = [(name, root, seed) for name in chosen for seed in seeds]
     good = True
     print(f"{'drill':<26}{'seed':>5}  {'seen first':<28}{'step':>5}  {'mended':<24}{'s':>4}")
     for (name, _, seed), (drill, broken, mended) in in_parallel(attempt, wanted, jobs):

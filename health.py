@@ -41,7 +41,7 @@ from config import (
     resolve_checkpoint,
     run_command,
 )
-from rules import ALIASES, Doctor, Verdict, rules_of
+from rules import ALIASES, Doctor, Verdict, of_training, rules_of
 
 log = logging.getLogger("ballast")
 
@@ -541,7 +541,7 @@ def judge(history: list[dict], config: dict) -> tuple[Doctor, list[Verdict]]:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError("config.yaml", None, f"holds an option of another kind ({error})") from None
     verdicts = []
-    for row in history:
+    for row in of_training(history):
         metrics = {k: v for k, v in row.items() if k != "step" and not k.startswith("health/")}
         verdicts += doctor.observe(row["step"], metrics)
     return doctor, verdicts

@@ -8,7 +8,7 @@ import fnmatch
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from types import SimpleNamespace
@@ -370,6 +370,13 @@ def _types(config: dict) -> set[str]:
     return {str(spec.get("type")) for spec in config.get("datasets") or []}
 
 
+def of_training(rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows that a run was judged by while it ran: all but the evaluation before its first step."""
+    for row in rows:
+        if row["step"] or any(not name.startswith(("eval/", "health/")) for name in row if name != "step"):
+            yield row
+
+
 GUARDS: dict[str, Callable[[dict], Any]] = {
     "has_prompts": lambda config: _types(config) & PROMPTED and _types(config) <= PROMPTED | {"text"},
     "raw_features": lambda config: (
@@ -640,7 +647,7 @@ class Doctor:
     def recall(self, rows: Iterable[dict]) -> None:
         """What a run that goes on had logged before: windows, best values and what is ill are as they were,
         except of what belongs to the process (MEASURED)."""
-        for row in rows:
+        for row in of_training(rows):
             self.observe(row["step"], {k: v for k, v in row.items() if not MEASURED.search(k)})
 
     def _reads(self, rule: Rule, name: str) -> bool:

@@ -37,6 +37,8 @@ if __name__ == "__main__":
     parser.add_argument("--root", type=Path, default=Path("outputs/drills"))
     given = parser.parse_args()
     place = given.root.absolute()
+    if given.healthy:
+        drill.prepare(place)  # also what no drill of --only begins from
     good = drill.show_all(place, given.only, tuple(given.seeds), given.jobs)
     wanted = [(place, base, 1000 + seed) for base in BASES for seed in range(given.healthy)]
     found = drill.in_parallel(healthy_run, wanted, given.jobs)

@@ -64,6 +64,9 @@ def test_two_drills_as_a_user_runs_them(tmp_path):
         assert (
             seen in done.stdout and "BUT" not in done.stdout and "well from beginning to end" in done.stdout
         )
+        assert (tmp_path / "checkpoint").exists() == (
+            name == "reward_not_importable"
+        )  # made where it is needed
 
 
 def test_an_unknown_drill_is_one_line():

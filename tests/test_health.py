@@ -99,3 +99,13 @@ def test_health_off_judges_nothing(small_checkpoint, chat_file, tmp_path):
     )
     assert done.returncode == 0 and "\nhealth" not in done.stdout
     assert "health/alarms" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_is_judged_by_what_it_was_judged_by_while_it_ran():
+    """Not by the evaluation before its first step, which a run of EBFT may leave behind for good."""
+    rows = [{"step": 0, "eval/loss": 1.0, "health/alarms": 0.0}]
+    rows += [{"step": 25 * i, "eval/loss": 1.2 - 0.01 * i, "kl": 0.1} for i in range(1, 8)]
+    _, verdicts = judge(rows, {})
+    assert not verdicts
+    _, verdicts = judge([{**rows[0], "train/loss": 1.0}, *rows[1:]], {})  # of a run that counts from 0
+    assert [v.rule.name for v in verdicts] == ["overfitting"]
