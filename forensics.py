@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +30,7 @@ from health import log
 from kernels import SharedPrompts
 from low_precision import FP8_BLOCK
 from model import Linear, Transformer
-from weights import read_architecture, save_adapter, save_pretrained
+from weights import read_architecture, save_adapter, save_pretrained, write_tensors
 
 R = TypeVar("R")
 
@@ -373,10 +373,10 @@ class Forensics:
         """The incident on disk: report, batch, random state, config, text, and the weights that made it."""
         with checkpoint.appearing(directory, self.world) as aside:
             if self.world.rank == fault.rank and suspect is not None and probe is not None:
-                save_file(batch_tensors(probe), aside / "batch.safetensors")
-                save_file(suspect.random, aside / "random.safetensors")
+                write_tensors(batch_tensors(probe), aside / "batch.safetensors")
+                write_tensors(suspect.random, aside / "random.safetensors")
                 if given := {k: v.detach().cpu().contiguous() for k, v in suspect.given().items()}:
-                    save_file(given, aside / "given.safetensors")
+                    write_tensors(given, aside / "given.safetensors")
             for row in fault.rows:
                 row["text"] = self.tokenizer.decode(row.pop("ids"), special=True)
             if self.world.main:

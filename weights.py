@@ -346,6 +346,13 @@ def iterate_weights(
         yield name, tensor.detach().to(dtype or tensor.dtype)
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that those may read who may read its folder: the library alone makes it its owner's,
+    and a server of another user could not load it."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def save_pretrained(
     model: Transformer,
     directory: str | Path,
@@ -368,7 +375,7 @@ def save_pretrained(
         if shard:
             files.append(f"model-{len(files) + 1:05d}.safetensors")
             where.update(dict.fromkeys(shard, files[-1]))
-            save_file(shard, directory / files[-1], metadata={"format": "pt"})
+            write_tensors(shard, directory / files[-1])
         shard, shard_bytes = {}, 0
 
     for name, tensor in iterate_weights(model, dtype=dtype, merge=merge, main=main):
@@ -498,7 +505,7 @@ def save_adapter(model: Transformer, directory: str | Path, *, main: bool = True
     if main:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_tensors(tensors, directory / "adapter_model.safetensors")
         (directory / "adapter_config.json").write_text(
             json.dumps(model.adapter, indent=2) + "\n", encoding="utf-8"
         )

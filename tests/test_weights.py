@@ -43,6 +43,14 @@ def test_a_saved_model_larger_than_one_shard_is_split_and_indexed(references, tm
     assert load_pretrained(str(tmp_path), dtype=torch.float32).arch.num_experts == 4
 
 
+@pytest.mark.parametrize("folder, file", [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
+def test_weights_can_be_read_by_those_who_may_read_their_folder(folder, file, references, tmp_path):
+    model = load_pretrained(str(references("llama2")[1]), dtype=torch.float32)
+    tmp_path.chmod(folder)
+    save_pretrained(model, tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == file
+
+
 def test_a_directory_without_usable_weights_says_what_is_missing(tmp_path):
     with pytest.raises(CheckpointError, match="hub id"):
         load_pretrained(str(tmp_path / "nothing/here/at/all"), dtype=torch.float32)
