@@ -607,7 +607,7 @@ def strided(config: Config) -> None:
     logger.close()
     if judged:
         health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
-    log.info("saved               %s", final)
+    health.say_saved(final)
     dist.finish()
 
 
@@ -907,7 +907,7 @@ def structured(config: Config) -> None:
     logger.close()
     if held_out:
         health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
-    log.info("saved               %s", final)
+    health.say_saved(final)
     dist.finish()
 
 

@@ -193,7 +193,7 @@ def chat(argv: list[str]) -> None:
     from tokenizer import Tokenizer
 
     parser = argparse.ArgumentParser(
-        prog="generation.py chat", description="Talk to a checkpoint; an empty line ends."
+        prog="generation.py chat", description="Talk to a checkpoint; /new begins again, an empty line ends."
     )
     parser.add_argument("directory", help="a Hugging Face folder, a PEFT adapter or a hub id")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
@@ -207,7 +207,8 @@ def chat(argv: list[str]) -> None:
     model, tokenizer_directory = load_for_inference(arguments.directory, dtype, device)
     tokenizer = Tokenizer.load(tokenizer_directory)
     generator = torch.Generator(device).manual_seed(arguments.seed)
-    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    begin = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = list(begin)
     limit = model.arch.raw.get("max_position_embeddings")
     while True:
         try:
@@ -216,6 +217,9 @@ def chat(argv: list[str]) -> None:
             break
         if not text:
             break
+        if text == "/new":  # a model that has only seen single questions does badly on a second one
+            messages = list(begin)
+            continue
         messages.append({"role": "user", "content": text})
         prompt = tokenizer.encode_prompt(messages)
         room = arguments.max_new_tokens if not limit else min(arguments.max_new_tokens, limit - len(prompt))

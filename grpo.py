@@ -621,8 +621,7 @@ def main(config: Config) -> None:
     logger.close()
     if judge is not None:
         health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
-    log.info("saved               %s", final)
-    log.info("talk to it          python generation.py chat %s", final)
+    health.say_saved(final)
     dist.finish()
 
 

@@ -444,6 +444,16 @@ def _logged(line: str) -> dict | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
+def say_saved(final: Path) -> None:
+    """Where the model is, and the command that talks to it."""
+    installed = Path(sys.argv[0]).name.startswith("ballast-")
+    log.info("saved               %s", final)
+    log.info(
+        "talk to it          %s chat %s",
+        "ballast-generation" if installed else "python generation.py", final,
+    )  # fmt: skip
+
+
 def report_evaluation(before: dict[str, float], after: dict[str, float]) -> None:
     """At the end of a run: every held-out metric, first and last."""
     for name in before:

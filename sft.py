@@ -388,8 +388,7 @@ def main(config: Config) -> None:
         )
     if config.eval_answers:
         log.info("held-out answers    %.1f %% right (greedy, %d rows)", 100 * accuracy, len(chosen))
-    log.info("saved               %s", final)
-    log.info("talk to it          python generation.py chat %s", final)
+    health.say_saved(final)
     dist.finish()
 
 

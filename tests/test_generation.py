@@ -100,3 +100,14 @@ def test_a_cache_that_outgrows_its_room_goes_on(references):
         full = model(torch.tensor([prompt + made.completion_ids[0]]))[0].log_softmax(-1)
     expected = full[2:-1].gather(-1, torch.tensor(made.completion_ids[0])[:, None])[:, 0]
     assert (expected - torch.tensor(made.logprobs[0])).abs().max() < 1e-5
+
+
+def test_a_new_conversation_forgets_the_one_before(small_checkpoint, monkeypatch):
+    said, prompts = iter(["Hello there", "/new", "Hello there", "Hello there", ""]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    monkeypatch.setattr(
+        generation, "_stream_reply", lambda _, __, prompt, **___: prompts.append(prompt) or "Hi"
+    )
+    generation.chat([str(small_checkpoint[0])])
+    first, again, longer = prompts
+    assert first == again and longer[: len(first)] == first and len(longer) > 2 * len(first)
