@@ -422,6 +422,14 @@ def options(**changes) -> grpo.Config:
     return grpo.Config(**{**given, **changes})
 
 
+# Made with an independent script in fp64 from the published formulas: eight completions of two groups.
+GOLDEN = json.loads((Path(__file__).parent / "grpo_golden.json").read_text())
+
+
+def golden(name: str) -> torch.Tensor:
+    return torch.tensor(GOLDEN[name], dtype=torch.float64)
+
+
 def noisy(level: float, steps: int, noise: float = 0.05, seed: int = 0) -> list[float]:
     rng = random.Random(seed)
     return [level * (1 + rng.gauss(0, noise)) for _ in range(steps)]

@@ -11,7 +11,6 @@ import yaml
 
 from config import ConfigError, parse_config
 from conftest import ROOT, arguments, metrics, run_ok, run_program
-from dist import OptimizerOptions, learning_rate
 from sft import Config
 from tokenizer import IGNORE, Tokenizer
 from weights import load_pretrained
@@ -77,18 +76,6 @@ def test_loss_and_gradient_equal_naive_fp64_however_the_batch_is_cut(
     assert metrics(tmp_path / "out")[0]["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_the_schedules_have_their_textbook_values():
-    def at(step, **options):
-        return learning_rate(step, OptimizerOptions(learning_rate=1.0, **options), 100)
-
-    assert [at(s, lr_scheduler="constant", warmup_steps=4) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert at(55, lr_scheduler="cosine", warmup_steps=10) == pytest.approx(0.5)
-    assert at(55, lr_scheduler="linear", warmup_ratio=0.1) == pytest.approx(0.5)
-    assert at(10, lr_scheduler="cosine", warmup_steps=10) == 1.0
-    assert at(79, lr_scheduler="wsd") == 1.0 and at(90, lr_scheduler="wsd") == pytest.approx(0.5)
-    assert at(100, lr_scheduler="linear", min_lr_ratio=0.1) == pytest.approx(0.1)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What a run leaves behind
 # ------------------------------------------------------------------------------------------------------------
@@ -135,10 +122,10 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
     assert transformers.AutoTokenizer.from_pretrained(out / "final").chat_template
 
     chat = subprocess.run(
-        [sys.executable, str(ROOT / "model.py"), "chat", str(out / "final"), "--max-new-tokens", "8"],
+        [sys.executable, str(ROOT / "generation.py"), "chat", str(out / "final"), "--max-new-tokens", "8"],
         input="Hello\n\n", capture_output=True, text=True,
     )  # fmt: skip
-    assert chat.returncode == 0, chat.stderr
+    assert chat.returncode == 0 and chat.stdout.strip(), chat.stderr
 
 
 def test_step_time_counts_every_step_also_when_an_evaluation_falls_between_two_log_lines(
@@ -172,36 +159,10 @@ def test_an_adapter_is_saved_as_peft_reads_it_and_can_be_gone_on_from(small_chec
     first, second = metrics(out), metrics(tmp_path / "more")
     assert second[0]["train/loss"] < first[0]["train/loss"]
     chat = subprocess.run(
-        [sys.executable, str(ROOT / "model.py"), "chat", str(out / "final"), "--max-new-tokens", "4"],
+        [sys.executable, str(ROOT / "generation.py"), "chat", str(out / "final"), "--max-new-tokens", "4"],
         input="Hello\n", capture_output=True, text=True,
     )  # fmt: skip
-    assert chat.returncode == 0, chat.stderr
-
-
-@pytest.mark.parametrize(
-    "options", [dict(bf16=True), dict(bf16=True, adapter="lora"), dict(optimizer="muon")]
-)
-def test_one_and_two_ranks_train_alike(options, small_checkpoint, chat_file, tmp_path):
-    losses = []
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks)
-        how = dict(max_steps=5, micro_batch_size=8 // ranks, learning_rate=1e-3, **options)
-        run_ok(ROOT / "sft.py", *arguments(small_checkpoint, chat_file, out, **how), ranks=ranks)
-        losses.append([m["train/loss"] for m in metrics(out)])
-    tolerance = 2e-2 if options.get("bf16") else 1e-4
-    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
-    assert losses[0][-1] < losses[0][0]
-
-
-def test_hybrid_sharding_on_four_ranks_computes_the_same(small_checkpoint, chat_file, tmp_path):
-    losses = []
-    for ranks, extra in ((1, {}), (4, {"hsdp_shard_size": 2})):
-        out = tmp_path / str(ranks)
-        how = dict(max_steps=3, micro_batch_size=8 // ranks, **extra)
-        run_ok(ROOT / "sft.py", *arguments(small_checkpoint, chat_file, out, **how), ranks=ranks)
-        losses.append([(m["train/loss"], m["train/grad_norm"]) for m in metrics(out)])
-    for one, four in zip(*losses, strict=True):
-        assert four == pytest.approx(one, rel=1e-4)
+    assert chat.returncode == 0 and chat.stdout.strip(), chat.stderr
 
 
 def test_a_mixture_of_experts_trains_with_its_balancing_loss(

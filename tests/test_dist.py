@@ -1,0 +1,44 @@
+"""Schedules, and ranks that compute the same as one process (all meshes and recipes: test_reliability.py)."""
+
+import pytest
+
+from conftest import ROOT, arguments, metrics, run_ok
+from dist import OptimizerOptions, learning_rate
+
+
+def test_the_schedules_have_their_textbook_values():
+    def at(step, **options):
+        return learning_rate(step, OptimizerOptions(learning_rate=1.0, **options), 100)
+
+    assert [at(s, lr_scheduler="constant", warmup_steps=4) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert at(55, lr_scheduler="cosine", warmup_steps=10) == pytest.approx(0.5)
+    assert at(55, lr_scheduler="linear", warmup_ratio=0.1) == pytest.approx(0.5)
+    assert at(10, lr_scheduler="cosine", warmup_steps=10) == 1.0
+    assert at(79, lr_scheduler="wsd") == 1.0 and at(90, lr_scheduler="wsd") == pytest.approx(0.5)
+    assert at(100, lr_scheduler="linear", min_lr_ratio=0.1) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(bf16=True), dict(bf16=True, adapter="lora"), dict(optimizer="muon")]
+)
+def test_one_and_two_ranks_train_alike(options, small_checkpoint, chat_file, tmp_path):
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        how = dict(max_steps=5, micro_batch_size=8 // ranks, learning_rate=1e-3, **options)
+        run_ok(ROOT / "sft.py", *arguments(small_checkpoint, chat_file, out, **how), ranks=ranks)
+        losses.append([m["train/loss"] for m in metrics(out)])
+    tolerance = 2e-2 if options.get("bf16") else 1e-4
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_hybrid_sharding_on_four_ranks_computes_the_same(small_checkpoint, chat_file, tmp_path):
+    losses = []
+    for ranks, extra in ((1, {}), (4, {"hsdp_shard_size": 2})):
+        out = tmp_path / str(ranks)
+        how = dict(max_steps=3, micro_batch_size=8 // ranks, **extra)
+        run_ok(ROOT / "sft.py", *arguments(small_checkpoint, chat_file, out, **how), ranks=ranks)
+        losses.append([(m["train/loss"], m["train/grad_norm"]) for m in metrics(out)])
+    for one, four in zip(*losses, strict=True):
+        assert four == pytest.approx(one, rel=1e-4)
