@@ -42,7 +42,8 @@ from data import DataOptions, Prompt, load_tokenizer, prepare, read_prompts
 from dist import DistOptions, OptimizerOptions
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
-from kernels import SharedPrompts, TokenStatistics, linear_cross_entropy, linear_logprobs
+from kernels import SharedPrompts
+from losses import TokenStatistics, linear_cross_entropy, linear_logprobs
 from model import Architecture, ModelOptions, Transformer, check_model_options
 from policy import (
     PolicyBatch,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+import losses
 from config import ConfigError, resolve_checkpoint
 from health import gib, log
 from model import Architecture, Block, Pass, Transformer, set_precision
@@ -102,7 +103,7 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
     kept += tokens * 2 * D * element  # the embedding, and the last norm's output
     if autocast:  # the weights of the products, once more in bf16
         kept += sum(2 * p.numel() for p in model.parameters() if p.dim() >= 2 and p.element_size() == 4)
-    chunk = min(judged, max(kernels.TOKENS_A_CHUNK, kernels.LOGITS_A_CHUNK // V))
+    chunk = min(judged, max(losses.TOKENS_A_CHUNK, losses.LOGITS_A_CHUNK // V))
     loss = chunk * V * (element + 4) + judged * D * element
     if any(n in ("lm_head.weight", "embed_tokens.weight") for n, _ in trained):
         loss += V * D * 4  # the head's gradient is made here, in fp32

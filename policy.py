@@ -21,7 +21,8 @@ from config import ConfigError, check_ranges
 from dist import World
 from forensics import Forensics
 from health import log
-from kernels import SharedPrompts, linear_logprobs
+from kernels import SharedPrompts
+from losses import linear_logprobs
 from model import Transformer, load_balancing_loss
 from rollout import Rollout, RolloutOptions, check_rollout_options
 from weights import base_of

@@ -30,7 +30,7 @@ from dist import DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from generation import generate
 from health import LogOptions, MetricLogger, log
-from kernels import linear_cross_entropy
+from losses import linear_cross_entropy
 from model import ModelOptions, Transformer, check_model_options, load_balancing_loss
 from tokenizer import IGNORE, Tokenizer
 from weights import read_architecture, resized

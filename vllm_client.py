@@ -25,7 +25,7 @@ from config import BallastError, ConfigError
 from data import Prompt
 from dist import World
 from health import log
-from kernels import linear_logprobs
+from losses import linear_logprobs
 from model import Transformer
 from tokenizer import Tokenizer
 from weights import iterate_weights, save_adapter, save_pretrained

@@ -58,7 +58,7 @@ def document(length: int, stride: int):
 def blocks_loss(model, part, tokens, weights):
     """Σ weight · log p over the blocks' tokens [blocks · N, G], in one pass."""
     from ebft import BlockPass
-    from kernels import linear_logprobs
+    from losses import linear_logprobs
 
     batch = BlockPass.make(part, tokens)
     hidden, _ = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)

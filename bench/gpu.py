@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402
+import losses  # noqa: E402
 import low_precision  # noqa: E402
 from health import peak_flops  # noqa: E402
 
@@ -194,7 +195,7 @@ def attentions(small: bool) -> Iterator[Case]:
     )  # fmt: skip
 
 
-def losses(small: bool) -> Iterator[Case]:
+def loss_cases(small: bool) -> Iterator[Case]:
     tokens, width, vocabulary = (64, 64, 1000) if small else (8192, 2048, 151936)
     hidden, weight = randn(tokens, width), randn(vocabulary, width) / width**0.5
     labels = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -208,7 +209,7 @@ def losses(small: bool) -> Iterator[Case]:
     naive = lambda h, w: F.cross_entropy((h @ w.T).float(), labels, reduction="sum")  # noqa: E731
     yield Case(
         f"linear cross-entropy, {vocabulary:,}", work, 6 * vocabulary * width,
-        {"ours": gradients(lambda h, w: kernels.linear_cross_entropy(h, w, labels), hidden, weight),
+        {"ours": gradients(lambda h, w: losses.linear_cross_entropy(h, w, labels), hidden, weight),
          "naive": gradients(naive, hidden, weight), "Liger": gradients_or_reason(liger, hidden, weight),
          "torch linear_cross_entropy": gradients(
              lambda h, w: F.linear_cross_entropy(h, w, labels, reduction="sum"), hidden, weight)},
@@ -220,7 +221,7 @@ def losses(small: bool) -> Iterator[Case]:
         return logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
     def statistics():
-        made = kernels.linear_logprobs(hidden, weight, labels)
+        made = losses.linear_logprobs(hidden, weight, labels)
         return made.logprobs, made.entropy
 
     yield Case(
@@ -311,7 +312,7 @@ def kernels_table(wanted: list[str], small: bool) -> None:
     flops_peak, bytes_peak, line = peaks()
     print(line)
     print(f"{'':<28}{'ms':>10}{'TFLOP/s':>10}{'GB/s':>8}{'roofline':>10}{'error':>10}{'time':>8}")
-    for group in (products, attentions, losses, pointwise, optimisers):
+    for group in (products, attentions, loss_cases, pointwise, optimisers):
         for case in group(small):
             if wanted and not any(word in case.name for word in wanted):
                 continue

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
+import losses
 import low_precision
 
 TARGETS = {
@@ -83,13 +84,13 @@ def cases() -> dict[str, dict]:
     tokens, vocabulary, width = 8192, 151936, 2048
     for cap in (False, True):
         found["linear_logprobs" + (" soft cap" if cap else "")] = case(
-            kernels._partial_statistics_kernel, "*bf16 *bf16 *i32 *fp32 i32 i32 i32 i32 fp32 fp32",
+            losses._partial_statistics_kernel, "*bf16 *bf16 *i32 *fp32 i32 i32 i32 i32 fp32 fp32",
             dict(SOFTCAP=cap, BLOCK_N=64, BLOCK_V=64, BLOCK_D=64),
             flops=2 * tokens * vocabulary * width, bytes_=2 * vocabulary * width + 2 * tokens * width,
         )  # fmt: skip
     for cap in (False, True):
         found["cross_entropy" + (" soft cap" if cap else "")] = case(
-            kernels._cross_entropy_kernel, "*bf16 *i64 *fp32 i32 fp32",
+            losses._cross_entropy_kernel, "*bf16 *i64 *fp32 i32 fp32",
             dict(SOFTCAP=cap, GRADIENT=True, BLOCK=4096),
             flops=10 * 512 * vocabulary, bytes_=3 * 2 * 512 * vocabulary, dots=False, warps=8,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from test_kernels import naive_attention  # noqa: E402
 from test_low_precision import fp8_step  # noqa: E402
 
 import kernels  # noqa: E402
+import losses  # noqa: E402
 import low_precision  # noqa: E402
 
 SHAPES = [(1, 1), (3, 128), (17, 300), (130, 257)]
@@ -108,8 +109,8 @@ def test_linear_logprobs(N, V, D, softcap, temperature):
     hidden, weight = torch.randn(N, D), torch.randn(V, D)
     hidden[0] *= 1e3
     labels = torch.randint(V, (N,))
-    got = kernels.linear_logprobs(hidden, weight, labels, temperature=temperature, softcap=softcap)
-    exact = kernels.linear_logprobs(
+    got = losses.linear_logprobs(hidden, weight, labels, temperature=temperature, softcap=softcap)
+    exact = losses.linear_logprobs(
         hidden.double(), weight.double(), labels, temperature=temperature, softcap=softcap
     )
     for name in ("logprobs", "entropy", "logsumexp"):
@@ -153,7 +154,7 @@ def test_linear_cross_entropy(softcap):
     got, exact = [], []
     for dtype, results in ((torch.float32, got), (torch.float64, exact)):
         h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight))
-        loss = kernels.linear_cross_entropy(h, w, labels, softcap=softcap, chunk=7)
+        loss = losses.linear_cross_entropy(h, w, labels, softcap=softcap, chunk=7)
         results += [loss, *torch.autograd.grad(loss, (h, w))]
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-4)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import generation
 from blocks import BlockPass, Document, block_anchors, sample_blocks
 from ebft import Config, block_features, energy
-from kernels import linear_logprobs
+from losses import linear_logprobs
 from weights import load_pretrained
 
 

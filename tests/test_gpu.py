@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels
+import losses
 import low_precision
 from conftest import FAMILIES, ROOT, run_program
 from generation import generate
@@ -39,7 +40,7 @@ def test_the_loss_and_its_gradients_on_the_device_equal_fp64():
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
     torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum").backward()
     device = [x.cuda().requires_grad_() for x in (hidden, weight)]
-    kernels.linear_cross_entropy(device[0], device[1], labels.cuda(), chunk=64).backward()
+    losses.linear_cross_entropy(device[0], device[1], labels.cuda(), chunk=64).backward()
     for got, expected in zip(device, exact, strict=True):
         assert (got.grad.cpu() - expected.grad).norm() / expected.grad.norm() < 1e-3
 
@@ -103,8 +104,8 @@ def test_pointwise_kernels_and_log_probabilities_on_the_device_equal_the_cpu():
     close(kernels.rms_norm(x.cuda(), w.cuda(), 1e-6), kernels.rms_norm(x, w, 1e-6), 1e-5)
     close(kernels.swiglu(x.cuda(), up.cuda()), kernels.swiglu(x, up), 1e-5)
     head, labels = torch.randn(5000, 200), torch.randint(5000, (300,))
-    device = kernels.linear_logprobs(x.cuda(), head.cuda(), labels.cuda(), temperature=0.7)
-    host = kernels.linear_logprobs(x, head, labels, temperature=0.7)
+    device = losses.linear_logprobs(x.cuda(), head.cuda(), labels.cuda(), temperature=0.7)
+    host = losses.linear_logprobs(x, head, labels, temperature=0.7)
     for name in ("logprobs", "entropy", "logsumexp"):
         close(getattr(device, name), getattr(host, name), 1e-2)
 

@@ -1,7 +1,7 @@
 """The loss from hidden states, against naive logits, torch's linear_cross_entropy and Liger.
 
-    python bench/losses.py                        4,096 tokens, width 512, vocabulary 32k, 152k and 256k
-    python bench/losses.py --tokens 1024 --vocabulary 151936
+    python bench/loss.py                        4,096 tokens, width 512, vocabulary 32k, 152k and 256k
+    python bench/loss.py --tokens 1024 --vocabulary 151936
 
 One process a measurement (peak resident memory on a CPU, the allocator's peak on a GPU), taking turns;
 forward and backward into hidden states and weight; medians, and ratios to ours.
@@ -25,7 +25,7 @@ def measure(side: str, tokens: int, width: int, vocabulary: int, steps: int) -> 
     import torch.nn.functional as F
 
     sys.path.insert(0, str(ROOT))
-    import kernels
+    import losses
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -35,9 +35,9 @@ def measure(side: str, tokens: int, width: int, vocabulary: int, steps: int) -> 
     labels = torch.randint(vocabulary, (tokens,), device=device)
 
     if side == "ours":
-        loss = lambda: kernels.linear_cross_entropy(hidden, weight, labels) / tokens  # noqa: E731
+        loss = lambda: losses.linear_cross_entropy(hidden, weight, labels) / tokens  # noqa: E731
     elif side == "ours logprobs":
-        loss = lambda: -kernels.linear_logprobs(hidden, weight, labels).logprobs.mean()  # noqa: E731
+        loss = lambda: -losses.linear_logprobs(hidden, weight, labels).logprobs.mean()  # noqa: E731
     elif side == "naive":
         loss = lambda: F.cross_entropy((hidden @ weight.T).float(), labels)  # noqa: E731
     elif side == "torch":
