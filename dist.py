@@ -36,7 +36,8 @@ from torch.distributed.tensor import DTensor
 
 import low_precision
 from config import BallastError, ConfigError, check_ranges
-from model import Architecture, Block, Transformer, full_tensor, set_precision
+from families import Architecture
+from model import Block, Transformer, full_tensor, set_precision
 from weights import apply_lora, initialize, initialize_lora, load_adapter, load_weights  # fmt: skip
 
 T = TypeVar("T")

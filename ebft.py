@@ -40,11 +40,12 @@ from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import ConfigError, DataError, check_at_least_one, parse_config, resolve_checkpoint
 from data import DataOptions, Prompt, load_tokenizer, prepare, read_prompts
 from dist import DistOptions, OptimizerOptions
+from families import Architecture
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
 from kernels import SharedPrompts
 from losses import TokenStatistics, linear_cross_entropy, linear_logprobs
-from model import Architecture, ModelOptions, Transformer, check_model_options
+from model import ModelOptions, Transformer, check_model_options
 from policy import (
     PolicyBatch,
     PolicyOptions,

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 import kernels
 import losses
 from config import ConfigError, resolve_checkpoint
+from families import Architecture
 from health import gib, log
-from model import Architecture, Block, Pass, Transformer, set_precision
+from model import Block, Pass, Transformer, set_precision
 from weights import apply_lora, read_architecture
 
 

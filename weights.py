@@ -20,7 +20,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import low_precision
 from config import CheckpointError, ConfigError, resolve_checkpoint, shown
-from model import Architecture, Linear, ModelOptions, Transformer, block_linears, full_tensor
+from families import Architecture
+from model import Linear, ModelOptions, Transformer, block_linears, full_tensor
 
 SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
 

@@ -30,7 +30,8 @@ G, N = 8, 4  # tokens of a block, samples of it
 def network():
     import torch
 
-    from model import Architecture, Transformer
+    from families import Architecture
+    from model import Transformer
     from weights import initialize
 
     arch = Architecture.from_config({

@@ -26,8 +26,9 @@ import torch  # noqa: E402
 import dist  # noqa: E402
 import health  # noqa: E402
 from batches import Batch  # noqa: E402
+from families import Architecture  # noqa: E402
 from memory import estimate  # noqa: E402
-from model import Architecture, Transformer  # noqa: E402
+from model import Transformer  # noqa: E402
 from sft import Config, sft_loss  # noqa: E402
 
 QWEN, LLAMA = {"model_type": "qwen2", "vocab_size": 151936}, {"model_type": "llama", "vocab_size": 128256}

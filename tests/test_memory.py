@@ -13,7 +13,7 @@ import memory
 from batches import Batch
 from conftest import ROOT, run_program
 from dist import World
-from model import Architecture
+from families import Architecture
 from sft import Config, sft_loss
 from weights import apply_lora, initialize, initialize_lora, read_architecture
 
