@@ -610,11 +610,3 @@ class AdamW8bit(torch.optim.Optimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in state:
                     state[name] = self._pack(_local(state[name]).float(), name)
-
-    def state_bytes(self) -> int:
-        """Bytes of all moments."""
-        tensors = [
-            t for s in self.state.values() for n in ("exp_avg", "exp_avg_sq") if n in s
-            for t in (s[n] if isinstance(s[n], tuple) else (s[n],))
-        ]  # fmt: skip
-        return sum(t.numel() * t.element_size() for t in tensors)
