@@ -149,6 +149,9 @@ def draw(metric: str, pages: list[RunPage]) -> str:
         axis.axhspan(low if low is not None else bottom, high if high is not None else max(top, max(values)),
                      color="#8fb996", alpha=0.22, lw=0)  # fmt: skip
         axis.set_ylim((min(values) * 0.8 if positive else bottom), (max(values) * 1.25 if positive else top))
+    middle, most = (max(values) + min(values)) / 2, max(abs(v) for v in values)
+    if most and max(values) - min(values) < 1e-3 * most:  # the last digits of what hardly moves are no news
+        axis.set_ylim(middle - 1e-2 * most, middle + 1e-2 * most)
     axis.set_title(metric, fontsize=9, loc="left")
     axis.tick_params(labelsize=7)
     axis.spines[["top", "right"]].set_visible(False)

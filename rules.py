@@ -36,6 +36,7 @@ class Rule:
     after: int = 0  # observations before it may speak
     severity: Literal["warning", "critical"] = "warning"
     guard: str | None = None  # one of GUARDS: does the rule apply to this config?
+    unless: str | None = None  # a rule that explains this one, for as long as it is ill
 
 
 RULES: tuple[Rule, ...] = (
@@ -76,7 +77,7 @@ RULES: tuple[Rule, ...] = (
         (("num_epochs", "fewer, or set max_steps"), ("weight_decay", "try 0.01 to 0.1", (0.01, math.inf)),
          ("lora_r", "8 to 32"), ("lora_dropout", "try 0.05", (0.05, 1)),
          ("val_set_size", "0.05 gives a steadier figure")),
-        high=0.03, window=2, after=3,
+        high=0.03, window=2, after=3, unless="loss_diverging",
     ),
     Rule(
         "grad_norm_high", ("train/grad_norm",), "outside", "gradients are large",
@@ -628,6 +629,8 @@ class Doctor:
             seen.add(value, progress)
             for rule in self.readers[name]:
                 found = CHECKS[rule.check](rule, seen) if seen.count > rule.after else None
+                if rule.unless in {ill for ill, _ in self.ill}:
+                    found = None
                 key = (rule.name, name)
                 if found is not None and key not in self.ill:
                     named = rows() if rows is not None and rule.check == "spike" else ""

@@ -1,4 +1,4 @@
-"""Draw a run: python bench/plot_run.py outputs/tiny-sft docs/tiny-sft.png (matplotlib comes with [tiny])."""
+"""Draw a run: python bench/plot_run.py outputs/tiny-grpo docs/tiny-grpo.png (matplotlib comes with [tiny])."""
 
 import json
 import sys

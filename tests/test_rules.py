@@ -194,3 +194,20 @@ def test_options_of_health_are_read_from_yaml(tmp_path):
 def test_values_that_are_not_finite_are_left_to_the_forensics():
     doctor = Doctor(CONFIG)
     assert [v for s in range(30) for v in doctor.observe(s, {"entropy": math.nan, "kl": math.inf})] == []
+
+
+def test_a_held_out_loss_that_climbs_with_the_training_loss_is_not_called_overfitting():
+    train = falling(3.0, 1.0, 60) + [1.0 + 0.1 * i for i in range(60)]
+
+    def spoken(train: list[float]) -> list[str]:
+        doctor = Doctor(CONFIG, None)
+        found = []
+        for step, loss in enumerate(train, 1):
+            held_out = (
+                {} if step % 20 else {"eval/loss": loss + 0.1 if step <= 60 else 1.1 + 0.1 * (step - 60)}
+            )
+            found += [v.rule.name for v in doctor.observe(step, {"train/loss": loss, **held_out}) if v.ill]
+        return found
+
+    assert "loss_diverging" in spoken(train) and "overfitting" not in spoken(train)
+    assert spoken(train[:60] + noisy(1.0, 60, 0.01)) == ["overfitting"]
