@@ -53,7 +53,7 @@ def draw(root: Path, drills: list[drill.Drill], seed: int, place: Path) -> None:
                 shown.append((one, metric, runs))
     columns = 4 if len(shown) > 6 else 3
     lines = -(-len(shown) // columns)
-    if not shown:
+    if len(shown) < 2:  # a picture is for comparing
         return
     size = (3.4 * columns, 2.4 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)

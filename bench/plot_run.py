@@ -1,4 +1,4 @@
-"""Draw a run: python bench/plot_run.py outputs/tiny-grpo docs/tiny-grpo.png (matplotlib comes with [tiny])."""
+"""Draw a run: python bench/plot_run.py outputs/tiny-grpo docs/tiny-grpo.png (matplotlib is a dependency)."""
 
 import json
 import sys
