@@ -248,7 +248,7 @@ class Batches:
         """The units of one step. Epochs follow each other without a gap, to the end that `plan` set."""
         first, last = step * self.units_a_step, min((step + 1) * self.units_a_step, self.total_units)
         found: list[list[int]] = []
-        while self._starts[-1] <= last:
+        while self._starts[-1] < last:  # an epoch is packed when it is needed, none after the last
             self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
         for number in range(bisect.bisect_right(self._starts, first) - 1, len(self._starts) - 1):
             start = self._starts[number]
@@ -259,10 +259,12 @@ class Batches:
 
     def epoch_of(self, step: int) -> float:
         """How many epochs are behind after so many steps."""
-        unit = step * self.units_a_step
-        while self._starts[-1] <= unit:
+        unit = min(step * self.units_a_step, self.total_units)
+        while self._starts[-1] < unit:
             self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
         number = bisect.bisect_right(self._starts, unit) - 1
+        if self._starts[number] == unit:
+            return float(number)
         return number + (unit - self._starts[number]) / (self._starts[number + 1] - self._starts[number])
 
     def micro_batches(

@@ -94,8 +94,18 @@ def test_the_order_is_a_function_of_seed_and_step():
     assert steps != [other.units(s) for s in range(40)]
     flat = [i for step in steps for unit in step for i in unit]
     assert sorted(flat[:50]) == sorted(flat[50:100]) == list(range(50)) and flat[:50] != flat[50:100]
-    assert [one.plan(e) for e in (1, 2, 0.5)] == [13, 25, 7] and one.plan(9, max_steps=4) == 4
-    assert one.epoch_of(25) == pytest.approx(2.0)
+    assert [one.plan(e) for e in (1, 0.5, 2)] == [13, 7, 25]
+    assert [one.epoch_of(s) for s in (0, 1, 13, 25, 26)] == pytest.approx([0, 0.08, 1.04, 2, 2])
+    assert one.plan(9, max_steps=4) == 4 and one.epoch_of(4) == pytest.approx(0.32)
+
+
+def test_no_epoch_is_packed_that_no_step_needs(monkeypatch):
+    made, epoch = set(), Batches.epoch
+    monkeypatch.setattr(Batches, "epoch", lambda self, number: made.add(number) or epoch(self, number))
+    batches = make_batches(make_dataset([5] * 50), packing=True)
+    for step in range(batches.plan(2)):
+        assert batches.units(step) and batches.epoch_of(step + 1) <= 2
+    assert made == {0, 1}
 
 
 def test_weights_repeat_and_sample_sources():
