@@ -1,6 +1,6 @@
 """Long runs of tiny models: does anything grow that should not?
 
-    python bench/long.py --steps 300     what CI runs, a minute or two
+    python bench/long.py --steps 600     what CI runs, a minute or two
     python bench/long.py --steps 2000    the whole proof, about a quarter of an hour on two cores
 
 Each recipe runs with evaluation and checkpoints on, while its process is looked at from outside ten times a
@@ -54,7 +54,7 @@ def quarters(values: list[float], of: Callable[[list[float]], float]) -> float:
 def options(out: Path, base: str, steps: int, seed: int) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     return {**SMALLER[base], "output_dir": str(out), "max_steps": steps, "num_epochs": 99, "seed": seed,
-            "save_steps": max(10, steps // 20)}  # fmt: skip
+            "save_steps": max(25, steps // 8)}  # fmt: skip
 
 
 def long_run(root: Path, base: str, steps: int) -> dict[str, float]:
