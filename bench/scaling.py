@@ -5,8 +5,8 @@ against what is measured here, on one process and on several.
     python bench/scaling.py --measure 1 2 4    and on so many processes here, estimate beside measured
 
 Measured is the highest sum of allocations and frees in a second step, above weights and optimiser states, as
-torch's profiler sees them on the CPU (or as CUDA's allocator counts them); the speed is the share that a step
-reaches of this machine's own matrix products.
+torch's profiler sees them on the CPU; the speed is the share that a step reaches of this machine's own matrix
+products.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from model import Transformer  # noqa: E402
 from sft import Config, sft_loss  # noqa: E402
 
 QWEN, LLAMA = {"model_type": "qwen2", "vocab_size": 151936}, {"model_type": "llama", "vocab_size": 128256}
-SHAPES = {  # hidden, feed-forward, layers, heads, key/value heads, head width
+SHAPES = {  # hidden, feed-forward, layers, heads, key/value heads, head width, tied
     "Qwen2.5 0.5B": (QWEN, 896, 4864, 24, 14, 2, 64, True),
     "Qwen3 4B": ({**QWEN, "model_type": "qwen3"}, 2560, 9728, 36, 32, 8, 128, True),
     "Llama 3.1 8B": (LLAMA, 4096, 14336, 32, 32, 8, 128, False),
@@ -116,7 +116,7 @@ def matmul_rate() -> float:
 
 
 def one_rank(changes: dict) -> None:
-    """A step of the small model; rank 0 prints [weights and optimiser, peak above them, tokens/s, FLOP/s]."""
+    """Steps of the small model; rank 0 prints [peak bytes, tokens a second, FLOP/s] of a process."""
     config = small_config(random_init=True, **changes)
     arch = architecture(SMALL)
     world = dist.init(config)
