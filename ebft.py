@@ -58,6 +58,8 @@ from policy import (
     completion_metrics,
     entropy_bonus,
     keep_logprobs,
+    measures_kl,
+    report_kl,
     token_logprobs,
 )
 from rollout import ReplayEngine, Rollout, as_rollouts, make_engine, play, write_rollouts
@@ -700,6 +702,7 @@ def structured(config: Config) -> None:
         f"{len(prompts):,}" if replay is None else "recorded", f"{len(held_out):,}", total_steps, batch_size,
         world.size, world.device.type, config.rollout_engine,
     )  # fmt: skip
+    report_kl(config)
     state: dict[str, Any] = {"num_tokens": 0, "eval_before": None, "identity": identity}
     step, ahead = 0, None
     if resume_from is not None:
@@ -831,7 +834,10 @@ def structured(config: Config) -> None:
             # c. The policy's step, as in GRPO: this rank's micro-batches of the whole batch.
             micro = [rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
             with on_device(frozen if config.beta else None, config, world):
-                keep_logprobs(model, frozen if config.beta else None, micro, config, world, share, old=False)
+                keep_logprobs(
+                    model, frozen if config.beta else None, micro, config, world, share, old=False,
+                    kl=measures_kl(config, step, 1),
+                )  # fmt: skip
             tally, losses, skipped = accumulate_gradients(
                 model, rollouts, micro, config, world, share, watch, step=step + 1, reused=False,
                 bonus=entropy_bonus(config, state.get("entropy", 0.0)), aux_coef=aux_coef,
@@ -1004,7 +1010,9 @@ def truth_nll(
 
     def compute(batch: PolicyBatch, real: bool, counted: float) -> tuple[Tensor, Tensor, int]:
         with world.autocast(config.bf16):
-            nll = -token_logprobs(model, batch, 1.0)[0].sum() * real
+            nll = -token_logprobs(model, batch, 1.0)[0].sum()
+            if not real:  # where, not a product with 0: a stranger's row may be infinite
+                nll = torch.where(torch.zeros_like(nll, dtype=torch.bool), nll, 0.0)
         return nll * (config.ce_coef / counted * world.size), nll.detach(), len(batch.targets) * real
 
     mine, mb = rollouts[world.rank :: world.size], config.micro_batch_size

@@ -45,6 +45,8 @@ from policy import (
     completion_metrics,
     entropy_bonus,
     keep_logprobs,
+    measures_kl,
+    report_kl,
 )
 from rewards import RewardOptions, Scorer
 from rollout import (
@@ -189,29 +191,41 @@ def weighted_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
     return torch.where(torch.isnan(rewards).all(-1), torch.nan, total)
 
 
+FLAT = 1e-8  # standard deviation below which the rewards of a group are the same
+
+
+def spread(values: Tensor) -> float:
+    """Unbiased standard deviation; exactly 0 of equal numbers."""
+    return values.std().item() if len(values) > 1 and (values != values[0]).any() else 0.0
+
+
 def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple[Tensor, dict[str, float]]:
     """rewards [B] of groups in a row, NaN on rows without one → advantages [B] and the metrics of the batch.
 
     A reward counts relative to its siblings (DeepSeekMath, §4.1.2), over their unbiased standard deviation +
-    1e-4. Rows without a reward get 0 and stay out of every statistic.
+    1e-4. Rows without a reward get 0 and stay out of every statistic. In a group that counts as flat in
+    frac_reward_zero_std every advantage is exactly 0.
     """
     grouped = rewards.view(-1, num_generations)
     known = ~torch.isnan(grouped)
     count = known.sum(-1, keepdim=True)
     filled = torch.nan_to_num(grouped, nan=0.0)
     mean = filled.sum(-1, keepdim=True) / count.clamp(min=1)
-    centred = (filled - mean) * known
+    centred = torch.where(known, filled - mean, 0.0)
     group_std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    # A mean of equal numbers may miss them by a rounding: what counts as flat must have no advantage at all.
+    highest = torch.where(known, grouped, mean).amax(-1, keepdim=True)
+    flat = (group_std < FLAT) | ((grouped == highest) | ~known).all(-1, keepdim=True)
+    centred, group_std = torch.where(flat, 0.0, centred), torch.where(flat, 0.0, group_std)
     present = rewards[~torch.isnan(rewards)]
-    batch_std = present.std().item() if len(present) > 1 else 0.0
+    batch_std = spread(present)
     divisor = {"group": group_std + 1e-4, "batch": rewards.new_tensor(batch_std + 1e-4), "none": 1.0}
     groups = (count > 0).sum().clamp(min=1)
-    flat = ((group_std < 1e-8) & (count > 0)).sum()
     metrics = {
         "reward": present.mean().item() if len(present) else 0.0,
         "reward_std": batch_std,
         "reward_std_within_group": (group_std.sum() / groups).item(),
-        "frac_reward_zero_std": (flat / groups).item(),
+        "frac_reward_zero_std": ((flat & (count > 0)).sum() / groups).item(),
     }
     return (centred / divisor[scale]).flatten(), metrics
 
@@ -222,7 +236,7 @@ def reward_metrics(rewards: Tensor, names: Sequence[str]) -> dict[str, float]:
     for i, name in enumerate(names):
         column = rewards[:, i][~torch.isnan(rewards[:, i])]
         found[f"rewards/{name}/mean"] = column.mean().item() if len(column) else 0.0
-        found[f"rewards/{name}/std"] = column.std().item() if len(column) > 1 else 0.0
+        found[f"rewards/{name}/std"] = spread(column)
     return found
 
 
@@ -452,6 +466,8 @@ def main(config: Config) -> None:
         batch_size // slices, world.size, world.device.type, config.rollout_engine,
     )  # fmt: skip
 
+    report_kl(config)
+
     # 4. Resume.
     moving = {"reference": reference} if reference is not None and config.ref_model_sync_steps else {}
     state: dict[str, Any] = {"num_tokens": 0, "eval_before": None, "identity": identity}
@@ -479,6 +495,12 @@ def main(config: Config) -> None:
         if world.main:
             write_rollouts(output_dir / "rollouts", step, samples, tokenizer, kind="eval")
         return metrics
+
+    def micro_batches(rollouts: list[Rollout]) -> list[list[Rollout]]:
+        """This rank's share of some rollouts, cut into micro-batches."""
+        return [
+            rollouts[begin : begin + mb] for begin in range(world.rank * mb, len(rollouts), world.size * mb)
+        ]
 
     pending = False  # whether the next batch is being prefetched
 
@@ -532,16 +554,18 @@ def main(config: Config) -> None:
                     batch_metrics["replayed_groups"] = float(replaced)
                 state["batch_metrics"] = batch_metrics  # every step that uses the batch reports them
 
+                # c. π_old of the whole batch, before the first update moves the weights it is of; and π_ref.
+                keep_logprobs(
+                    model, reference, micro_batches(rollouts), config, world, share, old=updates > 1,
+                    kl=measures_kl(config, step, updates),
+                )  # fmt: skip
+                took["logprob"] += seconds()
+
             # The rows of this optimiser step, and this rank's micro-batches. Groups stay together: prompts
             # came in random order already, and a micro-batch of a flat group can be skipped.
             begin = (used % slices) * accumulation * world.size * mb
             in_step = rollouts[begin : begin + accumulation * world.size * mb]
-            micro = [in_step[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
-
-            # c. π_old where the weights will move before the batch is used up, and π_ref: no gradients.
-            if used < slices:
-                keep_logprobs(model, reference, micro, config, world, share, old=updates > 1)
-                took["logprob"] += seconds()
+            micro = micro_batches(in_step)
 
             # d. Loss and backward, over this rank's micro-batches: policy_loss in policy.py.
             bonus = entropy_bonus(config, state.get("entropy", 0.0))

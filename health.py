@@ -272,17 +272,19 @@ class Unhealthy(BallastError):
 # Metrics as they are made
 # ------------------------------------------------------------------------------------------------------------
 
+# Metric → its name on the console's line, and its format. The name must not read as another metric's.
 FORMATS = {
     "train/loss": ("loss", ".4f"), "eval/loss": ("eval", ".4f"), "train/grad_norm": ("norm", ".3f"),
     "train/learning_rate": ("lr", ".2e"), "reward": ("reward", ".3f"), "entropy": ("entropy", ".3f"),
-    "kl": ("kl", ".4f"), "grad_norm": ("norm", ".3f"), "clip_ratio/region_mean": ("clipped", ".3f"),
-    "completions/mean_length": ("length", ".1f"), "step_time": ("s", ".2f"),
+    "kl": ("kl", ".4f"), "grad_norm": ("norm", ".3f"), "clip_ratio/region_mean": ("clip_ratio", ".3f"),
+    "completions/mean_length": ("length", ".1f"), "completions/clipped_ratio": ("cut_at_limit", ".1%"),
+    "step_time": ("s", ".2f"),
     "tokens_per_second": ("tok/s", ",.0f"), "memory/max_alloc": ("GiB", ".2f"), "mfu": ("mfu", ".1%"),
-    "ebft/alignment_cosine": ("alignment", ".4f"), "ebft/cfm_unwhitened": ("cfm", ".5f"),
-    "ebft/pairwise_cosine": ("alike", ".4f"), "eval/exact": ("exact", ".1%"),
-    "eval/cfm_unwhitened": ("held-out cfm", ".5f"),
-    "eval/accuracy": ("right", ".1%"), "eval/reward": ("held-out reward", ".3f"),
-    "eval/pass@1": ("pass@1", ".1%"), "eval/greedy": ("greedy", ".1%"),
+    "ebft/alignment_cosine": ("alignment_cosine", ".4f"), "ebft/cfm_unwhitened": ("cfm_unwhitened", ".5f"),
+    "ebft/pairwise_cosine": ("pairwise_cosine", ".4f"), "eval/exact": ("held-out exact", ".1%"),
+    "eval/cfm_unwhitened": ("held-out cfm_unwhitened", ".5f"),
+    "eval/accuracy": ("held-out accuracy", ".1%"), "eval/reward": ("held-out reward", ".3f"),
+    "eval/pass@1": ("held-out pass@1", ".1%"), "eval/greedy": ("held-out greedy", ".1%"),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import dist
-from config import ConfigError, check_ranges
+from config import BallastError, ConfigError, check_at_least_one, check_ranges
 from dist import World
 from forensics import Forensics
 from health import log
@@ -49,6 +49,9 @@ class PolicyOptions(RolloutOptions):
     """sapo: steepness for the others."""
     beta: float = 0.0
     """Weight of the KL penalty against the reference model."""
+    kl_steps: int | None = 20
+    """With beta 0 and an adapter: measure kl against the base model every N steps, which costs a forward pass
+    over the batch each time; null: never. With beta it is part of every step."""
     use_bias_correction_kl: bool = False
     """Weigh the KL of each token by its ratio: unbiased where the batch is off policy (DeepSeek-V3.2)."""
     off_policy_mask_threshold: float | None = None
@@ -57,10 +60,17 @@ class PolicyOptions(RolloutOptions):
     """Weigh tokens by π_old/μ wherever the sampler reports μ: it may run in other precision or on older
     weights."""
     vllm_importance_sampling_mode: Literal[
-        "sequence_mask", "sequence_truncate", "token_mask", "token_truncate"
+        "sequence_mask",
+        "sequence_truncate",
+        "token_mask",
+        "token_truncate",
+        "geometric_mask",
+        "geometric_truncate",
     ] = "sequence_mask"
-    """Ratio of each token or of the whole completion (product over its tokens); truncate clamps it, mask
-    drops what lies outside."""
+    """Ratio of each token, of the whole completion (the product over its tokens, whose spread grows with its
+    length), or the geometric mean over its tokens; truncate clamps it, mask drops what lies outside.
+    geometric_mask drops completions and leaves the others unweighted. Above some hundred tokens take
+    token_truncate or geometric_mask."""
     vllm_importance_sampling_clip_min: float = 0.0
     """Lower end of that ratio."""
     vllm_importance_sampling_clip_max: float = 3.0
@@ -87,6 +97,7 @@ def check_policy_options(options: PolicyOptions) -> None:
         ("vllm_importance_sampling_clip_max", 0, math.inf),
         ("off_policy_mask_threshold", -math.inf, math.inf),
     )  # fmt: skip
+    check_at_least_one(options, "kl_steps")
     for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
         if not 0 < getattr(options, key) < math.inf:
             raise ConfigError(key, getattr(options, key), "must be above 0")
@@ -98,6 +109,13 @@ def check_policy_options(options: PolicyOptions) -> None:
         raise ConfigError(
             "vllm_importance_sampling_clip_min", options.vllm_importance_sampling_clip_min,
             "must be below vllm_importance_sampling_clip_max",
+        )  # fmt: skip
+    geometric = options.vllm_importance_sampling_mode.startswith("geometric")
+    if geometric and options.vllm_importance_sampling_clip_min == 0:
+        raise ConfigError(
+            "vllm_importance_sampling_clip_min", 0.0,
+            "rejects nothing: a geometric mean stays near 1; set limits around it, e.g. 0.95 here and "
+            "vllm_importance_sampling_clip_max: 1.05",
         )  # fmt: skip
 
 
@@ -257,20 +275,29 @@ class StepSize:
 
 def sampler_ratio(
     old_logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, options: PolicyOptions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(π_old/μ per token [B, T] before any limit, the weight that is applied [B, T] or [B, 1], the tokens
-    that μ is known for [B, T]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(π_old/μ per token [B, T] before any limit, the weight that is applied [B, T] or [B, 1], which ratios
+    lie outside of the limits [B, T] or [B, 1], the tokens that μ is known for [B, T]).
 
-    A token without a usable μ counts as on policy: it must neither poison the sequence nor stop the run.
+    A token without a usable μ counts as on policy: it must neither poison the sequence nor stop the run. The
+    geometric mean does not grow with length: its limits reject whole completions, those that stay weigh 1.
     """
     known = mask * torch.isfinite(sampling_logprobs)
     difference = torch.where(known > 0, old_logprobs - sampling_logprobs, 0.0)
     raw = difference.exp()
     level, _, what = options.vllm_importance_sampling_mode.partition("_")
-    ratio = raw if level == "token" else (difference * known).sum(-1, keepdim=True).exp()
+    if level == "token":
+        ratio = raw
+    else:
+        total = difference.sum(-1, keepdim=True)
+        ratio = (total if level == "sequence" else total / known.sum(-1, keepdim=True).clamp(min=1)).exp()
     low, high = options.vllm_importance_sampling_clip_min, options.vllm_importance_sampling_clip_max
-    applied = ratio.clamp(low, high) if what == "truncate" else ratio * ((ratio >= low) & (ratio <= high))
-    return raw, applied, known
+    outside = (ratio < low) | (ratio > high)
+    if what == "truncate":
+        applied = ratio.clamp(low, high)
+    else:  # where, not a product: ∞ · 0 is NaN
+        applied = torch.where(outside, 0.0, 1.0 if level == "geometric" else ratio)
+    return raw, applied, outside, known
 
 
 def policy_loss(
@@ -290,48 +317,58 @@ def policy_loss(
         mask = mask * (~truncated)[:, None]
     length = mask.sum(-1, keepdim=True).clamp(min=1)
 
-    # The ratio of the policy to the weights that made the batch.
+    # Which tokens count, and with what weight: what the sampler drew from need not be π_old (other precision,
+    # older weights).
+    counts = (mask > 0) & (A != 0)
+    weight: Tensor | float = 1.0
+    if options.off_policy_mask_threshold is not None:
+        drawn_from = old_logprobs if sampling_logprobs is None else sampling_logprobs
+        drift = torch.nan_to_num(drawn_from - logprobs.detach(), nan=0.0) * mask
+        keep = (A >= 0) | (drift.sum(-1, keepdim=True) / length <= options.off_policy_mask_threshold)
+        counts = counts & keep
+        facts["off_policy_masked"] = ~keep[:, 0]
+    if entropy_mask is not None:
+        counts = counts & (entropy_mask > 0)
+    if sampling_logprobs is not None:
+        facts["sampler_ratio"], applied, facts["sampler_outside"], facts["sampler_known"] = sampler_ratio(
+            old_logprobs, sampling_logprobs, mask, options
+        )
+        facts["sampler_applied"] = applied
+        if options.vllm_importance_sampling_correction:
+            weight = applied.detach()
+            counts = counts & (weight > 0)
+
+    # The ratio of the policy to the weights that made the batch. Tokens that do not count get a ratio of 1
+    # before the exponential: where it is infinite a product with 0 is NaN, and so is its gradient.
     log_ratio = logprobs - old_logprobs
     if options.importance_sampling_level == "sequence":
-        log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / length
-    ratio = log_ratio.exp()
+        log_ratio = (torch.where(mask > 0, log_ratio, 0.0) * mask).sum(-1, keepdim=True) / length
+    every_ratio = log_ratio.detach().exp()
+    here = counts if log_ratio.shape == counts.shape else counts.any(-1, keepdim=True)
+    ratio = torch.where(here, log_ratio, 0.0).exp()
     low, high = options.epsilon, options.epsilon_high if options.epsilon_high is not None else options.epsilon
     if options.loss_type == "cispo":
         loss = -ratio.clamp(max=high).detach() * A * logprobs
-        facts["cispo_clipped"] = (ratio > high) & (A > 0)
+        facts["cispo_clipped"] = (every_ratio > high) & (A > 0)
     elif options.loss_type == "sapo":
         steep = torch.where(A > 0, options.sapo_temperature_pos, options.sapo_temperature_neg)
         loss = -A * torch.sigmoid(steep * (ratio - 1)) * 4 / steep
     else:
         bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
         loss = -torch.minimum(bounded * A, ratio.clamp(1 - low, 1 + high) * A)
+        judged = every_ratio if options.delta is None else every_ratio.clamp(max=options.delta)
         facts["clipped_low"], facts["clipped_high"] = (
-            (bounded < 1 - low) & (A < 0),
-            (bounded > 1 + high) & (A > 0),
+            (judged < 1 - low) & (A < 0),
+            (judged > 1 + high) & (A > 0),
         )
+    loss = torch.where(counts, loss * weight, 0.0)
 
-    # What the sampler drew from need not be π_old: other precision, older weights.
-    if options.off_policy_mask_threshold is not None:
-        drawn_from = old_logprobs if sampling_logprobs is None else sampling_logprobs
-        drift = torch.nan_to_num(drawn_from - logprobs.detach(), nan=0.0) * mask
-        keep = (A >= 0) | (drift.sum(-1, keepdim=True) / length <= options.off_policy_mask_threshold)
-        loss = loss * keep
-        facts["off_policy_masked"] = ~keep[:, 0]
-    if entropy_mask is not None:
-        loss = loss * entropy_mask
-    if sampling_logprobs is not None:
-        facts["sampler_ratio"], applied, facts["sampler_known"] = sampler_ratio(
-            old_logprobs, sampling_logprobs, mask, options
-        )
-        facts["sampler_applied"] = applied.expand_as(mask)
-        if options.vllm_importance_sampling_correction:
-            loss = loss * applied.detach()
     if ref_logprobs is not None:
         back = ref_logprobs - logprobs
         k3 = back.exp() - back - 1
         facts["kl"] = k3.detach()
         if options.beta:
-            loss = loss + options.beta * (k3 * ratio if options.use_bias_correction_kl else k3)
+            loss = loss + options.beta * (k3 * log_ratio.exp() if options.use_bias_correction_kl else k3)
 
     if options.loss_type in ("grpo", "sapo"):
         total = ((loss * mask).sum(-1, keepdim=True) / length).sum() / size.completions
@@ -376,6 +413,7 @@ class Tally:
         self.sums: dict[str, list[float]] = {}
         self.low: dict[str, float] = {}
         self.high: dict[str, float] = {}
+        self.squares: dict[str, list[float]] = {}  # Σw, Σw², number of weights
 
     def mean(self, name: str, total: float, count: float) -> None:
         entry = self.sums.setdefault(name, [0.0, 0.0])
@@ -388,12 +426,20 @@ class Tally:
     def max(self, name: str, value: float) -> None:
         self.high[name] = max(value, self.high.get(name, -math.inf))
 
+    def effective_share(self, name: str, weights: Tensor) -> None:
+        """Kish's effective sample size over the sample size, (Σw)²/(n Σw²): the share of the samples that,
+        weighed equally, would tell as much (Kish, Survey Sampling, 1965)."""
+        entry = self.squares.setdefault(name, [0.0, 0.0, 0.0])
+        for i, value in enumerate((weights.sum(), weights.square().sum(), weights.numel())):
+            entry[i] += float(value)
+
     def result(self, world: World) -> dict[str, float]:
         """The metrics, the same on every rank. A collective; ranks may lack names that others have."""
-        found = dist.gather((self.sums, self.low, self.high), world)
+        found = dist.gather((self.sums, self.low, self.high, self.squares), world)
         totals: dict[str, list[float]] = {}
+        squares: dict[str, list[float]] = {}
         metrics: dict[str, float] = {}
-        for sums, low, high in found:
+        for sums, low, high, part in found:
             for name, (total, count) in sums.items():
                 entry = totals.setdefault(name, [0.0, 0.0])
                 entry[0] += total
@@ -402,6 +448,10 @@ class Tally:
                 metrics[name] = min(value, metrics.get(name, math.inf))
             for name, value in high.items():
                 metrics[name] = max(value, metrics.get(name, -math.inf))
+            for name, values in part.items():
+                squares[name] = [a + b for a, b in zip(squares.get(name, [0.0] * 3), values, strict=True)]
+        for name, (total, square, count) in squares.items():
+            metrics[name] = total**2 / (count * square) if square else 0.0
         return metrics | {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
 
 
@@ -442,11 +492,20 @@ def tally_policy(
         count = known.sum().item()
         tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), count)
         tally.mean("sampling/importance_sampling_ratio/mean", ratio.sum().item(), count)
+        applied, outside = facts["sampler_applied"].double(), facts["sampler_outside"]
         tally.mean(
             "sampling/importance_sampling_ratio/applied_mean",
-            facts["sampler_applied"][known].double().sum().item(), count,
+            applied.expand_as(mask)[known].sum().item(), count,
         )  # fmt: skip
         tally.mean("sampling/unknown_logprobs", tokens - count, tokens)
+        # Of the units that are weighed: completions, or tokens. What lies outside is dropped, or clamped.
+        units = known if applied.shape == known.shape else known.any(-1, keepdim=True)
+        tally.mean(
+            "sampling/importance_sampling_ratio/outside_share",
+            outside[units].sum().item(),
+            units.sum().item(),
+        )
+        tally.effective_share("sampling/importance_sampling_ratio/effective_share", applied[units])
         if count:
             tally.max("sampling/sampling_logp_difference/max", gap.max().item())
             tally.min("sampling/importance_sampling_ratio/min", ratio.min().item())
@@ -479,17 +538,32 @@ def entropy_bonus(options: PolicyOptions, last_entropy: float) -> float:
     return 0.0 if target is not None and last_entropy > target else options.entropy_coef
 
 
+def measures_kl(options: Any, step: int, steps: int) -> bool:
+    """Whether kl is measured on a batch that serves the `steps` optimiser steps from `step` on although beta
+    is 0: with an adapter there is a reference without a second copy, but its pass has a price (kl_steps)."""
+    return bool(options.adapter and options.kl_steps and step % options.kl_steps < steps)
+
+
+def report_kl(options: Any) -> None:
+    """Say at the start of a run how often kl is measured, where that is not every step."""
+    if options.adapter and not options.beta:
+        often = f"every {options.kl_steps} steps" if options.kl_steps else "never"
+        log.info(
+            "kl against the base model is measured %s: with beta 0 it costs a forward pass (kl_steps)", often
+        )
+
+
 @torch.no_grad()
 def keep_logprobs(
     model: Transformer, reference: Transformer | None, micro: Sequence[Sequence[Rollout]], options: Any,
-    world: World,
-    share: bool, *, old: bool,
+    world: World, share: bool, *, old: bool, kl: bool,
 ) -> None:  # fmt: skip
-    """Keep with this rank's rollouts what passes without gradients tell: log π_old and entropies where the
-    weights will move before the batch is used up (`old`) or tokens are chosen by entropy, and log π_ref where
-    there is a reference: a frozen copy, or with LoRA the model with its adapters off."""
+    """Store log π_old and entropies (`old`: the weights will move before these micro-batches are used up; or
+    tokens are chosen by entropy) and log π_ref (`kl`; from a frozen copy, or with LoRA the model with its
+    adapters off) with this rank's rollouts. No gradients."""
     old = old or options.top_entropy_quantile < 1
-    if not old and reference is None and options.adapter is None:
+    kl = kl or bool(options.beta)
+    if not old and not kl:
         return
     for part in micro:
         batch = collate(part, world.device, share)
@@ -498,7 +572,7 @@ def keep_logprobs(
                 logprobs, entropy, _, _ = token_logprobs(model, batch, options.temperature)
                 batch.keep("old_logprobs", logprobs)
                 batch.keep("entropies", entropy)
-            if reference is not None or options.adapter is not None:
+            if kl:
                 with base_of(model, reference) as base:
                     batch.keep("ref_logprobs", token_logprobs(base, batch, options.temperature)[0])
 
@@ -528,6 +602,11 @@ def accumulate_gradients(
             continue
         batch = collate(part, world.device, share)
         old = batch.stored("old_logprobs") if reused else None
+        if reused and old is None:
+            raise BallastError(
+                "the checkpoint was written in the middle of a batch by a version before 0.3, without π_old; "
+                "resume from one at the end of a batch, or set resume: never"
+            )
         entropy_mask = None
         if threshold is not None:
             entropies = batch.stored("entropies")

@@ -27,8 +27,9 @@ class Rule:
     check: str  # one of CHECKS
     says: str  # what it means, in the verdict
     cause: str
-    # (option, advice, from and to which value the advice says nothing new): the verdict adds the value of now
-    fixes: tuple[tuple[str, str] | tuple[str, str, tuple[float, float]], ...]
+    # (option, advice, (low, high) or names: omit the advice if the option already lies inside); the verdict
+    # adds the option's value
+    fixes: tuple[tuple[str, str] | tuple[str, str, tuple[float, float] | tuple[str, ...]], ...]
     low: float | None = None
     high: float | None = None
     plus: str | None = None  # an option whose value is added to `high`
@@ -38,6 +39,12 @@ class Rule:
     guard: str | None = None  # one of GUARDS: does the rule apply to this config?
     unless: str | None = None  # a rule that explains this one, for as long as it is ill
 
+
+_CORRECTION: tuple[str, str, tuple[str, ...]] = (
+    "vllm_importance_sampling_mode",
+    "token_truncate or geometric_mask does not grow with the length of a completion",
+    ("token_truncate", "token_mask", "geometric_mask", "geometric_truncate"),
+)
 
 RULES: tuple[Rule, ...] = (
     # Supervised fine-tuning ("Key Metrics for SFT", "SFT Stability")
@@ -201,7 +208,7 @@ RULES: tuple[Rule, ...] = (
         "the server has not had the weights for many updates, or has other ones",
         (("vllm_sync_interval", "lower it: sync more often", (0, 1)),
          ("off_policy_mask_threshold", "0.5 leaves stale samples out", (1e-9, 0.5)),
-         ("importance_sampling_level", "token corrects finer than sequence")),
+         _CORRECTION),
         high=1.0, window=2, severity="critical",
     ),
     Rule(  # The page's table says to raise vllm_sync_interval here, its text to lower it: lower is right.
@@ -210,9 +217,25 @@ RULES: tuple[Rule, ...] = (
         "the policy has moved away from the weights that sampled",
         (("vllm_sync_interval", "lower it: sync more often", (0, 1)),
          ("off_policy_mask_threshold", "0.5 leaves stale samples out", (1e-9, 0.5)),
-         ("importance_sampling_level", "token corrects finer than sequence"),
+         _CORRECTION,
          ("async_prefetch", "costs one update", (0, 0))),
         low=0.1, window=5,
+    ),
+    Rule(  # The smallest ratio and the mean difference can both be fine where a product over 8,192 is not.
+        "correction_wastes_samples", ("sampling/importance_sampling_ratio/effective_share",), "outside",
+        "the sampler correction leaves few samples with any weight: they count as far fewer (Σw)²/(n·Σw²)",
+        "small differences between sampler and trainer multiply up over long completions, or old weights",
+        (_CORRECTION, ("vllm_dtype", "the same as the trainer's makes the difference smaller"),
+         ("vllm_sync_interval", "lower it: sync more often", (0, 1))),
+        low=0.5, window=5, after=2,
+    ),
+    Rule(
+        "correction_drops_samples", ("sampling/importance_sampling_ratio/outside_share",), "outside",
+        "much of what was sampled lies outside of the sampler correction's limits and is dropped or clamped",
+        "long completions, older weights or another precision: the sampler's log-probs are not the trainer's",
+        (_CORRECTION, ("vllm_importance_sampling_clip_max", "wider limits drop less"),
+         ("vllm_sync_interval", "lower it: sync more often", (0, 1))),
+        high=0.2, window=5, after=2,
     ),
     Rule(
         "clipping", ("clip_ratio/region_mean",), "outside", "the ratio is clipped on most tokens",
@@ -547,7 +570,9 @@ class Verdict:
 
 
 def _says_nothing_new(value: Any, void: list) -> bool:
-    return bool(void) and isinstance(value, int | float) and void[0][0] <= value <= void[0][1]
+    if not void or isinstance(value, str):
+        return bool(void) and value in void[0]
+    return isinstance(value, int | float) and void[0][0] <= value <= void[0][1]
 
 
 def _with_value(option: str, config: dict) -> str:

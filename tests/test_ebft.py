@@ -511,7 +511,7 @@ def test_structured_runs_resume_and_replay_to_the_same_bytes(more, small_checkpo
 
 def test_two_processes_sample_and_train_by_energy(small_checkpoint, questions, tmp_path):
     rows = run_structured(
-        small_checkpoint[0], questions, tmp_path, "micro_batch_size=4", "adapter=lora", ranks=2
+        small_checkpoint[0], questions, tmp_path, "micro_batch_size=4", "adapter=lora", "kl_steps=1", ranks=2
     )
     assert rows[-1]["step"] == 4 and rows[-1]["kl"] >= 0
     assert rows[-1]["sampling/sampling_logp_difference/max"] < 1e-4

@@ -226,6 +226,64 @@ def train_with_trl(checkpoint, rows, tmp_path, **options):
     return trainer.model, [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+def logprobs_of(model, row) -> torch.Tensor:
+    """log π of each completion token, from plain logits."""
+    with torch.no_grad():
+        logits = model(torch.tensor([row["prompt_ids"] + row["completion_ids"]]))[0].double()
+    begin = len(row["prompt_ids"])
+    chosen = torch.tensor(row["completion_ids"])[:, None]
+    return logits[begin - 1 : -1].log_softmax(-1).gather(1, chosen)[:, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_slice_of_a_batch_has_the_log_probs_of_the_weights_that_made_it(
+    ranks, small_checkpoint, tmp_path
+):
+    """steps_per_generation above gradient_accumulation_steps: the second step's loss, computed independently
+    from the weights before the first update and after it."""
+    rows = record(tmp_path / "r.jsonl", groups=6)
+    for name, steps in (("one", 1), ("all", 3)):
+        run_grpo(
+            f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY,
+            "learning_rate=3e-3", f"micro_batch_size={8 // ranks}", "steps_per_generation=3",
+            "max_completion_length=10", "vllm_importance_sampling_correction=false", f"max_steps={steps}",
+            f"output_dir={tmp_path / name}", ranks=ranks,
+        )  # fmt: skip
+    old = load_pretrained(str(small_checkpoint[0]), dtype=torch.float32)
+    new = load_pretrained(str(tmp_path / "one" / "final"), dtype=torch.float32)
+    second = rows[8:16]
+    advantages, _ = group_advantages(
+        torch.tensor([r["rewards"]["score"] for r in second], dtype=torch.float64), 4, "group"
+    )
+    total = tokens = clipped = 0
+    for row, A in zip(second, advantages, strict=True):
+        ratio = (logprobs_of(new, row) - logprobs_of(old, row)).exp()
+        total = total - torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A).sum()
+        clipped += int((((ratio < 0.8) & (A < 0)) | ((ratio > 1.2) & (A > 0))).sum())
+        tokens += len(ratio)
+    seen = metrics(tmp_path / "all")[1]
+    with_a_ratio_of_one = -sum(A * len(r["completion_ids"]) for r, A in zip(second, advantages, strict=True))
+    assert seen["loss"] == pytest.approx((total / tokens).item(), abs=2e-6)
+    assert abs(seen["loss"] - with_a_ratio_of_one / tokens) > 1e-3
+    assert clipped and seen["clip_ratio/region_mean"] == pytest.approx(clipped / tokens, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e9 + 0.1, -2e-7])
+def test_equal_rewards_have_no_advantage_at_all(value, scale):
+    rewards = torch.tensor([value] * 12 + [0.0, 1.0] * 6 + [math.nan] * 2 + [value] * 10, dtype=torch.float64)
+    rewards[14] = 0.3
+    advantages, found = group_advantages(rewards, 12, scale)
+    assert not advantages[:12].any() and not advantages[24:].any() and advantages[12:24].all()
+    assert found["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    nearly = torch.tensor([value, value + 1e-10] * 6, dtype=torch.float64)  # below the metric's threshold
+    advantages, found = group_advantages(nearly, 12, scale)
+    assert (not advantages.any()) == (found["frac_reward_zero_std"] == 1.0) and not advantages.any()
+    _, found = group_advantages(torch.full((12,), value, dtype=torch.float64), 12, scale)
+    assert found["reward_std"] == 0.0 == found["reward_std_within_group"]
+    assert reward_metrics(torch.full((12, 1), value, dtype=torch.float64), ["a"])["rewards/a/std"] == 0.0
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The recipe as a user runs it
 # ------------------------------------------------------------------------------------------------------------
@@ -266,7 +324,11 @@ def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoin
         "step_time/generate",
     ):
         assert math.isfinite(last[key])
-    assert ("kl" in last) == bool(more)  # LoRA always has a reference, full fine-tuning with beta
+    with_kl = [row["step"] for row in rows if "kl" in row and row["grad_norm"]]
+    if "adapter=lora" in more:  # there is a reference, but its pass has a price: every kl_steps steps
+        assert with_kl == [1, 21]
+    else:
+        assert ("kl" in last) == bool(more)  # full fine-tuning has a reference with beta
     assert last["sampling/sampling_logp_difference/max"] < 1e-4 or "num_iterations=2" in more
     files = sorted((tmp_path / "out" / "rollouts").glob("step-*.jsonl"))
     assert len(files) == (15 if "num_iterations=2" in more else 30)

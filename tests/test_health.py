@@ -7,7 +7,22 @@ import pytest
 
 from config import ConfigError
 from conftest import ROOT, falling, run_program
-from health import judge, read_history
+from health import FORMATS, judge, read_history
+from rules import RULES
+
+NAMES = {*FORMATS, *(name for rule in RULES for name in rule.metrics), "ebft/alignment", "ebft/cfm_loss"}
+
+
+@pytest.mark.parametrize("metric", FORMATS)
+def test_a_name_on_the_console_reads_as_no_other_metric(metric):
+    """`clipped` was PPO's ratio, and read as completions/clipped_ratio, which the reference page flags."""
+    label, own = FORMATS[metric][0], metric.rpartition("/")[2]
+    for other in NAMES - {metric}:
+        last = other.rpartition("/")[2]
+        assert last != label or own == label, other
+        assert not last.startswith(label) or own.startswith(label), other
+    assert [label for label, _ in FORMATS.values()].count(label) <= 2  # sft's and grpo's norm
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Histories of finished runs

@@ -45,6 +45,10 @@ ILL: dict[str, tuple[str, list[float], list[float], int]] = {
     "sampler_mismatch": ("sampling/sampling_logp_difference/mean", noisy(0.01, 30), [0.4] * 6, 5),
     "off_policy": ("sampling/sampling_logp_difference/mean", noisy(0.01, 30), [1.5] * 3, 2),
     "ratio_vanishing": ("sampling/importance_sampling_ratio/min", noisy(0.8, 30), [0.01] * 6, 5),
+    "correction_wastes_samples": (
+        "sampling/importance_sampling_ratio/effective_share", noisy(0.9, 30), [0.37] * 6, 5),
+    "correction_drops_samples": (
+        "sampling/importance_sampling_ratio/outside_share", noisy(0.02, 30), [0.4] * 6, 5),
     "clipping": ("clip_ratio/region_mean", noisy(0.02, 30), [0.5] * 6, 5),
     "length_creep": ("completions/mean_length", noisy(50, 60, 0.1), [50 * 1.03**i for i in range(60)], 45),
     "completions_clipped": ("completions/clipped_ratio", noisy(0.1, 30, 0.3), [0.95] * 6, 5),
