@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +33,10 @@ class Encoded:
     labels: list[int]
     status: Literal["kept", "truncated", "dropped", "bad", "skipped"] = "kept"
     reason: str = ""
+    unread: list[str] = field(default_factory=list)  # columns that hold something and that nothing reads
+    lost: list[str] = field(default_factory=list)  # what the row has and the chat template does not show
+    unread: list[str] = field(default_factory=list)  # columns that hold something and that nothing reads
+    lost: list[str] = field(default_factory=list)  # what the row has and the chat template does not show
 
 
 def settle(aside: Path, place: Path) -> None:
@@ -79,10 +83,16 @@ class Dataset:
         tokens, labels, offsets, source, lines, files = [], [], [0], [], [], []
         names: dict[str, int] = {}
         counts: dict[str, Any] = {"rows": 0, "kept": 0, "truncated": 0, "dropped": 0, "bad": 0, "skipped": 0}
-        counts["named"] = []
+        counts |= {"named": [], "unread": {}, "lost": {}}
         for number, encoded in rows:
             counts["rows"] += 1
             counts[encoded.status] += 1
+            for kind, found in (("unread", encoded.unread), ("lost", set(encoded.lost))):
+                for name in found:
+                    entry = counts[kind].setdefault(
+                        name, {"rows": 0, "first": f"{encoded.file}:{encoded.line}"}
+                    )
+                    entry["rows"] += 1
             if encoded.status in ("bad", "dropped") and len(counts["named"]) < 100:
                 counts["named"].append(f"{encoded.file}:{encoded.line}: {encoded.status}: {encoded.reason}")
             if encoded.status not in ("kept", "truncated"):

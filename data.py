@@ -38,7 +38,7 @@ from config import (
     shown,
 )
 from rows import Row, locate, read_rows
-from tokenizer import IGNORE, BadRow, Tokenizer
+from tokenizer import IGNORE, REASONING, BadRow, Tokenizer
 
 log = logging.getLogger("ballast")
 
@@ -122,30 +122,20 @@ def _check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadRow(f"message {i} must be an object")
-        message = {
-            key: value for key, value in message.items() if value is not None
-        }  # Parquet fills gaps with nulls
-        if "role" not in message and "from" in message:  # ShareGPT
-            names, said = {"human": "user", "gpt": "assistant"}, message["from"]
-            role = names.get(said, said) if isinstance(said, str) else said
-            message = {"role": role, "content": message.get("value")}
+        message = {key: value for key, value in message.items() if value is not None}  # Parquet's gaps
+        if "role" not in message and "from" in message:
+            message = _from_sharegpt(message, i)
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"message {i}: role {shown(role)} is not one of {', '.join(sorted(ROLES))}")
         if isinstance(content, list):
-            parts = [part for part in content if not (isinstance(part, dict) and part.get("type") == "text")]
-            if parts:
-                raise BadRow(f"message {i}: content has a part that is not text")
-            texts = [part.get("text") for part in content]
-            if not all(isinstance(text, str) for text in texts):
-                raise BadRow(f"message {i}: content has a part without text")
-            message = {**message, "content": "".join(texts)}
+            _check_parts(content, i)
         elif (
             content is None
             and role == "assistant"
-            and (message.get("tool_calls") or message.get("reasoning_content"))
+            and any(message.get(k) for k in ("tool_calls", *REASONING))
         ):
-            message = {**message, "content": ""}
+            pass  # as APIs write a turn that has nothing but calls
         elif not isinstance(content, str):
             raise BadRow(f"message {i}: content must be text, it is {type(content).__name__}")
         if message.get("weight", 1) not in (0, 1):
@@ -154,6 +144,109 @@ def _check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
     if need_answer and not any(m["role"] == "assistant" for m in checked):
         raise BadRow("no assistant message: nothing to train on")
     return checked
+
+
+def _check_parts(parts: list, i: int) -> None:
+    """Content as a list: of text alone. Images and the like are refused by name."""
+    for part in parts:
+        if not isinstance(part, dict):
+            raise BadRow(f"message {i}: content has a part that is {type(part).__name__}, not an object")
+        kind = part.get("type", "text" if "text" in part else None)
+        if kind != "text":
+            raise BadRow(
+                f"message {i}: content has a part of type {shown(kind)}: only text can be trained here"
+            )
+        if not isinstance(part.get("text"), str):
+            raise BadRow(f"message {i}: content has a part without text")
+
+
+SHAREGPT_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool",
+    "function": "tool", "function_response": "tool", "function_call": "assistant",
+}  # fmt: skip
+
+
+def _from_sharegpt(message: dict, i: int) -> dict:
+    """{from, value} as {role, content}; a function_call's value is the call, or a list of calls, as JSON."""
+    said, value = message["from"], message.get("value", message.get("content"))
+    role = SHAREGPT_ROLES.get(said, said) if isinstance(said, str) else said
+    rest = {k: v for k, v in message.items() if k not in ("from", "value", "content")}
+    if said != "function_call":
+        return {**rest, "role": role, "content": value}
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise BadRow(f"message {i}: the value of a function_call must be JSON: {shown(value)}") from None
+    made = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise BadRow(f"message {i}: a function_call must be {{name, arguments}}, it is {shown(call)}")
+        arguments = call.get("arguments", call.get("parameters", {}))
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        made.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+    return {**rest, "role": "assistant", "content": "", "tool_calls": made}
+
+
+# Columns that mean the row is not for supervised training as it stands, and what to do
+PREFERENCES = ("chosen", "rejected")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+def _refuse_other_data(row: dict, columns: dict) -> None:
+    """BadRow for preference data and for rows with images: trained as plain text they would teach something
+    else. `columns` are the names that the config chose itself."""
+    chosen = set(columns.values())
+    if all(row.get(name) is not None for name in PREFERENCES) and not chosen & set(PREFERENCES):
+        raise BadRow(
+            "is preference data (columns chosen and rejected), which no recipe here reads; to train on the "
+            "chosen answers alone name them: columns: {messages: chosen}"
+        )
+    if isinstance(row.get("label"), bool) and "completion" in row and "label" not in chosen:
+        raise BadRow(
+            "is preference data (a column label that is true or false), which no recipe here reads; leave "
+            "the column out, and the rows where it is false"
+        )
+    if media := [name for name in MEDIA if row.get(name)]:
+        raise BadRow(f"has {media[0]}, which no model here reads: only text can be trained")
+
+
+def chat_of(
+    row: dict, tokenizer: Tokenizer, need_answer: bool = True
+) -> tuple[list[dict], list | None, dict]:
+    """(messages, tools, variables for the template) of a conversation's row. Raises BadRow."""
+    found = next((row[k] for k in ("messages", "conversations", "prompt") if row.get(k) is not None), None)
+    if found is None:
+        raise BadRow(f"column 'messages' is missing (there are {', '.join(sorted(row)) or 'none'})")
+    messages = _check_messages(found, need_answer)
+    system = row.get("system")
+    if isinstance(system, str) and system.strip():
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        elif messages[0]["content"] != system:
+            raise BadRow("has a column system and another system message in its conversation")
+    elif system is not None and not isinstance(system, str):
+        raise BadRow(f"column 'system' must be text, it is {type(system).__name__}")
+    tools, kwargs = _tools_of(row), row.get("chat_template_kwargs") or {}
+    return tokenizer.with_readable_parts(messages, tools, **kwargs), tools, kwargs
+
+
+def _tools_of(row: dict) -> list[dict] | None:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise BadRow("tools is text that is not JSON") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("tools must be a list of objects")
+    first = (row.get("conversations") or [None])[0]
+    if isinstance(first, dict) and "from" in first:  # ShareGPT-style data lists the bare functions
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return tools
 
 
 def without_thinking(row: dict) -> dict:
@@ -167,12 +260,21 @@ def without_thinking(row: dict) -> dict:
         return left
 
     def message(value: Any) -> Any:
-        if not isinstance(value, dict) or value.get("role", value.get("from")) not in ("assistant", "gpt"):
+        role = value.get("role", value.get("from")) if isinstance(value, dict) else None
+        if not isinstance(role, str) or SHAREGPT_ROLES.get(role, role) != "assistant":
             return value
-        kept = {k: v for k, v in value.items() if k != "reasoning_content"}
-        return {
-            k: text(v) if k in ("content", "value") and isinstance(v, str) else v for k, v in kept.items()
-        }
+        kept = {k: v for k, v in value.items() if k not in REASONING}
+        for k in ("content", "value"):
+            if isinstance(kept.get(k), str):
+                kept[k] = text(kept[k])
+            elif isinstance(kept.get(k), list):
+                kept[k] = [
+                    {**part, "text": text(part["text"])}
+                    if isinstance(part, dict) and isinstance(part.get("text"), str)
+                    else part
+                    for part in kept[k]
+                ]
+        return kept
 
     changed = {}
     for name in ("messages", "conversations", "prompt", "completion", "remaining_turns"):
@@ -182,6 +284,30 @@ def without_thinking(row: dict) -> dict:
         if isinstance(row.get(name), str):
             changed[name] = text(row[name])
     return {**row, **changed}
+
+
+def instruct_prompt(row: dict, tokenizer: Tokenizer) -> str | list[dict]:
+    """The question of an instruct row: messages where the tokenizer has a chat template, else text."""
+    instruction, more, system = (
+        _need_text(row, "instruction"),
+        _need_text(row, "input", ""),
+        row.get("system"),
+    )
+    if tokenizer.template:
+        messages = [{"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction}]
+        return [{"role": "system", "content": system}, *messages] if system else messages
+    middle = f"### Input:\n{more}\n\n" if more else ""
+    start = f"{system}\n\n" if system else ""
+    return f"{start}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+
+
+# The columns that each type reads; others are named once (Dataset.counts)
+READS = {
+    "chat": {"messages", "conversations", "system", "tools", "chat_template_kwargs"},
+    "instruct": {"instruction", "input", "output", "system"},
+    "prompt_completion": {"prompt", "completion", "system", "tools", "chat_template_kwargs"},
+    "text": {"text"}, "tokens": {"input_ids", "labels"},
+}  # fmt: skip
 
 
 class Encoder:
@@ -197,12 +323,13 @@ class Encoder:
     ):
         self.tokenizer, self.options, self.columns = tokenizer, options, columns or {}
         self.kind, self.function = kind, None
+        self.lost: list[str] = []  # of the row encoded last: what it has and the chat template does not show
         if kind not in ("chat", "instruct", "prompt_completion", "text", "tokens"):
             self.function = _import_function(kind, directory)
 
     def encode(self, row: dict) -> tuple[list[int], list[int]] | None:
-        kind = self.kind
-        row = {**row, **{ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}}
+        kind, self.lost = self.kind, []
+        row = self.renamed(row)
         if self.function is not None:
             try:
                 made = self.function(row)
@@ -218,10 +345,22 @@ class Encoder:
                     f"{self.kind} must return a dict with messages, completion, output, text or input_ids"
                 )
             row = made
+        else:
+            _refuse_other_data(row, self.columns)
         with readable(kind):
             if self.options.strip_thinking:
                 row = without_thinking(row)
             return getattr(self, "_" + kind)(row)
+
+    def renamed(self, row: dict) -> dict:
+        return {**row, **{ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}}
+
+    def unread(self, row: dict) -> list[str]:
+        """Columns of the row that hold something and that this type does not read."""
+        if self.function is not None:
+            return []
+        known = READS[self.kind] | set(self.columns.values())
+        return [name for name, value in row.items() if name not in known and value not in (None, "", [], {})]
 
     def _masked(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         ids = prompt + answer
@@ -233,32 +372,17 @@ class Encoder:
         return [self.tokenizer.eos_id]
 
     def _chat(self, row: dict) -> tuple[list[int], list[int]]:
-        messages = row.get("messages", row.get("conversations"))
-        if messages is None:
-            raise BadRow(f"column 'messages' is missing (there are {', '.join(sorted(row)) or 'none'})")
-        tools = row.get("tools")
-        if isinstance(tools, str):
-            try:
-                tools = json.loads(tools)
-            except (ValueError, RecursionError):
-                raise BadRow("tools is text that is not JSON") from None
-        return self.tokenizer.encode_chat(
-            _check_messages(messages), tools, train_on_inputs=self.options.train_on_inputs,
-            **(row.get("chat_template_kwargs") or {}),
-        )  # fmt: skip
+        messages, tools, kwargs = chat_of(row, self.tokenizer)
+        chat = self.tokenizer.encode_conversation(
+            messages, tools, train_on_inputs=self.options.train_on_inputs, **kwargs
+        )
+        self.lost = chat.lost
+        return chat.input_ids, chat.labels
 
     def _instruct(self, row: dict) -> tuple[list[int], list[int]]:
-        instruction, more = _need_text(row, "instruction"), _need_text(row, "input", "")
-        output, system = _need_text(row, "output"), row.get("system")
-        if self.tokenizer.template:
-            question = f"{instruction}\n\n{more}" if more else instruction
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-            return self._chat(
-                {"messages": [{"role": "system", "content": system}, *messages] if system else messages}
-            )
-        middle = f"### Input:\n{more}\n\n" if more else ""
-        start = f"{system}\n\n" if system else ""
-        prompt = f"{start}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+        prompt, output = instruct_prompt(row, self.tokenizer), _need_text(row, "output")
+        if isinstance(prompt, list):
+            return self._chat({"messages": [*prompt, {"role": "assistant", "content": output}]})
         return self._prompt_completion({"prompt": prompt, "completion": output})
 
     def _prompt_completion(self, row: dict) -> tuple[list[int], list[int]]:
@@ -332,8 +456,10 @@ def encode_dataset(
             encoded, problem = Encoded(row.file, row.line or 0, [], []), row.reason
         else:
             encoded, problem = Encoded(row.file, row.line, [], []), ""
+            encoded.unread = encoder.unread(row.value)
             try:
                 made = encoder.encode(row.value)
+                encoded.lost = encoder.lost
                 if made is None:
                     encoded.status, encoded.reason = "skipped", f"{kind} returned None"
                     yield encoded
@@ -381,40 +507,35 @@ class Prompt:
     columns: dict[str, Any]  # the row's other columns; `answer` is its reference answer where it has one
     name: str  # file:line
     completion: str | None = None  # the answer that stood in the row behind this prompt
+    tools: list[dict] | None = None  # as the chat template gets them
 
 
-def _prompt_of(kind: str, row: dict, tokenizer: Tokenizer) -> tuple[list[int], str | list[dict], str | None]:
-    """(prompt ids, prompt, reference answer) of a row; a final assistant message is the reference, not
+def _text_of(content: Any) -> Any:
+    """Content as text where it is a list of text parts."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def _prompt_of(
+    kind: str, row: dict, tokenizer: Tokenizer
+) -> tuple[list[int], str | list[dict], str | None, list[dict] | None]:
+    """(prompt ids, prompt, reference answer, tools) of a row; a final assistant message is the reference, not
     read."""
     if kind == "instruct":
-        instruction, more = _need_text(row, "instruction"), _need_text(row, "input", "")
-        answer = row.get("output")
-        if tokenizer.template:
-            messages = [{"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction}]
-            if row.get("system"):
-                messages.insert(0, {"role": "system", "content": row["system"]})
-            return tokenizer.encode_prompt(messages), messages, answer
-        middle = f"### Input:\n{more}\n\n" if more else ""
-        start = f"{row['system']}\n\n" if row.get("system") else ""
-        text = f"{start}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
-        return tokenizer.encode(text, special=True), text, answer
+        prompt = instruct_prompt(row, tokenizer)
+        chat = isinstance(prompt, list)
+        ids = tokenizer.encode_prompt(prompt) if chat else tokenizer.encode(prompt, special=True)
+        return ids, prompt, row.get("output"), None
     if kind == "prompt_completion" and isinstance(row.get("prompt"), str):
-        return tokenizer.encode(row["prompt"], special=True), row["prompt"], row.get("completion")
-    found = next((row[name] for name in ("messages", "conversations", "prompt") if name in row), None)
-    if found is None:
-        raise BadRow(f"columns 'messages' and 'prompt' are missing (there are {', '.join(sorted(row))})")
-    messages = _check_messages(found, need_answer=False)
+        return tokenizer.encode(row["prompt"], special=True), row["prompt"], row.get("completion"), None
+    messages, tools, kwargs = chat_of(row, tokenizer, need_answer=False)
     answer = None
     if messages[-1]["role"] == "assistant":
-        answer = messages.pop()["content"]
+        answer = _text_of(messages.pop().get("content"))
         if not messages:
             raise BadRow("the only message is the assistant's: there is no prompt")
     elif isinstance(row.get("completion"), list):
         answer = row["completion"][-1].get("content")
-    tools = row.get("tools")
-    kwargs = row.get("chat_template_kwargs") or {}
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return tokenizer.encode_prompt(messages, tools, **kwargs), messages, answer
+    return tokenizer.encode_prompt(messages, tools, **kwargs), messages, answer, tools
 
 
 Turns = Literal["last", "first", "every", "rollout"]
@@ -465,7 +586,9 @@ def read_prompts(
                 renamed = {ours: row.value[its] for ours, its in (spec.get("columns") or {}).items()
                            if its in row.value}  # fmt: skip
                 values, form = {**row.value, **renamed}, kind
-                if function is not None:
+                if function is None:
+                    _refuse_other_data(values, spec.get("columns") or {})
+                else:
                     try:
                         made = function(values)
                     except Exception as error:  # user code may raise anything; the row is named below
@@ -481,7 +604,7 @@ def read_prompts(
                     if options.strip_thinking:
                         values = without_thinking(values)
                     parts = [(v, *_prompt_of(form, v, tokenizer)) for v in _turns_of(form, values, turns)]
-                if not all(ids for _, ids, _, _ in parts):
+                if not all(ids for _, ids, *_ in parts):
                     raise BadRow("the prompt is empty")
             except BadRow as error:
                 if options.on_bad_row == "error":
@@ -490,7 +613,7 @@ def read_prompts(
                 bad += 1
                 log.info("data: %s: bad: %s", name, error)
                 continue
-            for values, ids, prompt, answer in parts:
+            for values, ids, prompt, answer, tools in parts:
                 if longest is not None and len(ids) > longest:
                     too_long += 1
                     continue
@@ -499,7 +622,7 @@ def read_prompts(
                 if answer is not None:
                     columns.setdefault("answer", answer)
                 completion = answer if isinstance(answer, str) else None
-                prompts.append(Prompt(ids, prompt, columns, name, completion))
+                prompts.append(Prompt(ids, prompt, columns, name, completion, tools))
                 digest.update(repr((ids, sorted(columns.items(), key=str), completion)).encode())
     if too_long:
         log.info("data: %d prompts of more than %d tokens left out (max_prompt_length)", too_long, longest)
@@ -554,6 +677,29 @@ def prepare(
     progress = tqdm(rows(), unit=" rows", leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
     Dataset.build(iter(progress)).save(place)
     return Dataset.load(place)
+
+
+def report_rows(dataset: Dataset) -> None:
+    """What training will not see, by name."""
+    counts = dataset.counts
+    left_out = {name: counts[name] for name in ("truncated", "dropped", "bad", "skipped") if counts[name]}
+    if left_out:
+        log.info("data: %s of %d rows", ", ".join(f"{n} {k}" for k, n in left_out.items()), counts["rows"])
+    for line in (*counts["named"], *what_is_left_out(counts)):
+        log.info("data: %s", line)
+
+
+def what_is_left_out(counts: dict) -> list[str]:
+    """Lines about columns that nothing reads, and about what chat templates do not show."""
+    lines = []
+    if counts["unread"]:
+        columns = ", ".join(f"{name} ({entry['rows']} rows)" for name, entry in counts["unread"].items())
+        lines.append(f"nothing reads these columns: {columns}")
+    for what, entry in counts["lost"].items():
+        lines.append(
+            f"the chat template does not show the {what} of {entry['rows']} rows (first {entry['first']})"
+        )
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -637,16 +783,37 @@ def inspect(argv: list[str]) -> int:
                 print(json.dumps(row.__dict__))
         return 0
     options.on_bad_row = "skip"  # here the faults are the point
-    rows = [row for spec in options.datasets for row in encode_dataset(spec, tokenizer, options, directory)]
+    rows, answers = [], []
+    for spec in options.datasets:
+        encoded = list(encode_dataset(spec, tokenizer, options, directory))
+        rows += encoded
+        answers += encoded if spec.get("type") not in ("text", "tokens") else []
     config = checkpoint / "config.json"
     vocab_size = json.loads(config.read_text()).get("vocab_size") if config.exists() else None
     if options.tokenizer_vocab_size is not None:
         vocab_size = tokenizer.vocab_size
-    return _report(rows, tokenizer, vocab_size, options)
+    return _report(rows, answers, tokenizer, vocab_size, options)
+
+
+def turns_without_end(row: Encoded, stop_ids: set[int]) -> int:
+    """Trained stretches of a row, one for each answer, that do not end in a token which ends an answer (white
+    space may follow it in a template's generation block)."""
+    found, stretch = 0, []
+    for token, label in zip([*row.input_ids, -1], [*row.labels, IGNORE], strict=True):
+        if label != IGNORE:
+            stretch.append(token)
+        elif stretch:
+            found += not stop_ids.intersection(stretch[-3:])
+            stretch = []
+    return found
 
 
 def _report(
-    rows: list[Encoded], tokenizer: Tokenizer, vocab_size: int | None, options: InspectOptions
+    rows: list[Encoded],
+    answers: list[Encoded],
+    tokenizer: Tokenizer,
+    vocab_size: int | None,
+    options: InspectOptions,
 ) -> int:
     used = [row for row in rows if row.status in ("kept", "truncated")]
     colour = sys.stdout.isatty()
@@ -681,11 +848,8 @@ def _report(
     beyond = [row for row in used if vocab_size and row.input_ids and max(row.input_ids) >= vocab_size]
     share = trained / max(1, int(lengths.sum()))
     stops = set(tokenizer.stop_ids)
-    endless = [
-        row for row in used
-        if row.status == "kept" and not any(label != IGNORE and i in stops for i, label in zip(row.input_ids,
-        row.labels, strict=True))
-    ]  # fmt: skip
+    without_end = {id(row): turns_without_end(row, stops) for row in answers if row.status == "kept"}
+    endless = [row for row in answers if without_end.get(id(row))]
 
     edges = np.unique(np.linspace(0, max(int(lengths.max()), 1), 11).astype(int))
     print("length in tokens")
@@ -737,14 +901,12 @@ def _report(
         warnings.append(
             f"{too_long} rows are longer than sequence_len ({options.sequence_len}): raise it or split them"
         )
-    if (
-        endless
-        and len(endless) > 0.01 * total
-        and any(spec.get("type") != "tokens" for spec in options.datasets)
-    ):
+    if endless:
         warnings.append(
-            f"{len(endless)} rows train no end-of-sequence token ({name(endless)}): the model may never stop"
+            f"{sum(without_end.values())} answers in {len(endless)} rows have no trained end "
+            f"({name(endless)}): the model may not learn to stop there"
         )
+    warnings += what_is_left_out(Dataset.build((0, row) for row in rows).counts)
     if used and lengths.max() > 8 * np.median(lengths) and lengths.max() > 512:
         times = f"{lengths.max() / max(1, np.median(lengths)):.0f} times the median"
         warnings.append(

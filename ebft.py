@@ -8,7 +8,6 @@ starting model agree with those on the true completion, less how alike the sampl
 
 import functools
 import hashlib
-import json
 import math
 import random
 import sys
@@ -939,8 +938,7 @@ def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) ->
         raise DataError(
             prompt.name, None, f"has {len(questions) + 1} answers", f"raise max_turns ({max_turns})"
         )
-    tools, more = prompt.columns.get("tools"), prompt.columns.get("chat_template_kwargs") or {}
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools, more = prompt.tools, prompt.columns.get("chat_template_kwargs") or {}
     messages = [*prompt.prompt, {"role": "assistant", "content": answer}, *remaining]
     begin, asked = len(prompt.ids), len(prompt.prompt)
     try:
@@ -958,10 +956,13 @@ def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) ->
             "set strip_thinking: true, or another chat_template, e.g. chatml",
         )  # fmt: skip
     last = max(i for i, label in enumerate(labels) if label != IGNORE)
+    stops, begin_of_last = set(tokenizer.stop_ids), last
+    while begin_of_last and labels[begin_of_last - 1] != IGNORE:
+        begin_of_last -= 1
+    # A generation block may hold white space behind the end of the turn, which the policy never writes
+    last = max((i for i in range(begin_of_last, last + 1) if ids[i] in stops), default=last)
     if ids[:begin] != prompt.ids:  # the template writes past turns in another way than the one to come
-        begin = last
-        while begin and labels[begin - 1] != IGNORE:
-            begin -= 1
+        begin = begin_of_last
     mask = [int(label != IGNORE) for label in labels[begin : last + 1]]
     return ids[begin : last + 1], mask if remaining else None
 

@@ -483,8 +483,8 @@ def _said_ids(said: Any, prompt: Prompt, history: list[dict], tokenizer: Tokeniz
         return said
     if isinstance(said, list) and all(isinstance(m, dict) for m in said) and history:
         try:
-            before = tokenizer.render(history)
-            after = tokenizer.render([*history, *said], generation_prompt=True)
+            before = tokenizer.render(history, prompt.tools)
+            after = tokenizer.render([*history, *said], prompt.tools, generation_prompt=True)
         except BadRow as error:
             raise BallastError(f"environment: {error} ({prompt.name})") from None
         history.extend(said)

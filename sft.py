@@ -25,7 +25,7 @@ import health
 from batches import Batch, Batches, Dataset, split_held_out
 from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import ConfigError, check_at_least_one, parse_config, resolve_checkpoint
-from data import DataOptions, load_tokenizer, prepare
+from data import DataOptions, load_tokenizer, prepare, report_rows
 from dist import DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from generation import generate
@@ -400,16 +400,6 @@ def named_rows(dataset: Dataset, units: list[list[int]]) -> str:
 def shortened(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 100 else text[:48] + " … " + text[-48:]
-
-
-def report_rows(dataset: Dataset) -> None:
-    """What training will not see, by name."""
-    counts = dataset.counts
-    left_out = {name: counts[name] for name in ("truncated", "dropped", "bad", "skipped") if counts[name]}
-    if left_out:
-        log.info("data: %s of %d rows", ", ".join(f"{n} {k}" for k, n in left_out.items()), counts["rows"])
-    for line in counts["named"]:
-        log.info("data: %s", line)
 
 
 def check_ids(dataset: Dataset, vocab_size: int) -> None:

@@ -7,8 +7,28 @@ import torch
 
 from batches import Dataset
 from config import ConfigError, DataError
-from conftest import CONVERSATIONS, ROOT, trained_text, write
-from data import DataOptions, Encoder, encode_dataset, load_tokenizer, prepare, without_thinking
+from conftest import (
+    CHATML_TOKENS,
+    CONVERSATIONS,
+    QWEN3_TEMPLATE,
+    ROOT,
+    TOOLS,
+    arguments,
+    run_program,
+    trained_text,
+    write,
+    write_tokenizer,
+)
+from data import (
+    DataOptions,
+    Encoder,
+    encode_dataset,
+    load_tokenizer,
+    prepare,
+    read_prompts,
+    turns_without_end,
+    without_thinking,
+)
 from tokenizer import IGNORE, BadRow, Tokenizer
 
 
@@ -290,3 +310,122 @@ def test_reasoning_traces_are_taken_out_of_answers_only():
     assert (plain["output"], plain["completion"], plain["input"]) == ("5", "6", "<think>y</think>z")
     with pytest.raises(BadRow, match="nothing is left"):
         without_thinking({"completion": "<think>only"})
+
+
+SHAREGPT_TOOLS = {
+    "conversations": [
+        {"from": "human", "value": "Add"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": [{"type": "text", "text": "It is 2."}]},
+    ],
+    "tools": json.dumps([tool["function"] for tool in TOOLS]),
+    "system": "Be brief.",
+}
+AS_MESSAGES = [{"role": "system", "content": "Be brief."}, *CONVERSATIONS["tools"]]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '{"name": "add", "arguments": {"a": 1}}', '[{"name": "add", "arguments": {"a": 1}}]',
+        '{"name": "add", "arguments": "{\\"a\\": 1}"}',
+    ],
+)  # fmt: skip
+def test_sharegpt_rows_with_tools_are_the_conversation_that_they_mean(value, tokenizer, tmp_path):
+    row = json.loads(json.dumps(SHAREGPT_TOOLS))
+    row["conversations"][1]["value"] = value
+    path = write(tmp_path / "a.jsonl", [row, {"messages": AS_MESSAGES, "tools": TOOLS}])
+    rows = encode_all({"path": path, "type": "chat"}, tokenizer("qwen3"))
+    assert rows[0].input_ids == rows[1].input_ids and rows[0].labels == rows[1].labels
+    assert "Be brief." in tokenizer("qwen3").decode(rows[0].input_ids)
+    (first, second), _ = read_prompts(
+        [{"path": path, "type": "chat"}], tokenizer("qwen3"), DataOptions(), ROOT
+    )
+    assert first.ids == second.ids and first.completion == second.completion == "It is 2."
+    assert first.tools == second.tools == TOOLS
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"messages": [], "chosen": "a", "rejected": "b"}, r"preference data .*: \{messages: chosen\}"),
+        ({"prompt": "a", "completion": "b", "label": True}, r"preference data .* true or false"),
+        ({"messages": CONVERSATIONS["one turn"], "images": ["a.png"]}, "has images"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "part of type 'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "part of type 'audio'"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "a part that is str"),
+        ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "function_call must be JSON"),
+        ({"conversations": [{"from": "function_call", "value": "[1]"}]}, "must be {name, arguments}"),
+        ({"messages": [{"role": "system", "content": "a"}, *CONVERSATIONS["one turn"]], "system": "b"},
+         "another system message"),
+        ({"messages": CONVERSATIONS["one turn"], "tools": "no"}, "tools is text that is not JSON"),
+        ({"messages": CONVERSATIONS["one turn"], "tools": {"a": 1}}, "tools must be a list"),
+    ],
+)  # fmt: skip
+def test_rows_that_mean_something_else_are_refused_by_name(row, reason, tokenizer, tmp_path):
+    kind = "prompt_completion" if "completion" in row else "chat"
+    path = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError, match=reason):
+        encode_all({"path": path, "type": kind}, tokenizer("chatml"))
+    with pytest.raises(DataError, match=reason):
+        read_prompts([{"path": path, "type": kind}], tokenizer("chatml"), DataOptions(), ROOT)
+
+
+def test_one_side_of_preference_data_can_be_chosen_by_its_column(tokenizer, tmp_path):
+    row = {"chosen": CONVERSATIONS["one turn"], "rejected": CONVERSATIONS["system"]}
+    path = write(tmp_path / "a.jsonl", [row])
+    (encoded,) = encode_all(
+        {"path": path, "type": "chat", "columns": {"messages": "chosen"}}, tokenizer("chatml")
+    )
+    assert encoded.labels == tokenizer("chatml").encode_chat(CONVERSATIONS["one turn"])[1]
+    assert encoded.unread == ["rejected"]
+
+
+def test_columns_that_nothing_reads_are_named_once_in_the_log_and_by_inspect(small_checkpoint, tmp_path):
+    rows = [{"messages": CONVERSATIONS["one turn"], "quality": 3, "source": "web", "id": None, "system": ""}
+            for _ in range(4)]  # fmt: skip
+    chats = write(tmp_path / "a.jsonl", [*rows, {"messages": CONVERSATIONS["system"], "source": "book"}])
+    line = "nothing reads these columns: quality (4 rows), source (5 rows)"
+    for _ in range(2):  # the second run finds the rows prepared
+        done = run_program(
+            ROOT / "sft.py", *arguments(small_checkpoint, chats, tmp_path / "out", max_steps=1),
+            f"dataset_prepared_path={tmp_path / 'prepared'}",
+        )  # fmt: skip
+        assert done.stdout.count(line) == 1, done.stdout + done.stderr
+    done = run_program(
+        ROOT / "data.py", "inspect", f"base_model={small_checkpoint[0]}",
+        f"datasets=[{{path: {chats}, type: chat}}]",
+    )  # fmt: skip
+    assert f"warning: {line}" in done.stdout, done.stdout + done.stderr
+
+
+def test_inspect_warns_of_every_answer_without_a_trained_end_and_of_calls_that_are_not_shown(tmp_path):
+    """One template's generation blocks leave the end out, another knows no calls."""
+    header, end = "{{- '<|im_start|>assistant\\n' }}\n{%- if loop", "{{- '<|im_end|>\\n' }}\n{%- elif"
+    template = QWEN3_TEMPLATE.replace(header, header.replace("\n", "{% generation %}\n"))
+    template = template.replace(end, "{% endgeneration %}" + end)
+    assert template.count("generation %}") == 2
+    directory = write_tokenizer(tmp_path / "t", template, CHATML_TOKENS, "<|im_end|>")
+    tok = Tokenizer.load(directory)
+    path = write(tmp_path / "a.jsonl", [{"messages": CONVERSATIONS["tools"], "tools": TOOLS}])
+    (row,) = encode_all({"path": path, "type": "chat"}, tok)
+    assert turns_without_end(row, set(tok.stop_ids)) == 2
+    (good,) = encode_all({"path": path, "type": "chat"}, Tokenizer.load(write_tokenizer(
+        tmp_path / "good", QWEN3_TEMPLATE, CHATML_TOKENS, "<|im_end|>")))  # fmt: skip
+    assert turns_without_end(good, set(tok.stop_ids)) == 0 and not good.lost
+    no_calls = QWEN3_TEMPLATE.replace("message.tool_calls or []", "[]")
+    (row,) = encode_all({"path": path, "type": "chat"}, Tokenizer.load(write_tokenizer(
+        tmp_path / "none", no_calls, CHATML_TOKENS, "<|im_end|>")))  # fmt: skip
+    assert row.lost == ["tool calls"]
+    for name, expected in (
+        ("t", f"2 answers in 1 rows have no trained end ({path}:1)"),
+        ("none", f"the chat template does not show the tool calls of 1 rows (first {path}:1)"),
+    ):
+        done = run_program(
+            ROOT / "data.py",
+            "inspect",
+            f"base_model={tmp_path / name}",
+            f"datasets=[{{path: {path}, type: chat}}]",
+        )
+        assert f"warning: {expected}" in done.stdout, done.stdout + done.stderr

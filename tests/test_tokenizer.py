@@ -5,7 +5,19 @@ import resource
 
 import pytest
 
-from conftest import CONVERSATIONS, CORPUS, ROOT, TEMPLATES, TOOLS, trained_text
+from config import ConfigError
+from conftest import (
+    CALL,
+    CHATML_TOKENS,
+    CONVERSATIONS,
+    CORPUS,
+    QWEN3_TEMPLATE,
+    ROOT,
+    TEMPLATES,
+    TOOLS,
+    trained_text,
+    write_tokenizer,
+)
 from data import DataOptions
 from tokenizer import IGNORE, BadRow, Tokenizer
 
@@ -77,7 +89,9 @@ def test_generation_blocks_decide_where_the_template_has_them(tokenizer, tokeniz
     assert marked.stop_ids == [tok.core.token_to_id("<|im_end|>")]
     before, after = "+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}<|im_end|>"
     bare = Tokenizer(tok.core, tok.config, CHATML.replace(before, after), tok.source)
-    assert bare.encode_chat(messages) == (ids, labels)  # EOS is trained also where the block leaves it out
+    assert trained_text(bare, *bare.encode_chat(messages)) == ["Two.", "  Four, naïve 日本 \n"]
+    assert bare.stop_ids == marked.stop_ids
+    assert marked.encode_chat(messages)[0] == ids
 
 
 def test_train_and_weight_choose_turns(tokenizer):
@@ -205,3 +219,271 @@ def test_a_saved_tokenizer_reads_back_here_and_in_transformers(tokenizer, tmp_pa
     assert ids == again.encode_chat(messages)[0] == tok.encode_chat(messages)[0]
     assert theirs.pad_token == "<|pad|>" and again.stop_ids == tok.stop_ids
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == tok.stop_ids
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Templates of other shapes, each after a fault that public ones showed (bench/templates.py)
+# ------------------------------------------------------------------------------------------------------------
+
+# Mistral's: calls or content, never both; turns that are not calls must alternate; the tools stand before the
+# last question, so they move when the conversation goes on.
+MISTRAL = """\
+{{- bos_token }}{%- set ns = namespace(i=0) %}
+{%- for m in messages %}{%- if not (m.role == 'tool' or m.tool_calls) %}
+{%- if (m.role == 'user') != (ns.i % 2 == 0) %}{{ raise_exception('roles must alternate') }}{%- endif %}
+{%- set ns.i = ns.i + 1 %}{%- endif %}{%- endfor %}
+{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{%- if tools and m == last %}{{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{{- '[INST] ' + m.content + '[/INST]' }}
+{%- elif m.tool_calls %}
+{%- if m.tool_calls[0].id | length != 9 %}{{ raise_exception('ids have nine characters') }}{%- endif %}
+{{- '[TOOL_CALLS] [' }}{%- for c in m.tool_calls %}{{- c.function | tojson }}{%- endfor %}
+{{- ']' + eos_token }}
+{%- elif m.role == 'assistant' %}{{- ' ' + m.content + eos_token }}
+{%- else %}{{- '[TOOL_RESULTS] ' + m.content + '[/TOOL_RESULTS]' }}{%- endif %}
+{%- endfor %}"""
+MISTRAL_TOKENS = ["<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+                  "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]  # fmt: skip
+
+# R1's distillations: the generation prompt opens a thought that the history does not show; calls come first.
+DISTILLED = """\
+{{- bos_token }}{%- for m in messages %}
+{%- if m.role == 'user' %}{{- '<|User|>' + m.content }}
+{%- elif m.role == 'assistant' %}{{- '<|Assistant|>' }}
+{%- for c in m.tool_calls or [] %}{{- '<|call|>' + c.function.name + ' ' + c.function.arguments | tojson }}
+{{- '<|/call|>' }}{%- endfor %}
+{{- (m.content or '').split('</think>') | last }}{{- eos_token }}
+{%- else %}{{- '<|out|>' + m.content + '<|/out|>' }}{%- endif %}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|Assistant|><think>\\n' }}{%- endif %}"""
+DISTILLED_TOKENS = [
+    "<s>",
+    "</s>",
+    "<|User|>",
+    "<|Assistant|>",
+    "<|call|>",
+    "<|/call|>",
+    "<|out|>",
+    "<|/out|>",
+]
+
+# Channels: a thought is a message of its own before the answer, and the last answer ends in another token.
+CHANNELS = """\
+{%- for m in messages %}{%- if m.role == 'assistant' %}
+{%- if m.thinking and loop.last %}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{%- endif %}
+{{- '<|start|>assistant<|channel|>final<|message|>' + m.content }}
+{{- '<|return|>' if loop.last else '<|end|>' }}
+{%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+CHANNEL_TOKENS = ["<|pad|>", "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
+
+PARTS = """\
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.content is string %}{{- m.content }}
+{%- else %}{%- for part in m.content %}{{- part.text | trim + '|' }}{%- endfor %}{%- endif %}
+{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+TWICE_CLOSED = TEMPLATES["chatml"].replace(
+    "<|im_end|>\n{% endfor %}", "<|im_end|>\n<|endoftext|>{% endfor %}"
+)
+SOFT_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+CALL_WITH_ID = [{**CALL[0], "id": "abcdefgh1"}]
+
+
+@pytest.fixture
+def shaped(tmp_path):
+    """Our tokenizer and transformers' with a template and its tokens; `soft` ones are added, not special."""
+    import transformers
+
+    def make(template, tokens, eos, bos=None, soft=(), name="shaped"):
+        directory = write_tokenizer(tmp_path / name, template, tokens, eos, bos)
+        fast = transformers.AutoTokenizer.from_pretrained(directory)
+        if soft:
+            fast.add_tokens(list(soft))
+            fast.save_pretrained(directory)
+        return Tokenizer.load(directory), fast
+
+    return make
+
+
+def same_ids(ours, theirs, messages, tools=None):
+    assert ours.encode_chat(messages, tools)[0] == theirs.apply_chat_template(
+        messages, tools=tools, tokenize=True, return_dict=False
+    )
+
+
+def test_the_token_that_ends_a_turn_is_trained_after_a_tool_call_and_after_a_thought(shaped):
+    """`</tool_call>` and `</think>` are added tokens too: what the content ends in closes no turn."""
+    ours, theirs = shaped(QWEN3_TEMPLATE, CHATML_TOKENS, "<|im_end|>", soft=SOFT_TOKENS)
+    for messages, tools in (
+        (CONVERSATIONS["tools"], TOOLS),
+        ([*CONVERSATIONS["tools"][:1], {**CONVERSATIONS["tools"][1], "content": "I add."}], TOOLS),
+        ([CONVERSATIONS["tools"][0], {"role": "assistant", "content": "", "tool_calls": CALL * 2}], TOOLS),
+        ([CONVERSATIONS["tools"][0], {"role": "assistant", "content": "<think>\nno answer\n</think>"}], None),
+        ([CONVERSATIONS["tools"][0], {"role": "assistant", "content": "It says </tool_call>"}], None),
+    ):
+        same_ids(ours, theirs, messages, tools)
+        pieces = trained_text(ours, *ours.encode_chat(messages, tools))
+        assert len(pieces) == sum(m["role"] == "assistant" for m in messages)
+        assert all(piece.endswith("<|im_end|>") for piece in pieces), pieces
+    assert pieces[0].endswith("It says </tool_call><|im_end|>")
+
+
+def test_both_tokens_are_trained_where_two_close_a_turn(shaped):
+    ours, theirs = shaped(TWICE_CLOSED, CHATML_TOKENS, "<|im_end|>")
+    same_ids(ours, theirs, CONVERSATIONS["system"])
+    pieces = trained_text(ours, *ours.encode_chat(CONVERSATIONS["system"]))
+    assert pieces[0] == "Two.<|im_end|>\n<|endoftext|>"
+    assert ours.stop_ids == [ours.core.token_to_id("<|im_end|>")]  # generation stops at the first
+
+
+def test_an_end_token_that_stands_in_the_content_is_content(tokenizer):
+    """The template closes the turn all the same, and both are trained: the mask is that of the text."""
+    tok = tokenizer("chatml")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello<|im_end|>"}]
+    assert trained_text(tok, *tok.encode_chat(messages)) == ["Hello<|im_end|><|im_end|>"]
+    bare = Tokenizer(tok.core, tok.config, "{% for m in messages %}{{ m.content }}{% endfor %}", tok.source)
+    assert trained_text(bare, *bare.encode_chat(messages)) == ["Hello<|im_end|>"]  # it alone can end it
+
+
+@pytest.mark.parametrize(
+    "more", [[], [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "3."}]]
+)
+def test_tool_conversations_of_a_template_that_refuses_a_turn_without_its_calls(more, shaped):
+    ours, theirs = shaped(MISTRAL, MISTRAL_TOKENS, "</s>", "<s>")
+    messages = [
+        {"role": "user", "content": "Add"}, {"role": "assistant", "tool_calls": CALL_WITH_ID},
+        {"role": "tool", "content": "2"}, {"role": "assistant", "content": "It is 2."}, *more,
+    ]  # fmt: skip
+    same_ids(ours, theirs, messages, TOOLS)
+    pieces = trained_text(ours, *ours.encode_chat(messages, TOOLS))
+    expected = ['[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]</s>', "It is 2.</s>", "3.</s>"]
+    assert [piece.strip() for piece in pieces] == expected[: 2 + len(more) // 2]
+    pair = [messages[0], {"role": "assistant", "tool_calls": CALL_WITH_ID * 2}, *messages[2:]]
+    assert trained_text(ours, *ours.encode_chat(pair, TOOLS))[0].count("add") == 2
+    none = {**CALL_WITH_ID[0], "function": {"name": "add", "arguments": {}}}
+    without = [messages[0], {"role": "assistant", "tool_calls": [none]}, *messages[2:]]
+    assert '"arguments": {}}]</s>' in trained_text(ours, *ours.encode_chat(without, TOOLS))[0]
+
+
+def test_a_probe_that_is_refused_is_named_as_such(shaped):
+    check = "{%- if 'ok' not in m.content %}{{ raise_exception('say ok') }}{%- endif %}"
+    picky = MISTRAL.replace("{{- ' ' + m.content", check + "{{- ' ' + m.content")
+    ours, theirs = shaped(picky, MISTRAL_TOKENS, "</s>", "<s>")
+    messages = [{"role": "user", "content": "Add"}, {"role": "assistant", "content": "ok, 2"}]
+    assert theirs.apply_chat_template(messages, tokenize=False).endswith("ok, 2</s>")
+    with pytest.raises(
+        BadRow, match=r"its content was replaced by a word, and .* refuses it: say ok; use a temp"
+    ):
+        ours.encode_chat(messages)
+
+
+def test_an_answer_begins_before_its_calls_also_where_the_generation_prompt_is_not_in_the_history(shaped):
+    ours, theirs = shaped(DISTILLED, DISTILLED_TOKENS, "</s>", "<s>", soft=["<think>", "</think>"])
+    messages = [
+        {"role": "user", "content": "Add"}, {"role": "assistant", "content": "", "tool_calls": CALL},
+        {"role": "tool", "content": "2"}, {"role": "assistant", "content": "<think>\nhm\n</think>It is 2."},
+        {"role": "user", "content": "And?"}, {"role": "assistant", "content": "", "tool_calls": CALL},
+    ]  # fmt: skip
+    same_ids(ours, theirs, messages)
+    call = '<|call|>add {"a": 1}<|/call|></s>'
+    assert trained_text(ours, *ours.encode_chat(messages)) == [call, "It is 2.</s>", call]
+
+
+def test_a_thought_in_a_message_of_its_own_is_part_of_the_turn(shaped):
+    ours, theirs = shaped(CHANNELS, CHANNEL_TOKENS, "<|return|>")
+    messages = [
+        {"role": "user", "content": "Add"}, {"role": "assistant", "content": "2", "reasoning": "one and one"},
+        {"role": "user", "content": "And?"}, {"role": "assistant", "content": "3", "reasoning": "and one"},
+    ]  # fmt: skip
+    same_ids(ours, theirs, messages)
+    thought = "<|channel|>analysis<|message|>and one<|end|><|start|>assistant"
+    assert trained_text(ours, *ours.encode_chat(messages)) == [
+        "<|channel|>final<|message|>2<|end|>", thought + "<|channel|>final<|message|>3<|return|>",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("template", ["qwen3", "channels"])
+def test_reasoning_under_any_of_its_names_is_shown_as_transformers_shows_it(name, template, shaped):
+    if template == "qwen3":
+        ours, theirs = shaped(QWEN3_TEMPLATE, CHATML_TOKENS, "<|im_end|>")
+    else:
+        ours, theirs = shaped(CHANNELS, CHANNEL_TOKENS, "<|return|>")
+    messages = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So.", name: "Deep thought"},
+    ]
+    same_ids(ours, theirs, messages)
+    assert "Deep thought" in trained_text(ours, *ours.encode_chat(messages))[0]
+    nulls = [{**message, "tool_calls": None, "reasoning_content": message.get(name)} for message in messages]
+    assert ours.encode_chat(nulls) == ours.encode_chat(messages)
+
+
+def test_text_parts_are_rendered_as_the_template_reads_them_or_joined(shaped, tokenizer):
+    parts = [{"type": "text", "text": " Hello"}, {"type": "text", "text": "there "}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
+    ours, theirs = shaped(PARTS, CHATML_TOKENS, "<|im_end|>")
+    same_ids(ours, theirs, messages)
+    assert "Hello|there|<|im_end|>" in ours.render(messages)
+    assert trained_text(ours, *ours.encode_chat(messages)) == ["there|<|im_end|>"]
+    assert ours.with_readable_parts(messages) is messages
+    plain = tokenizer("chatml")  # prints a list as Python does
+    assert "{'type'" in plain.render(messages)
+    joined = plain.with_readable_parts(messages)
+    assert [m["content"] for m in joined] == [" Hellothere ", "there "]
+
+
+def test_with_tools_the_template_named_tool_use_is_taken(shaped, tmp_path):
+    import transformers
+
+    ours, theirs = shaped(TEMPLATES["chatml"], CHATML_TOKENS, "<|im_end|>", name="named")
+    named = {"default": TEMPLATES["chatml"], "tool_use": QWEN3_TEMPLATE, "rag": PARTS}
+    theirs.chat_template = named
+    theirs.save_pretrained(tmp_path / "folder")  # chat_template.jinja and additional_chat_templates/
+    config = json.loads((tmp_path / "folder" / "tokenizer_config.json").read_text())
+    (tmp_path / "list").mkdir()
+    config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+    (tmp_path / "list" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "list" / "tokenizer.json").write_bytes((tmp_path / "folder" / "tokenizer.json").read_bytes())
+    for place in ("folder", "list"):
+        ours = Tokenizer.load(tmp_path / place)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / place)
+        for tools in (None, TOOLS):
+            same_ids(ours, theirs, CONVERSATIONS["tools"], tools)
+        assert "# Tools" in ours.render(CONVERSATIONS["tools"], TOOLS)
+        ours.save(tmp_path / f"{place}-saved")
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{place}-saved")
+        assert again.chat_template == named
+        same_ids(Tokenizer.load(tmp_path / f"{place}-saved"), theirs, CONVERSATIONS["tools"], TOOLS)
+    chosen = ours.configure(DataOptions(chat_template="rag"), ROOT)
+    assert chosen.template == PARTS and not chosen.templates
+    with pytest.raises(ConfigError, match=r"is no file .* give chatml, tool_use, rag, a \.jinja"):
+        ours.configure(DataOptions(chat_template="llama3"), ROOT)
+
+
+def test_generation_blocks_are_trained_exactly_and_nothing_beside_them(shaped):
+    """Also a line end behind the end token, and also where they leave the end out (inspect warns of that)."""
+    block = "{% generation %}{{ m.content + '<|im_end|>\\n' }}{% endgeneration %}"
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+        + block + "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )  # fmt: skip
+    for text, ends in (
+        (template, "<|im_end|>\n"),
+        (template.replace(" + '<|im_end|>\\n' }}{% endg", " }}{% endg"), ""),
+    ):
+        ours, theirs = shaped(text, CHATML_TOKENS, "<|im_end|>", name=f"blocks{len(ends)}")
+        for name in ("system", "consecutive", "the answer repeats the question"):
+            made = theirs.apply_chat_template(
+                CONVERSATIONS[name], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, labels = ours.encode_chat(CONVERSATIONS[name])
+            assert ids == made["input_ids"]
+            assert [int(label != IGNORE) for label in labels] == made["assistant_masks"]
+        assert trained_text(ours, *ours.encode_chat(CONVERSATIONS["system"]))[0] == "Two." + ends
+        if ends:
+            assert ours.stop_ids == [ours.core.token_to_id("<|im_end|>")]
