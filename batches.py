@@ -5,6 +5,7 @@ function of the seed and the step number alone, so that a resumed run needs no i
 import bisect
 import hashlib
 import json
+import math
 import secrets
 import shutil
 import sys
@@ -17,10 +18,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import ConfigError, DataError
+from config import ConfigError, DataError, check_at_least_one
 from tokenizer import IGNORE
 
 PACK_WINDOW = 8192  # rows that are packed together; bounds the time of packing and keeps the order random
+
+
+@dataclass
+class LoopOptions:
+    micro_batch_size: int = 1
+    """Rows (packs, documents, completions) in one forward pass of one process."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of each process in one optimiser step."""
+    num_epochs: float = 1.0
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps, whatever num_epochs says."""
+    eval_steps: int | None = None
+    """Evaluate on held-out data every N steps; with held-out data also at the start and the end."""
+    seed: int = 42
+    """Seed of the order of the data, of sampling, dropout and random initialisation."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "micro_batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps")
+        if not 0 < self.num_epochs < math.inf:
+            raise ConfigError("num_epochs", self.num_epochs, "must be above 0")
 
 
 @dataclass
@@ -33,8 +55,6 @@ class Encoded:
     labels: list[int]
     status: Literal["kept", "truncated", "dropped", "bad", "skipped"] = "kept"
     reason: str = ""
-    unread: list[str] = field(default_factory=list)  # columns that hold something and that nothing reads
-    lost: list[str] = field(default_factory=list)  # what the row has and the chat template does not show
     unread: list[str] = field(default_factory=list)  # columns that hold something and that nothing reads
     lost: list[str] = field(default_factory=list)  # what the row has and the chat template does not show
 

@@ -6,6 +6,7 @@ N tokens of a micro-batch, G tokens of a block, n samples of each.
 
 import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import dist
 from batches import Dataset
 from checkpoint import write_atomically
-from config import DataError
+from config import DataError, check_at_least_one, check_ranges
 from generation import sample, sampling_logprobs
 from kernels import SharedPrompts
 from model import BlockCache, Transformer
@@ -34,6 +35,10 @@ class BlockOptions:
     """Where a row has a prompt: so many tokens of the answer stand before its first block."""
     generate_max_len: int = 8
     """Tokens of a block."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "stride", "context_length", "generate_max_len")
+        check_ranges(self, ("min_completion_prefix", 0, math.inf))
 
 
 @dataclass

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from config import BallastError, ConfigError
+from config import BallastError, ConfigError, check_at_least_one
 from dist import World, from_main, log, seed_everything
 from model import Transformer
 from weights import save_adapter, save_pretrained
@@ -60,6 +60,9 @@ class CheckpointOptions:
     resume_with_new_data: bool = False
     """Allow a checkpoint to go on with data other than it was made with; its position then means other
     rows."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "save_steps", "save_total_limit")
 
 
 def claim(output_dir: Path) -> None:

@@ -198,31 +198,10 @@ def _check(parser: jsonargparse.ArgumentParser, name: str, typehint: Any, value:
         raise ConfigError(where, value, f"must be {_type_name(typehint)}") from None
 
 
-def parse_config(
-    config_class: type[Config],
-    argv: list[str] | None = None,
-    *,
-    description: str = "",
-    ignore_unknown: bool = False,
-) -> Config:
-    """The config that `--config FILE key=value …` describes; later arguments win over earlier ones and over
-    the file.
-
-    `ignore_unknown` lets a tool that needs some of a recipe's options read the recipe's whole file. Raises
-    ConfigError: unknown key (with the nearest known one), wrong type, unreadable file, or what the class's
-    own `__post_init__` refuses. `--help` prints every option and exits.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    usage = "%(prog)s --config FILE.yaml [key=value …]"
-    if "-h" in argv or "--help" in argv:
-        parser = _parser(config_class, description=description, usage=usage)
-        parser.add_argument("--config", help="YAML file with the options below, one `key: value` a line")
-        parser.print_help()
-        sys.exit(0)
-    names = {field.name for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
-
-    hints = typing.get_type_hints(config_class)
-    values: dict[str, tuple[Any, str]] = {}  # option → (value, where it was set)
+def _given(argv: list[str], names: set[str]) -> tuple[dict[str, tuple[Any, str]], Path]:
+    """What a command line sets, option → (value, where it was set); and the folder of its YAML file. `names`
+    are the options: a key like option.entry sets one entry of a dict."""
+    values: dict[str, tuple[Any, str]] = {}
     directory = Path.cwd()
     position = 0
     while position < len(argv):
@@ -252,12 +231,47 @@ def parse_config(
             values[root] = ({**(before if isinstance(before, dict) else {}), inner: value}, key)
         else:
             values[key] = (value, key)
+    return values, directory
+
+
+def given_options(argv: list[str]) -> set[str]:
+    """The names of the options that a command line and its YAML file set."""
+    return {key.partition(".")[0] for key in _given(list(argv), set())[0]}
+
+
+def parse_config(
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    *,
+    description: str = "",
+    ignore_unknown: bool = False,
+) -> Config:
+    """The config that `--config FILE key=value …` describes; later arguments win over earlier ones and over
+    the file.
+
+    `ignore_unknown` lets a tool that needs some of a recipe's options read the recipe's whole file. Raises
+    ConfigError: unknown key (with the nearest known one), wrong type, unreadable file, or what the class's
+    own `__post_init__` refuses. `--help` prints every option and exits.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    usage = "%(prog)s --config FILE.yaml [key=value …]"
+    if "-h" in argv or "--help" in argv:
+        parser = _parser(config_class, description=description, usage=usage)
+        parser.add_argument("--config", help="YAML file with the options below, one `key: value` a line")
+        parser.print_help()
+        sys.exit(0)
+    names = {field.name for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
+
+    hints = typing.get_type_hints(config_class)
+    values, directory = _given(argv, names)
 
     for key, (_, where) in list(values.items()):
         if key not in names:
             if ignore_unknown:
                 values.pop(key)
                 continue
+            if why := getattr(config_class, "not_here", {}).get(key):
+                raise UnknownOption(where, None, f"is not an option here: {why}")
             near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
             hint = f"did you mean `{near[0]}`?" if near else "run with --help to see every option"
             raise UnknownOption(where, None, f"is not an option; {hint}")
@@ -276,6 +290,27 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value
+
+
+def check_every_part(options: Any) -> None:
+    """The check that stands in each dataclass that a config is made of, whatever recipe it belongs to. Raises
+    ConfigError."""
+    for part in reversed(type(options).__mro__):
+        if "check" in vars(part):
+            part.check(options)
+
+
+def refuse_unread(options: Any, names: set[str], reason: str) -> None:
+    """ConfigError for the first of these options that is not at its default: nothing would read it."""
+    for entry in dataclasses.fields(options):
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default  # type: ignore[misc]
+        if entry.name in names and getattr(options, entry.name) != default:
+            raise ConfigError(entry.name, getattr(options, entry.name), reason)
+
+
+def option_names(*parts: type) -> set[str]:
+    """The options of some dataclasses."""
+    return {entry.name for part in parts for entry in dataclasses.fields(part)}
 
 
 def check_at_least_one(options: Any, *keys: str) -> None:

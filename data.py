@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import random
 import re
 import secrets
@@ -31,6 +32,7 @@ from batches import Dataset, Encoded, pack, settle
 from config import (
     ConfigError,
     DataError,
+    check_at_least_one,
     import_attribute,
     parse_config,
     resolve_checkpoint,
@@ -54,33 +56,81 @@ class DataOptions:
     """Held-out data in the same form; instead of val_set_size."""
     val_set_size: int | float = 0
     """Rows to hold out of `datasets` for evaluation: a count, or a fraction below 1 (0.05)."""
-    sequence_len: int = 2048
-    """Longest row, in tokens; packed rows are filled up to it."""
-    excess_length_strategy: Literal["drop", "truncate", "error"] = "drop"
-    """Rows longer than sequence_len: leave out and count, cut the end off, or stop. Plain text is always cut
-    in pieces."""
-    sample_packing: bool = False
-    """Put several documents in one row of sequence_len. Attention and positions stay within a document."""
-    train_on_inputs: bool = False
-    """Train on every token, prompts too."""
     strip_thinking: bool = False
     """Take reasoning traces (<think>…</think>, reasoning_content) out of the answers."""
     chat_template: str | None = None
-    """A .jinja file, or `chatml`, instead of the tokenizer's own chat template."""
+    """A .jinja file, `chatml`, or one of the tokenizer's named templates, instead of its default one."""
     chat_template_kwargs: dict = field(default_factory=dict)
     """More variables for the chat template, e.g. {enable_thinking: false}."""
     special_tokens: dict[str, str] = field(default_factory=dict)
     """Set the tokenizer's special tokens, e.g. {pad_token: "<|endoftext|>"}; unknown ones are added."""
     tokens: list[str] = field(default_factory=list)
-    """More tokens for the tokenizer; the embedding grows to fit."""
-    tokenizer_vocab_size: int | None = None
-    """With random_init: train a byte-level BPE tokenizer of this size on the training rows, once, instead of
-    loading."""
+    """More tokens for the tokenizer; the embedding grows to fit. Beside an adapter their rows are trained."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at the first row that cannot be used, or skip such rows, count and list them."""
+    config_directory: str = field(default=".", init=False)  # of the YAML file: where relative paths begin
+
+    def check(self) -> None:
+        if not self.datasets and not getattr(self, "replay_path", None):
+            raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: chat}]")
+        size = self.val_set_size
+        if size < 0 or not math.isfinite(size) or (size > 1 and size != int(size)):
+            raise ConfigError("val_set_size", size, "must be a count, or a fraction between 0 and 1")
+        if size and self.test_datasets:
+            raise ConfigError("test_datasets", None, "contradicts val_set_size; keep one of the two")
+        for key in ("eval_steps", "eval_answers"):
+            if getattr(self, key, None) and not (size or self.test_datasets):
+                problem = "needs held-out data: set val_set_size or test_datasets"
+                raise ConfigError(key, getattr(self, key), problem)
+        weights = [spec.get("weight", 1.0) for spec in (*self.datasets, *self.test_datasets)]
+        for weight in weights:
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not 0 <= weight < math.inf:
+                raise ConfigError("datasets", weight, "weight must be a number of at least 0")
+        if weights and not any(spec.get("weight", 1.0) for spec in self.datasets) and self.datasets:
+            raise ConfigError("datasets", None, "every weight is 0: nothing would be trained")
+
+
+@dataclass
+class EncodingOptions:
+    """For recipes that train on the tokens of the rows."""
+
+    sequence_len: int = 2048
+    """Longest row, in tokens; packed rows are filled up to it."""
+    excess_length_strategy: Literal["drop", "truncate", "error"] = "drop"
+    """Rows longer than sequence_len: leave out and count, cut the end off, or stop. Plain text is always cut
+    in pieces."""
+    train_on_inputs: bool = False
+    """Train on every token, prompts too."""
     dataset_prepared_path: str | None = None
     """Where encoded data is kept between runs; default: output_dir/prepared."""
-    config_directory: str = field(default=".", init=False)  # of the YAML file: where relative paths begin
+
+    def check(self) -> None:
+        check_at_least_one(self, "sequence_len")
+
+
+@dataclass
+class ScratchOptions:
+    """For training from scratch."""
+
+    random_init: bool = False
+    """Start from random weights (seeded by `seed`) in the shape that base_model's config.json describes."""
+    tokenizer_vocab_size: int | None = None
+    """With random_init: train a byte-level BPE tokenizer of this size on the training rows, once, instead of
+    loading one."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "tokenizer_vocab_size")
+        if self.tokenizer_vocab_size is not None and not self.random_init:
+            raise ConfigError("tokenizer_vocab_size", self.tokenizer_vocab_size, "needs random_init: true")
+        if self.random_init and getattr(self, "adapter", None):
+            problem = "makes no sense on random weights; drop one of the two"
+            raise ConfigError("adapter", self.adapter, problem)  # type: ignore[attr-defined]
+
+
+@dataclass
+class RowOptions(DataOptions, EncodingOptions):
+    """What `encode_dataset` and `prepare` read."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -317,7 +367,7 @@ class Encoder:
         self,
         kind: str,
         tokenizer: Tokenizer,
-        options: DataOptions,
+        options: RowOptions,
         directory: Path,
         columns: dict | None = None,
     ):
@@ -440,7 +490,7 @@ def _import_function(name: str, directory: Path) -> Callable[[dict], Any]:
 
 
 def encode_dataset(
-    spec: dict, tokenizer: Tokenizer, options: DataOptions, directory: Path
+    spec: dict, tokenizer: Tokenizer, options: RowOptions, directory: Path
 ) -> Iterator[Encoded]:
     """Every row of one dataset through the code that training uses. DataError for a bad row under
     `on_bad_row: error`."""
@@ -639,7 +689,7 @@ def read_prompts(
 
 
 def prepare(
-    specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path, cache: Path
+    specs: list[dict], tokenizer: Tokenizer, options: RowOptions, directory: Path, cache: Path
 ) -> Dataset:
     """Encode every dataset, or find the result of an earlier run with the same files, options, tokenizer and
     code."""
@@ -707,10 +757,13 @@ def what_is_left_out(counts: dict) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path, cache: Path) -> Tokenizer:
-    """The checkpoint's tokenizer, or one trained on the data (`tokenizer_vocab_size`) and kept in `cache`."""
-    if options.tokenizer_vocab_size is None:
-        return Tokenizer.load(checkpoint).configure(options, directory)
+def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path) -> Tokenizer:
+    """The checkpoint's tokenizer, with what the config changes about it."""
+    return Tokenizer.load(checkpoint).configure(options, directory)
+
+
+def trained_tokenizer(options: Any, directory: Path, cache: Path) -> Tokenizer:
+    """A tokenizer of `tokenizer_vocab_size` tokens, trained on the data once and kept in `cache`."""
     key = hashlib.sha256(repr((options.tokenizer_vocab_size, options.datasets)).encode()).hexdigest()[:16]
     place = cache / f"tokenizer-{key}"
     if not (place / "tokenizer.json").exists():
@@ -754,13 +807,15 @@ def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path, cach
 
 
 @dataclass
-class InspectOptions(DataOptions):
+class InspectOptions(RowOptions, ScratchOptions):
     base_model: str = ""
     """Checkpoint whose tokenizer and vocabulary count."""
     base_model_revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
     output_dir: str = "outputs"
     """Where a trained tokenizer is kept."""
+    sample_packing: bool = False
+    """Say how full packs would be."""
     samples: int = 3
     """How many samples to show."""
 
@@ -776,7 +831,10 @@ def inspect(argv: list[str]) -> int:
         raise ConfigError("base_model", None, "must be set: a directory or a hub id")
     checkpoint = resolve_checkpoint(options.base_model, options.base_model_revision, directory)
     cache = Path(options.dataset_prepared_path or Path(options.output_dir) / "prepared")
-    tokenizer = load_tokenizer(checkpoint, options, directory, cache)
+    if options.tokenizer_vocab_size is None:
+        tokenizer = load_tokenizer(checkpoint, options, directory)
+    else:
+        tokenizer = trained_tokenizer(options, directory, cache)
     if as_json:
         for spec in options.datasets:
             for row in encode_dataset(spec, tokenizer, options, directory):

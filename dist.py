@@ -35,7 +35,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import low_precision
-from config import BallastError, ConfigError, check_ranges
+from config import BallastError, ConfigError, check_at_least_one, check_ranges
 from families import Architecture
 from model import Block, Transformer, full_tensor, set_precision
 from weights import apply_lora, initialize, initialize_lora, load_adapter, load_weights  # fmt: skip
@@ -65,6 +65,15 @@ class DistOptions:
     gpu_timeout_minutes: float = 30
     """A collective that waits longer stops the run: some rank died or took another path."""
 
+    def check(self) -> None:
+        if not 0 < self.gpu_timeout_minutes < math.inf:
+            raise ConfigError("gpu_timeout_minutes", self.gpu_timeout_minutes, "must be above 0")
+        check_at_least_one(self, "hsdp_shard_size")
+        unknown = set(self.gradient_checkpointing_kwargs) - {"use_reentrant"}
+        if unknown:
+            key = f"gradient_checkpointing_kwargs.{sorted(unknown)[0]}"
+            raise ConfigError(key, None, "is not known; only use_reentrant is")
+
 
 @dataclass
 class OptimizerOptions:
@@ -93,6 +102,22 @@ class OptimizerOptions:
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 leaves it."""
+
+    def check(self) -> None:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ConfigError(
+                "warmup_ratio", self.warmup_ratio, "contradicts warmup_steps; keep one of the two"
+            )
+        check_ranges(
+            self, ("learning_rate", 0, math.inf), ("warmup_ratio", 0, 1), ("warmup_steps", 0, math.inf),
+            ("weight_decay", 0, math.inf), ("max_grad_norm", 0, math.inf), ("min_lr_ratio", 0, 1),
+            ("wsd_decay_ratio", 0, 1),
+        )  # fmt: skip
+        for key in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(key, getattr(self, key), "must be at least 0 and below 1")
+        if not 0 < self.adam_epsilon < math.inf:
+            raise ConfigError("adam_epsilon", self.adam_epsilon, "must be above 0")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,8 +151,6 @@ def init(options: DistOptions) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
-    if not options.gpu_timeout_minutes > 0:
-        raise ConfigError("gpu_timeout_minutes", options.gpu_timeout_minutes, "must be above 0")
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -310,11 +333,6 @@ class Interrupt:
 def shard(model: Transformer, options: DistOptions, world: World) -> Transformer:
     """Set up activation checkpointing and, with several processes, FSDP2 on each block and the rest. In
     place; the model may still be on the meta device."""
-    unknown = set(options.gradient_checkpointing_kwargs) - {"use_reentrant"}
-    if unknown:
-        raise ConfigError(
-            "gradient_checkpointing_kwargs", sorted(unknown)[0], "is not known; only use_reentrant is"
-        )
     if options.gradient_checkpointing:
         for block in model.layers:
             assert isinstance(block, Block)
@@ -335,7 +353,9 @@ def shard(model: Transformer, options: DistOptions, world: World) -> Transformer
     return model
 
 
-def build_model(arch: Architecture, checkpoint: Path, config: Any, world: World) -> Transformer:
+def build_model(
+    arch: Architecture, checkpoint: Path, config: Any, world: World, random_init: bool = False
+) -> Transformer:
     """The model of a config, sharded, with its weights (loaded or random) and adapters, in training mode.
 
     It is made on the meta device, where it costs nothing; once it is sharded each rank gives storage to its
@@ -348,7 +368,7 @@ def build_model(arch: Architecture, checkpoint: Path, config: Any, world: World)
         set_precision(model, config)
     shard(model, config, world)
     model.to_empty(device="cpu" if config.fsdp_cpu_offload else world.device)
-    if config.random_init:
+    if random_init:
         initialize(model, config.seed)
     else:
         load_weights(model, checkpoint)
@@ -441,18 +461,6 @@ def learning_rate(step: int, options: OptimizerOptions, total_steps: int) -> flo
         decay = max(1, round(options.wsd_decay_ratio * total_steps))
         shape = min(1.0, (total_steps - step) / decay)
     return peak * (floor + (1 - floor) * shape)
-
-
-def check_optimizer_options(options: OptimizerOptions) -> None:
-    if options.warmup_steps is not None and options.warmup_ratio is not None:
-        raise ConfigError(
-            "warmup_ratio", options.warmup_ratio, "contradicts warmup_steps; keep one of the two"
-        )
-    check_ranges(
-        options, ("learning_rate", 0, math.inf), ("warmup_ratio", 0, 1), ("warmup_steps", 0, math.inf),
-        ("weight_decay", 0, math.inf), ("max_grad_norm", 0, math.inf), ("min_lr_ratio", 0, 1),
-        ("wsd_decay_ratio", 0, 1),
-    )  # fmt: skip
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, list[nn.Parameter]]:

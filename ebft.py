@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 import dist
 import health
-from batches import PromptOrder, split_held_out
+from batches import LoopOptions, PromptOrder, split_held_out
 from blocks import (
     BlockOptions,
     BlockPass,
@@ -36,15 +36,25 @@ from blocks import (
     write_blocks,
 )
 from checkpoint import Checkpointer, CheckpointOptions, save_final
-from config import ConfigError, DataError, check_at_least_one, parse_config, resolve_checkpoint
-from data import DataOptions, Prompt, load_tokenizer, prepare, read_prompts
+from config import (
+    ConfigError,
+    DataError,
+    check_at_least_one,
+    check_every_part,
+    check_ranges,
+    option_names,
+    parse_config,
+    refuse_unread,
+    resolve_checkpoint,
+)
+from data import EncodingOptions, Prompt, RowOptions, load_tokenizer, prepare, read_prompts
 from dist import DistOptions, OptimizerOptions
 from families import Architecture
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
 from kernels import SharedPrompts
 from losses import TokenStatistics, linear_cross_entropy, linear_logprobs
-from model import ModelOptions, Transformer, check_model_options
+from model import ModelOptions, Transformer, load_balancing_loss
 from policy import (
     PolicyBatch,
     PolicyOptions,
@@ -52,7 +62,6 @@ from policy import (
     accumulate_gradients,
     can_share_prompts,
     cannot_share_prompts,
-    check_policy_options,
     collate,
     completion_metrics,
     entropy_bonus,
@@ -93,10 +102,21 @@ class FeatureOptions:
     offload_feature_network: bool = False
     """Full fine-tuning: keep the frozen copy in host memory, and on the GPU only while it reads."""
 
+    def check(self) -> None:
+        if not self.feature_layers or not all(0 <= f <= 1 for f in self.feature_layers):
+            raise ConfigError(
+                "feature_layers", self.feature_layers, "must be shares of the depth, from 0 to 1"
+            )
+        for key in ("alignment_coef", "diversity_coef", "rl_coef", "ce_coef"):
+            check_ranges(self, (key, -math.inf, math.inf))
+        if not (self.rl_coef and (self.alignment_coef or self.diversity_coef)) and not self.ce_coef:
+            key = "rl_coef" if not self.rl_coef else "alignment_coef"
+            raise ConfigError(key, 0.0, "leaves nothing that trains: every coefficient beside it is 0 too")
+
 
 @dataclass
 class Config(
-    ModelOptions, DataOptions, FeatureOptions, BlockOptions, PolicyOptions, OptimizerOptions,
+    ModelOptions, RowOptions, FeatureOptions, BlockOptions, PolicyOptions, LoopOptions, OptimizerOptions,
     CheckpointOptions, DistOptions, LogOptions, ForensicOptions,
 ):  # fmt: skip
     mode: Literal["structured", "strided"] = "structured"
@@ -107,60 +127,39 @@ class Config(
     least."""
     gt_length_multiplier: float = 1.5
     """structured: how much longer than the truth a completion may become."""
-    log_completions: bool = False
-    """Show a few samples beside their truths at every logged step."""
     chat_turns: Literal["last", "first", "every", "rollout"] = "last"
     """structured, type: chat: which answers of a conversation are asked for. rollout: from the first on the
     policy gives all of them, the row's own questions in between (its `remaining_turns`)."""
     eval_num_generations: int = 4
     """structured: completions of each held-out prompt."""
     n_samples_per_prompt: int = 4
-    """Samples of each block."""
+    """strided: samples of each block."""
     temperature: float = 0.6
     """Of sampling and of the log-probabilities that are trained."""
     samples_a_pass: int = 1
-    """How many of these go through the model together in training: more is faster, 1 takes least memory."""
-    micro_batch_size: int = 1
-    """Documents (strided) or completions (structured) in one forward pass of one process."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches of each process in one optimiser step."""
-    num_epochs: float = 1.0
-    """Passes over the documents."""
-    max_steps: int | None = None
-    """Stop after so many optimiser steps, whatever num_epochs says."""
-    eval_steps: int | None = None
-    """Evaluate on held-out documents every so many steps, and at the start and the end."""
-    seed: int = 42
-    """Seed of the order of documents, of sampling, dropout and random initialisation."""
+    """strided: how many of these go through the model together in training: more is faster, 1 takes least
+    memory."""
+
+    not_here: ClassVar = {
+        "sample_packing": "documents of a micro-batch are packed anyway",
+        "environment": "it has no true completion to match; use grpo.py",
+        "reward_funcs": "features are the reward; use grpo.py for functions",
+        "streaming_partial_batch": "there is nothing to score early here",
+        "random_init": "train with sft.py first", "tokenizer_vocab_size": "train with sft.py first",
+    }  # fmt: skip
 
     def __post_init__(self):
-        check_model_options(self)
-        check_policy_options(self)
-        dist.check_optimizer_options(self)
-        health.check_log_options(self)
-        if not self.datasets and self.rollout_engine != "replay":
-            raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: text}]")
-        if self.mode == "strided" and self.rollout_engine == "vllm":
-            raise ConfigError("rollout_engine", "vllm", "is of mode: structured; blocks need no server")
-        if self.mode == "strided" and self.chat_turns != "last":
-            raise ConfigError("chat_turns", self.chat_turns, "is of mode: structured")
-        if self.mode == "structured" and self.environment:
-            raise ConfigError("environment", self.environment, "has no true completion to match; use grpo.py")
-        if self.gt_length_multiplier <= 0:
+        check_every_part(self)
+        of_structured, of_strided = options_by_mode()
+        if self.mode == "strided":
+            refuse_unread(self, of_structured, "is of mode: structured, and mode is strided")
+            if self.rollout_engine == "vllm":
+                raise ConfigError("rollout_engine", "vllm", "is of mode: structured; blocks need no server")
+        else:
+            refuse_unread(self, of_strided, "is of mode: strided, and mode is structured")
+        if not 0 < self.gt_length_multiplier < math.inf:
             raise ConfigError("gt_length_multiplier", self.gt_length_multiplier, "must be above 0")
-        if self.streaming_partial_batch:
-            raise ConfigError(
-                "streaming_partial_batch", True, "has nothing to score early here; leave it out"
-            )
-        check_at_least_one(
-            self, "stride", "context_length", "generate_max_len", "n_samples_per_prompt", "samples_a_pass",
-            "micro_batch_size", "gradient_accumulation_steps", "logging_steps", "eval_num_generations",
-            "max_steps", "eval_steps", "save_steps",
-        )  # fmt: skip
-        if not self.feature_layers or not all(0 <= f <= 1 for f in self.feature_layers):
-            raise ConfigError(
-                "feature_layers", self.feature_layers, "must be shares of the depth, from 0 to 1"
-            )
+        check_at_least_one(self, "n_samples_per_prompt", "samples_a_pass", "eval_num_generations")
         if self.use_whitening and self.whitening == "none":
             self.whitening = "feature"
         siblings = "num_generations" if self.mode == "structured" else "n_samples_per_prompt"
@@ -172,8 +171,17 @@ class Config(
                 "lora_dropout", self.lora_dropout,
                 "makes the trained policy another one than the one that samples: set it to 0 here",
             )  # fmt: skip
-        if self.random_init or self.tokenizer_vocab_size:
-            raise ConfigError("random_init", True, "makes no sense here: train with sft.py first")
+
+
+def options_by_mode() -> tuple[set[str], set[str]]:
+    """(options that only structured mode reads, those that only strided mode reads)."""
+    both = {"temperature", "replay_path", "rollout_engine", "log_completions"}
+    structured = {"adaptive_max_tokens", "gt_length_multiplier", "chat_turns", "eval_num_generations"}
+    strided = {"n_samples_per_prompt", "samples_a_pass"}
+    return (
+        (option_names(PolicyOptions) | structured) - both,
+        option_names(BlockOptions, EncodingOptions) | strided,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -376,7 +384,7 @@ def strided(config: Config) -> None:
     )
     arch = read_architecture(checkpoint, config.ignore_config_fields)
     cache = Path(config.dataset_prepared_path or output_dir / "prepared")
-    tokenizer = dist.main_first(lambda: load_tokenizer(checkpoint, config, directory, cache), world)
+    tokenizer = load_tokenizer(checkpoint, config, directory)
 
     def read(specs: list[dict], wanted: Callable[[int], np.ndarray]) -> tuple[list[Document], int, str]:
         """(documents with a block, how many have none, the data's fingerprint)."""
@@ -391,7 +399,8 @@ def strided(config: Config) -> None:
         judged, _, _ = read(config.test_datasets, np.arange)
     else:
         judged, _, _ = read(config.datasets, lambda rows: split(rows)[1])
-    if config.replay_path is not None:
+    if config.rollout_engine == "replay":
+        assert config.replay_path is not None
         size = max(arch.vocab_size, tokenizer.vocab_size)
         n, G = config.n_samples_per_prompt, config.generate_max_len
         documents, skipped = read_blocks(config.replay_path, directory, n, G, size), 0
@@ -402,7 +411,7 @@ def strided(config: Config) -> None:
         log.info("data: %d of %d documents are too short for a block", skipped, skipped + len(documents))
     a_step = config.micro_batch_size * config.gradient_accumulation_steps * world.size
     if len(documents) < a_step:
-        key = "context_length" if config.replay_path is None else "replay_path"
+        key = "replay_path" if config.rollout_engine == "replay" else "context_length"
         raise ConfigError(
             key, getattr(config, key),
             f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
@@ -410,10 +419,9 @@ def strided(config: Config) -> None:
         )  # fmt: skip
     order = PromptOrder(len(documents), a_step, config.seed)
     total_steps = math.ceil(len(documents) * config.num_epochs / a_step)
-    if config.replay_path is not None:
+    if config.rollout_engine == "replay":
         total_steps = len(documents) // a_step
     total_steps = min(total_steps, config.max_steps or total_steps)
-    dist.check_warmup(config, total_steps)
     dist.check_warmup(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     keys = ("base_model", "adapter", "lora_r", "optimizer", "seed", "stride", "context_length",
@@ -486,16 +494,21 @@ def strided(config: Config) -> None:
 
     watch = Forensics(model, config, world, tokenizer)
 
+    aux_coef = (
+        arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
+    )
+
     def pass_loss(
-        part: list[Document], tokens: Tensor, weight: Tensor, rollout_tokens: int, counted: int | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, TokenStatistics]:
+        part: list[Document], tokens: Tensor, weight: Tensor, rollout_tokens: int, counted: int | None,
+        share: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, TokenStatistics]:  # fmt: skip
         """(what the backward pass starts from, loss, its REINFORCE part, Σ −log p of the true tokens,
-        log-probs) of some samples of every block. Sums over the whole step: × world.size undoes FSDP's
-        mean."""
+        log-probs) of some samples of every block, this `share` of the step's passes. Sums over the whole
+        step: × world.size undoes FSDP's mean."""
         batch = BlockPass.make(part, tokens)
         nll = None
         with world.autocast(config.bf16):
-            hidden, _ = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
+            hidden, router_logits = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
             made = linear_logprobs(
                 hidden[0].index_select(0, batch.sources.flatten()), model.head_weight,
                 batch.input_ids[0, batch.block_rows.flatten()], temperature=config.temperature,
@@ -506,7 +519,10 @@ def strided(config: Config) -> None:
             if counted is not None:
                 nll, _ = document_nll(model, part, hidden[0].index_select(0, batch.document_rows))
                 loss = loss + config.ce_coef * nll / counted
-        return loss * world.size, loss.detach(), rl_loss.detach(), nll, made
+            start = loss
+            if aux_coef and router_logits:  # a mixture's experts stay in use
+                start = loss + aux_coef * share * load_balancing_loss(router_logits, arch)
+        return start * world.size, loss.detach(), rl_loss.detach(), nll, made
 
     # 5. The loop.
     if judged and state["eval_before"] is None:
@@ -516,7 +532,7 @@ def strided(config: Config) -> None:
     while step < total_steps:
         raced = dist.begin_step(step + 1, world)
         # a. This step's documents, the same on every rank, and this rank's micro-batches.
-        replayed = config.replay_path is not None
+        replayed = config.rollout_engine == "replay"
         chosen = [
             documents[i]
             for i in (range(step * a_step, (step + 1) * a_step) if replayed else order.batch(step))
@@ -528,47 +544,49 @@ def strided(config: Config) -> None:
         rollout_tokens = blocks * config.n_samples_per_prompt * config.generate_max_len
         counted = max(1, sum(d.trained_tokens for d in chosen))
 
-        # b. Samples of every block, their energy, and advantages over the siblings of a block.
-        tally, drawn, losses = Tally(), [], []
-        for k, part in enumerate(parts):
-            tokens, sampled, advantage, facts = rollout(part, step, k, world.rank)
-            for name, values in facts.items():
-                tally.mean(f"ebft/{name}", values.sum().item(), len(values))
-            tally.mean(
-                "ebft/advantages_std",
-                advantage.std(-1).sum().item() if advantage.shape[1] > 1 else 0.0,
-                len(advantage),
-            )
-            drawn.append((tokens, sampled, advantage))
+        with health.profiled(step + 1, config, output_dir, world.rank, world.device):
+            # b. Samples of every block, their energy, and advantages over the siblings of a block.
+            tally, drawn, losses = Tally(), [], []
+            for k, part in enumerate(parts):
+                tokens, sampled, advantage, facts = rollout(part, step, k, world.rank)
+                for name, values in facts.items():
+                    tally.mean(f"ebft/{name}", values.sum().item(), len(values))
+                tally.mean(
+                    "ebft/advantages_std",
+                    advantage.std(-1).sum().item() if advantage.shape[1] > 1 else 0.0,
+                    len(advantage),
+                )
+                drawn.append((tokens, sampled, advantage))
 
-            # c. REINFORCE on the samples, a few at a time so that memory stays near one sample's;
-            # cross-entropy on the true tokens with the first.
-            n = config.n_samples_per_prompt
-            given = functools.partial(advantages_by_document, part, advantage)
-            for first in range(0, n, config.samples_a_pass):
-                now = slice(first, min(n, first + config.samples_a_pass))
-                weight = advantage[:, now].reshape(-1, 1).expand(-1, config.generate_max_len).flatten()
-                compute = functools.partial(
-                    pass_loss, part, tokens[:, now].flatten(0, 1), weight, rollout_tokens,
-                    counted if config.ce_coef and first == 0 else None,
-                )  # fmt: skip
-                start, loss, rl_loss, nll, made = watch.forward(compute, [d.name for d in part], given)
-                start.backward()
-                losses.append(loss)
-                if nll is not None:
-                    tally.mean("ebft/ce_loss", nll.item(), sum(d.trained_tokens for d in part))
-                gap = (made.logprobs.detach() - sampled[:, now].flatten()).abs()
-                tally.mean("entropy", made.entropy.sum().item(), len(gap))
-                tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), len(gap))
-                tally.max("sampling/sampling_logp_difference/max", gap.max().item())
-                tally.mean("ebft/rl_loss", rl_loss.item(), 1.0 / world.size if k + first == 0 else 0.0)
+                # c. REINFORCE on the samples, a few at a time so that memory stays near one sample's;
+                # cross-entropy on the true tokens with the first.
+                n = config.n_samples_per_prompt
+                given = functools.partial(advantages_by_document, part, advantage)
+                for first in range(0, n, config.samples_a_pass):
+                    now = slice(first, min(n, first + config.samples_a_pass))
+                    weight = advantage[:, now].reshape(-1, 1).expand(-1, config.generate_max_len).flatten()
+                    compute = functools.partial(
+                        pass_loss, part, tokens[:, now].flatten(0, 1), weight, rollout_tokens,
+                        counted if config.ce_coef and first == 0 else None,
+                        len(part) / len(chosen) * (now.stop - now.start) / n,
+                    )  # fmt: skip
+                    start, loss, rl_loss, nll, made = watch.forward(compute, [d.name for d in part], given)
+                    start.backward()
+                    losses.append(loss)
+                    if nll is not None:
+                        tally.mean("ebft/ce_loss", nll.item(), sum(d.trained_tokens for d in part))
+                    gap = (made.logprobs.detach() - sampled[:, now].flatten()).abs()
+                    tally.mean("entropy", made.entropy.sum().item(), len(gap))
+                    tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), len(gap))
+                    tally.max("sampling/sampling_logp_difference/max", gap.max().item())
+                    tally.mean("ebft/rl_loss", rl_loss.item(), 1.0 / world.size if k + first == 0 else 0.0)
 
-        # d. The norm before clipping; nothing that is not finite may reach the weights.
-        norm, with_gradient = dist.gradient_norm(trained)
-        rate = dist.learning_rate(step, config, total_steps)
-        if watch.healthy(step + 1, losses, norm):
-            dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-            rate = dist.update(optimizers, rate)
+            # d. The norm before clipping; nothing that is not finite may reach the weights.
+            norm, with_gradient = dist.gradient_norm(trained)
+            rate = dist.learning_rate(step, config, total_steps)
+            if watch.healthy(step + 1, losses, norm):
+                dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
+                rate = dist.update(optimizers, rate)
         step += 1
 
         # e. Metrics, evaluation, checkpoint.
@@ -637,8 +655,7 @@ def structured(config: Config) -> None:
         lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
     )
     arch = read_architecture(checkpoint, config.ignore_config_fields)
-    cache = Path(config.dataset_prepared_path or output_dir / "prepared")
-    tokenizer = dist.main_first(lambda: load_tokenizer(checkpoint, config, directory, cache), world)
+    tokenizer = load_tokenizer(checkpoint, config, directory)
     prompts: list[Prompt] = []
     held_out: list[Prompt] = []
     replay, data = None, ""
@@ -673,7 +690,6 @@ def structured(config: Config) -> None:
         raise ConfigError("async_prefetch", True, "does not work with remaining_turns; drop one of the two")
     order = PromptOrder(max(1, len(prompts)), batch_size // n, config.seed)
     total_steps = min(total_steps, config.max_steps or total_steps)
-    dist.check_warmup(config, total_steps)
     dist.check_warmup(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     keys = ("base_model", "mode", "adapter", "lora_r", "optimizer", "seed", "num_generations", "val_set_size",
@@ -830,29 +846,30 @@ def structured(config: Config) -> None:
                 write_rollouts(output_dir / "rollouts", step, rollouts, tokenizer)
             took["features"] = seconds()
 
-            # c. The policy's step, as in GRPO: this rank's micro-batches of the whole batch.
-            micro = [rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
-            with on_device(frozen if config.beta else None, config, world):
-                keep_logprobs(
-                    model, frozen if config.beta else None, micro, config, world, share, old=False,
-                    kl=measures_kl(config, step, 1),
+            with health.profiled(step + 1, config, output_dir, world.rank, world.device):
+                # c. The policy's step, as in GRPO: this rank's micro-batches of the whole batch.
+                micro = [rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
+                with on_device(frozen if config.beta else None, config, world):
+                    keep_logprobs(
+                        model, frozen if config.beta else None, micro, config, world, share, old=False,
+                        kl=measures_kl(config, step, 1),
+                    )  # fmt: skip
+                tally, losses, skipped = accumulate_gradients(
+                    model, rollouts, micro, config, world, share, watch, step=step + 1, reused=False,
+                    bonus=entropy_bonus(config, state.get("entropy", 0.0)), aux_coef=aux_coef,
                 )  # fmt: skip
-            tally, losses, skipped = accumulate_gradients(
-                model, rollouts, micro, config, world, share, watch, step=step + 1, reused=False,
-                bonus=entropy_bonus(config, state.get("entropy", 0.0)), aux_coef=aux_coef,
-            )  # fmt: skip
-            if config.ce_coef:  # and the cross-entropy of the true completions, each prompt once
-                counted = sum(sum(true_rollout(r).written()) for r in rollouts[::n])
-                for batch, compute in truth_nll(model, rollouts[::n], config, world):
-                    start, nll, count = watch.forward(functools.partial(compute, counted), batch.rows)
-                    start.backward()
-                    losses.append(config.ce_coef * nll / counted)
-                    tally.mean("ebft/ce_loss", nll.item(), count)
-            norm, with_gradient = dist.gradient_norm(trained)
-            rate = dist.learning_rate(step, config, total_steps)
-            if losses and watch.healthy(step + 1, losses, norm):
-                dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-                rate = dist.update(optimizers, rate)
+                if config.ce_coef:  # and the cross-entropy of the true completions, each prompt once
+                    counted = sum(sum(true_rollout(r).written()) for r in rollouts[::n])
+                    for batch, compute in truth_nll(model, rollouts[::n], config, world):
+                        start, nll, count = watch.forward(functools.partial(compute, counted), batch.rows)
+                        start.backward()
+                        losses.append(config.ce_coef * nll / counted)
+                        tally.mean("ebft/ce_loss", nll.item(), count)
+                norm, with_gradient = dist.gradient_norm(trained)
+                rate = dist.learning_rate(step, config, total_steps)
+                if losses and watch.healthy(step + 1, losses, norm):
+                    dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
+                    rate = dist.update(optimizers, rate)
             step += 1
             took["train"] = seconds()
 

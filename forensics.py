@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 import checkpoint
 import dist
-from config import BallastError, ConfigError, read_options, resolve_checkpoint
+from config import BallastError, ConfigError, check_at_least_one, read_options, resolve_checkpoint
 from dist import World
 from health import log
 from kernels import SharedPrompts
@@ -43,6 +43,9 @@ class ForensicOptions:
     """on_nonfinite: skip: stop when so many steps have been left out."""
     detect_anomaly: bool = False
     """Let autograd look for NaN in every backward pass and name the operation: several times slower."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "max_skipped_steps")
 
 
 class NonFinite(BallastError):
@@ -538,7 +541,7 @@ def _read_incident(directory: Path) -> tuple[dict, Any, dict[str, Tensor], dict[
         checkpoint = resolve_checkpoint(config.base_model, config.base_model_revision,
                                         Path(config.config_directory))  # fmt: skip
         config.lora_model_dir = str(folder)
-    config.random_init = config.fsdp_cpu_offload = False
+    config.fsdp_cpu_offload = False
     return report, config, batch, random, checkpoint
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlparse
 
 import torch
@@ -29,19 +29,26 @@ from torch import Tensor
 
 import dist
 import health
-from batches import PromptOrder, split_held_out
+from batches import LoopOptions, PromptOrder, split_held_out
 from checkpoint import Checkpointer, CheckpointOptions, save_final
-from config import BallastError, ConfigError, check_at_least_one, parse_config, resolve_checkpoint
+from config import (
+    BallastError,
+    ConfigError,
+    check_at_least_one,
+    check_every_part,
+    check_ranges,
+    parse_config,
+    resolve_checkpoint,
+)
 from data import DataOptions, Prompt, load_tokenizer, read_prompts
 from dist import DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
-from model import ModelOptions, check_model_options
+from model import ModelOptions
 from policy import (
     PolicyOptions,
     accumulate_gradients,
     can_share_prompts,
-    check_policy_options,
     completion_metrics,
     entropy_bonus,
     keep_logprobs,
@@ -67,39 +74,28 @@ from weights import load_pretrained, read_architecture, resized
 
 @dataclass
 class Config(
-    ModelOptions,
-    DataOptions,
-    RewardOptions,
-    PolicyOptions,
-    OptimizerOptions,
-    CheckpointOptions,
-    DistOptions,
-    LogOptions,
-    ForensicOptions,
-):
+    ModelOptions, DataOptions, RewardOptions, PolicyOptions, LoopOptions, OptimizerOptions, CheckpointOptions,
+    DistOptions, LogOptions, ForensicOptions,
+):  # fmt: skip
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of their group, of the batch, or not at all."""
     ref_model_sync_steps: int | None = None
-    """With beta in full fine-tuning: move the reference towards the policy every so many steps."""
+    """With beta in full fine-tuning: move the reference towards the policy every N steps."""
     ref_model_mixup_alpha: float = 0.6
     """Share of the policy in that move."""
     replay_buffer_size: int = 0
     """Keep so many groups with differing rewards, and use them in place of groups that have none."""
+    environment: str | None = None
+    """Multi-turn: module.Class with reset(prompt, **columns) and step(text, ids) → (observation, reward,
+    done)."""
+    streaming_partial_batch: bool = False
+    """Score a prompt's completions as soon as they are all there."""
     micro_batch_size: int = 8
     """Completions in one forward pass of one process."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches of each process in one optimiser step."""
     steps_per_generation: int | None = None
     """Micro-batches of each process in one generation batch; unset: gradient_accumulation_steps."""
     num_iterations: int = 1
     """Passes over a generation batch."""
-    num_epochs: float = 1.0
-    """Passes over the prompts."""
-    max_steps: int | None = None
-    """Stop after so many optimiser steps, whatever num_epochs says."""
-    eval_steps: int | None = None
-    """Evaluate on held-out prompts every so many steps; with held-out prompts also at the start and the
-    end."""
     eval_num_generations: int = 1
     """Completions of each held-out prompt, for pass@1 and pass@k."""
     eval_temperature: float | None = None
@@ -108,39 +104,32 @@ class Config(
     """Evaluate one greedy completion of each held-out prompt too."""
     eval_success_reward: float = 1.0
     """A completion passes when its weighted reward reaches this."""
-    log_completions: bool = False
-    """Show a few completions with their rewards at every logged step, and all of them in wandb."""
-    seed: int = 42
-    """Seed of the order of prompts, of sampling, dropout and random initialisation."""
+
+    not_here: ClassVar = {
+        "sequence_len": "prompts and completions are bounded by max_prompt_length and max_completion_length",
+        "excess_length_strategy": "prompts longer than max_prompt_length are left out",
+        "sample_packing": "the completions of a micro-batch are packed anyway",
+        "train_on_inputs": "what the policy wrote is trained and nothing else",
+        "random_init": "train with sft.py first", "tokenizer_vocab_size": "train with sft.py first",
+    }  # fmt: skip
 
     def __post_init__(self):
-        check_model_options(self)
-        check_policy_options(self)
-        dist.check_optimizer_options(self)
-        health.check_log_options(self)
+        check_every_part(self)
         replayed = self.rollout_engine == "replay"
-        if not self.datasets and not replayed:
-            raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: chat}]")
         if not self.reward_funcs and not replayed and not self.environment:
             raise ConfigError(
                 "reward_funcs", None, "must name at least one reward function, e.g. [exact_match]"
             )
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward_funcs):
-            raise ConfigError(
-                "reward_weights", self.reward_weights, f"must have {len(self.reward_funcs)} entries"
-            )
         check_at_least_one(
-            self, "micro_batch_size", "gradient_accumulation_steps", "num_iterations", "logging_steps",
-            "eval_num_generations", "save_total_limit", "pad_vocab_to_multiple_of",
-            "lora_r",
-            "max_steps", "eval_steps", "save_steps", "steps_per_generation", "ref_model_sync_steps",
+            self, "num_iterations", "eval_num_generations", "steps_per_generation", "ref_model_sync_steps"
+        )
+        check_ranges(
+            self, ("replay_buffer_size", 0, math.inf), ("ref_model_mixup_alpha", 0, 1),
+            ("eval_temperature", 0, math.inf), ("eval_success_reward", -math.inf, math.inf),
         )  # fmt: skip
-        if self.num_epochs <= 0 or self.reward_timeout <= 0:
-            key = "num_epochs" if self.num_epochs <= 0 else "reward_timeout"
-            raise ConfigError(key, getattr(self, key), "must be above 0")
-        if self.replay_buffer_size < 0 or not 0 <= self.ref_model_mixup_alpha <= 1:
-            raise ConfigError("replay_buffer_size", self.replay_buffer_size, "must be at least 0, and "
-                              "ref_model_mixup_alpha lie between 0 and 1")  # fmt: skip
+        if self.async_prefetch and self.environment:
+            problem = "does not work with an environment; drop one of the two"
+            raise ConfigError("async_prefetch", True, problem)
         if self.num_generations < 2 and not replayed:
             raise ConfigError(
                 "num_generations", self.num_generations, "must be at least 2: a group is its own baseline"
@@ -152,19 +141,11 @@ class Config(
                 "steps_per_generation", self.steps_per_generation,
                 f"must be a multiple of gradient_accumulation_steps ({self.gradient_accumulation_steps})",
             )  # fmt: skip
-        if self.val_set_size and self.test_datasets:
-            raise ConfigError("test_datasets", None, "contradicts val_set_size; keep one of the two")
-        if self.eval_steps and not (self.val_set_size or self.test_datasets):
-            raise ConfigError(
-                "eval_steps", self.eval_steps, "needs held-out data: set val_set_size or test_datasets"
-            )
         if self.lora_dropout:
             raise ConfigError(
                 "lora_dropout", self.lora_dropout,
                 "makes the trained policy another one than the one that samples: set it to 0 here",
             )  # fmt: skip
-        if self.random_init or self.tokenizer_vocab_size:
-            raise ConfigError("random_init", True, "makes no sense here: train with sft.py first")
 
 
 def generation_batch_size(config: Config, world_size: int) -> int:
@@ -409,8 +390,7 @@ def main(config: Config) -> None:
         lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
     )
     arch = read_architecture(checkpoint, config.ignore_config_fields)
-    cache = Path(config.dataset_prepared_path or output_dir / "prepared")
-    tokenizer = dist.main_first(lambda: load_tokenizer(checkpoint, config, directory, cache), world)
+    tokenizer = load_tokenizer(checkpoint, config, directory)
     prompts: list[Prompt] = []
     held_out: list[Prompt] = []
     replay, data = None, ""
@@ -735,7 +715,7 @@ def test_rewards(argv: list[str]) -> int:
     log.setLevel(20)
     directory = Path(config.config_directory)
     checkpoint = resolve_checkpoint(config.base_model, config.base_model_revision, directory)
-    tokenizer = load_tokenizer(checkpoint, config, directory, Path(config.output_dir) / "prepared")
+    tokenizer = load_tokenizer(checkpoint, config, directory)
     prompts, _ = read_prompts(config.datasets, tokenizer, config, directory, config.max_prompt_length)
     prompts = prompts[: config.rows]
     scorer = Scorer(config, tokenizer)

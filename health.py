@@ -35,7 +35,9 @@ import dist
 from config import (
     BallastError,
     ConfigError,
-    UnknownOption,
+    check_at_least_one,
+    given_options,
+    option_names,
     parse_config,
     read_yaml_file,
     resolve_checkpoint,
@@ -83,18 +85,21 @@ class LogOptions:
     on_unhealthy: str | dict[str, str] = "warn"
     """When a rule is broken: warn, stop, or checkpoint_and_stop; or by severity: {critical: stop}."""
 
-
-def check_log_options(options: Any) -> None:
-    rules_of(asdict(options))
-    by_severity = options.on_unhealthy
-    if isinstance(by_severity, str):
-        by_severity = {"warning": by_severity, "critical": by_severity}
-    for severity, action in by_severity.items():
-        if severity not in ("warning", "critical") or action not in ("warn", "stop", "checkpoint_and_stop"):
-            raise ConfigError(
-                "on_unhealthy", options.on_unhealthy,
-                "must be warn, stop or checkpoint_and_stop, or {warning: …, critical: …} of these",
-            )  # fmt: skip
+    def check(self) -> None:
+        rules_of(asdict(self))
+        check_at_least_one(self, "logging_steps")
+        if any(step < 1 for step in self.profiler_steps):
+            raise ConfigError("profiler_steps", self.profiler_steps, "must be steps, counted from 1")
+        by_severity = self.on_unhealthy
+        if isinstance(by_severity, str):
+            by_severity = {"warning": by_severity, "critical": by_severity}
+        for severity, action in by_severity.items():
+            actions = ("warn", "stop", "checkpoint_and_stop")
+            if severity not in ("warning", "critical") or action not in actions:
+                raise ConfigError(
+                    "on_unhealthy", self.on_unhealthy,
+                    "must be warn, stop or checkpoint_and_stop, or {warning: …, critical: …} of these",
+                )  # fmt: skip
 
 
 def start_log(output_dir: Path, main: bool) -> None:
@@ -587,20 +592,17 @@ USAGE = """usage: python health.py COMMAND …
 
 
 def recipe_config(arguments: list[str]) -> Any:
-    """The config that a command line describes, of the recipe that knows all of its keys."""
+    """The config that a command line describes, of the recipe that knows most of its keys."""
     named = [a.partition("=")[2] for a in arguments if a.startswith("recipe=")]
     arguments = [a for a in arguments if not a.startswith("recipe=")]
-    refused: ConfigError | None = None
-    for name in named or ("sft", "grpo", "ebft"):
+    for name in named:
         if name not in ("sft", "grpo", "ebft"):
             raise ConfigError("recipe", name, "is none; sft, grpo or ebft")
-        recipe = importlib.import_module(name)  # this is a program here: modules never import recipes
-        try:
-            return parse_config(recipe.Config, arguments)
-        except UnknownOption as error:
-            refused = error
-    assert refused is not None
-    raise refused
+    # This is a program here: modules never import recipes
+    configs = [importlib.import_module(name).Config for name in named or ("sft", "grpo", "ebft")]
+    given = given_options(arguments)
+    unknown = [len(given - option_names(config)) for config in configs]
+    return parse_config(configs[unknown.index(min(unknown))], arguments)
 
 
 def memory_table(arguments: list[str]) -> str:

@@ -6,6 +6,7 @@ width, V vocabulary, X experts, N = B·T tokens. Parameter names are Hugging Fac
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,20 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import low_precision
-from config import ConfigError
+from config import ConfigError, check_at_least_one, check_ranges
 from families import Architecture
 
 
 @dataclass
 class ModelOptions:
     base_model: str = ""
-    """Checkpoint to start from: a directory or a Hugging Face hub id. With random_init only its config.json
-    is used."""
+    """Checkpoint to start from: a directory or a Hugging Face hub id."""
     base_model_revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
-    random_init: bool = False
-    """Start from random weights (seeded by `seed`) in the shape of base_model's config.json: train from
-    scratch."""
     ignore_config_fields: list[str] = field(default_factory=list)
     """Fields of config.json that you have looked at and know to change nothing; unknown fields are refused
     otherwise."""
@@ -69,30 +66,36 @@ class ModelOptions:
     merge_adapter: bool = False
     """Save the base model with the adapter merged in instead of the adapter alone."""
 
-
-def check_model_options(options: ModelOptions) -> None:
-    """Raises ConfigError for options that contradict each other."""
-    if not options.base_model:
-        raise ConfigError("base_model", None, "must be set: a checkpoint directory or a hub id")
-    if options.adapter is None:
-        for key in ("lora_model_dir", "lora_target_modules", "lora_target_linear", "merge_adapter"):
-            if getattr(options, key):
-                raise ConfigError(key, getattr(options, key), "needs adapter: lora")
-    elif options.random_init:
-        raise ConfigError("adapter", options.adapter, "makes no sense on random weights; drop one of the two")
-    stored = [key for key in ("load_in_4bit", "load_in_8bit", "fp8_frozen") if getattr(options, key)]
-    if len(stored) > 1:
-        raise ConfigError(stored[1], True, f"contradicts {stored[0]}; keep one of the two")
-    if stored and options.adapter is None:
-        raise ConfigError(stored[0], True, "keeps frozen weights only: add adapter: qlora")
-    if options.adapter == "qlora" and not stored:
-        raise ConfigError("adapter", "qlora", "needs load_in_4bit: true (or load_in_8bit, fp8_frozen)")
-    if options.fp8 and stored in (["load_in_4bit"], ["load_in_8bit"]):
-        raise ConfigError(
-            "fp8", True, f"contradicts {stored[0]}: those weights are multiplied in high precision"
-        )
-    if not 0 <= options.lora_dropout < 1:
-        raise ConfigError("lora_dropout", options.lora_dropout, "must lie between 0 and 1")
+    def check(self) -> None:
+        """Raises ConfigError for options that contradict each other."""
+        if not self.base_model:
+            raise ConfigError("base_model", None, "must be set: a checkpoint directory or a hub id")
+        if self.adapter is None:
+            for key in ("lora_model_dir", "lora_target_modules", "lora_target_linear", "merge_adapter"):
+                if getattr(self, key):
+                    raise ConfigError(key, getattr(self, key), "needs adapter: lora")
+        stored = [key for key in ("load_in_4bit", "load_in_8bit", "fp8_frozen") if getattr(self, key)]
+        if len(stored) > 1:
+            raise ConfigError(stored[1], True, f"contradicts {stored[0]}; keep one of the two")
+        if stored and self.adapter is None:
+            raise ConfigError(stored[0], True, "keeps frozen weights only: add adapter: qlora")
+        if self.adapter == "qlora" and not stored:
+            raise ConfigError("adapter", "qlora", "needs load_in_4bit: true (or load_in_8bit, fp8_frozen)")
+        if self.fp8 and stored in (["load_in_4bit"], ["load_in_8bit"]):
+            raise ConfigError(
+                "fp8", True, f"contradicts {stored[0]}: those weights are multiplied in high precision"
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError("lora_dropout", self.lora_dropout, "must lie between 0 and 1")
+        if not self.lora_alpha > 0 or not math.isfinite(self.lora_alpha):
+            raise ConfigError(
+                "lora_alpha", self.lora_alpha,
+                "must be above 0: adapters are scaled by it, at 0 they change nothing and learn nothing",
+            )  # fmt: skip
+        if self.lora_target_modules == []:
+            raise ConfigError("lora_target_modules", [], "names no layer; leave it out for all of them")
+        check_at_least_one(self, "lora_r", "pad_vocab_to_multiple_of")
+        check_ranges(self, ("router_aux_loss_coef", 0, math.inf))
 
 
 # ------------------------------------------------------------------------------------------------------------

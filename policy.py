@@ -24,7 +24,7 @@ from health import log
 from kernels import SharedPrompts
 from losses import linear_logprobs
 from model import Transformer, load_balancing_loss
-from rollout import Rollout, RolloutOptions, check_rollout_options
+from rollout import Rollout, RolloutOptions
 from weights import base_of
 
 
@@ -87,36 +87,34 @@ class PolicyOptions(RolloutOptions):
     entropy_target: float | None = None
     """Give the bonus only while the entropy of the last step was below this."""
 
-
-def check_policy_options(options: PolicyOptions) -> None:
-    check_rollout_options(options)
-    check_ranges(
-        options, ("epsilon", 0, math.inf), ("epsilon_high", 0, math.inf), ("delta", 0, math.inf),
-        ("beta", 0, math.inf), ("entropy_coef", -math.inf, math.inf), ("entropy_target", 0, math.inf),
-        ("vllm_importance_sampling_clip_min", 0, math.inf),
-        ("vllm_importance_sampling_clip_max", 0, math.inf),
-        ("off_policy_mask_threshold", -math.inf, math.inf),
-    )  # fmt: skip
-    check_at_least_one(options, "kl_steps")
-    for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
-        if not 0 < getattr(options, key) < math.inf:
-            raise ConfigError(key, getattr(options, key), "must be above 0")
-    if options.loss_type == "cispo" and options.epsilon_high is None:
-        raise ConfigError("epsilon_high", None, "loss_type cispo needs it: the largest ratio, e.g. 5.0")
-    if not 0 < options.top_entropy_quantile <= 1:
-        raise ConfigError("top_entropy_quantile", options.top_entropy_quantile, "must be above 0, at most 1")
-    if options.vllm_importance_sampling_clip_min >= options.vllm_importance_sampling_clip_max:
-        raise ConfigError(
-            "vllm_importance_sampling_clip_min", options.vllm_importance_sampling_clip_min,
-            "must be below vllm_importance_sampling_clip_max",
+    def check(self) -> None:
+        check_ranges(
+            self, ("epsilon", 0, math.inf), ("epsilon_high", 0, math.inf), ("delta", 0, math.inf),
+            ("beta", 0, math.inf), ("entropy_coef", -math.inf, math.inf), ("entropy_target", 0, math.inf),
+            ("vllm_importance_sampling_clip_min", 0, math.inf),
+            ("vllm_importance_sampling_clip_max", 0, math.inf),
+            ("off_policy_mask_threshold", -math.inf, math.inf),
         )  # fmt: skip
-    geometric = options.vllm_importance_sampling_mode.startswith("geometric")
-    if geometric and options.vllm_importance_sampling_clip_min == 0:
-        raise ConfigError(
-            "vllm_importance_sampling_clip_min", 0.0,
-            "rejects nothing: a geometric mean stays near 1; set limits around it, e.g. 0.95 here and "
-            "vllm_importance_sampling_clip_max: 1.05",
-        )  # fmt: skip
+        check_at_least_one(self, "kl_steps")
+        for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(key, getattr(self, key), "must be above 0")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ConfigError("epsilon_high", None, "loss_type cispo needs it: the largest ratio, e.g. 5.0")
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ConfigError("top_entropy_quantile", self.top_entropy_quantile, "must be above 0, at most 1")
+        if self.vllm_importance_sampling_clip_min >= self.vllm_importance_sampling_clip_max:
+            raise ConfigError(
+                "vllm_importance_sampling_clip_min", self.vllm_importance_sampling_clip_min,
+                "must be below vllm_importance_sampling_clip_max",
+            )  # fmt: skip
+        geometric = self.vllm_importance_sampling_mode.startswith("geometric")
+        if geometric and self.vllm_importance_sampling_clip_min == 0:
+            raise ConfigError(
+                "vllm_importance_sampling_clip_min", 0.0,
+                "rejects nothing: a geometric mean stays near 1; set limits around it, e.g. 0.95 here and "
+                "vllm_importance_sampling_clip_max: 1.05",
+            )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------

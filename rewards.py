@@ -37,6 +37,23 @@ class RewardOptions:
     reward_format: str = r"(?s)<think>.*</think>.*<answer>.*</answer>\s*"
     """`format` gives 1 where the whole completion matches this regular expression, else 0."""
 
+    def check(self) -> None:
+        weights = self.reward_weights
+        if weights is not None and len(weights) != len(self.reward_funcs):
+            raise ConfigError("reward_weights", weights, f"must have {len(self.reward_funcs)} entries")
+        if weights is not None and not all(math.isfinite(weight) for weight in weights):
+            raise ConfigError("reward_weights", weights, "must be finite numbers")
+        if weights and not any(weights):
+            raise ConfigError("reward_weights", weights, "are all 0: nothing would be learnt")
+        if not 0 < self.reward_timeout < math.inf:
+            raise ConfigError("reward_timeout", self.reward_timeout, "must be above 0")
+        try:
+            re.compile(self.reward_format)
+        except re.error as error:
+            raise ConfigError(
+                "reward_format", self.reward_format, f"is no regular expression: {error}"
+            ) from None
+
 
 class RewardError(BallastError):
     """A reward function that cannot be used, or that failed: named with the row and the completion."""

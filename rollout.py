@@ -53,11 +53,8 @@ class RolloutOptions:
     """embedded: at most so many sequences at a time; bounds the key/value cache."""
     replay_path: str | None = None
     """replay: a JSONL file (or a directory of step-N.jsonl) of rollouts instead of sampling."""
-    environment: str | None = None
-    """Multi-turn: module.Class with reset(prompt, **columns) and step(text, ids) → (observation, reward,
-    done)."""
     max_turns: int = 8
-    """With an environment: at most so many answers in one completion."""
+    """Multi-turn: at most so many answers in one completion."""
     vllm_server_base_url: list[str] = field(default_factory=lambda: ["http://127.0.0.1:8000"])
     """vLLM servers; prompts are spread over them."""
     vllm_model_name: str | None = None
@@ -79,8 +76,6 @@ class RolloutOptions:
     are fp32, else 0.1."""
     async_prefetch: bool = False
     """vllm: sample the next batch while this one trains; it is one update more off policy."""
-    streaming_partial_batch: bool = False
-    """Score a prompt's completions as soon as they are all there."""
     vllm_python: str | None = None
     """serve: the Python that has vLLM installed; unset: this one."""
     vllm_max_model_len: int | None = None
@@ -90,42 +85,49 @@ class RolloutOptions:
     """serve: share of a GPU's memory for vLLM."""
     vllm_tensor_parallel_size: int = 1
     """serve: GPUs a server."""
+    log_completions: bool = False
+    """Show a few completions at every logged step, with their rewards or beside their truths, and all of them
+    in wandb."""
 
-
-def check_rollout_options(options: RolloutOptions) -> None:
-    check_at_least_one(
-        options, "num_generations", "max_completion_length", "rollout_batch_size", "max_turns",
-        "vllm_sync_interval", "vllm_tensor_parallel_size",
-    )  # fmt: skip
-    if not 0 < options.temperature < math.inf:
-        raise ConfigError("temperature", options.temperature, "must be above 0")
-    for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-        if getattr(options, key) != off:
-            raise ConfigError(
-                key, getattr(options, key),
-                f"would make importance ratios wrong: the sampler renormalises over the tokens that it keeps,"
-                f" the trainer does not; leave it at {off} and lower temperature instead",
-            )  # fmt: skip
-    if (options.rollout_engine == "replay") != (options.replay_path is not None):
-        raise ConfigError("replay_path", options.replay_path, "goes together with rollout_engine: replay")
-    if options.async_prefetch and options.rollout_engine != "vllm":
-        raise ConfigError(
-            "async_prefetch", True, "needs rollout_engine: vllm; in one process nothing overlaps"
-        )
-    if options.async_prefetch and options.environment:
-        raise ConfigError("async_prefetch", True, "does not work with an environment; drop one of the two")
-    if options.rollout_engine == "vllm":
-        if not options.vllm_server_base_url:
-            raise ConfigError("vllm_server_base_url", None, "must name at least one server")
-        for url in options.vllm_server_base_url:
-            if not url.startswith(("http://", "https://")):
-                raise ConfigError("vllm_server_base_url", url, "must begin with http:// or https://")
-            if urlparse(url).username or urlparse(url).password:
+    def check(self) -> None:
+        check_at_least_one(
+            self, "num_generations", "max_completion_length", "rollout_batch_size", "max_turns",
+            "vllm_sync_interval", "vllm_tensor_parallel_size", "max_prompt_length", "vllm_max_model_len",
+        )  # fmt: skip
+        for key in ("vllm_timeout", "vllm_probe_tolerance"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(key, value, "must be above 0")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            key = "vllm_gpu_memory_utilization"
+            raise ConfigError(key, self.vllm_gpu_memory_utilization, "must be above 0, at most 1")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError("temperature", self.temperature, "must be above 0")
+        for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            if getattr(self, key) != off:
                 raise ConfigError(
-                    "vllm_server_base_url", None,
-                    "holds a user name or password, which would stand in config.yaml and the logs; reach the "
-                    "server through an SSH tunnel or a private network instead",
+                    key, getattr(self, key),
+                    "would make importance ratios wrong: the sampler renormalises over the tokens that it "
+                    f"keeps, the trainer does not; leave it at {off} and lower temperature instead",
                 )  # fmt: skip
+        if (self.rollout_engine == "replay") != (self.replay_path is not None):
+            raise ConfigError("replay_path", self.replay_path, "goes together with rollout_engine: replay")
+        if self.async_prefetch and self.rollout_engine != "vllm":
+            raise ConfigError(
+                "async_prefetch", True, "needs rollout_engine: vllm; in one process nothing overlaps"
+            )
+        if self.rollout_engine == "vllm":
+            if not self.vllm_server_base_url:
+                raise ConfigError("vllm_server_base_url", None, "must name at least one server")
+            for url in self.vllm_server_base_url:
+                if not url.startswith(("http://", "https://")):
+                    raise ConfigError("vllm_server_base_url", url, "must begin with http:// or https://")
+                if urlparse(url).username or urlparse(url).password:
+                    raise ConfigError(
+                        "vllm_server_base_url", None,
+                        "holds a user name or password, which would stand in config.yaml and the logs; reach "
+                        "the server through an SSH tunnel or a private network instead",
+                    )  # fmt: skip
 
 
 @dataclass

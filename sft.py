@@ -12,6 +12,7 @@ page: Loss Spikes).
 
 import functools
 import hashlib
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,72 +23,44 @@ from torch import Tensor
 
 import dist
 import health
-from batches import Batch, Batches, Dataset, split_held_out
+from batches import Batch, Batches, Dataset, LoopOptions, split_held_out
 from checkpoint import Checkpointer, CheckpointOptions, save_final
-from config import ConfigError, check_at_least_one, parse_config, resolve_checkpoint
-from data import DataOptions, load_tokenizer, prepare, report_rows
+from config import (
+    ConfigError,
+    check_at_least_one,
+    check_every_part,
+    check_ranges,
+    parse_config,
+    resolve_checkpoint,
+)
+from data import RowOptions, ScratchOptions, load_tokenizer, prepare, report_rows, trained_tokenizer
 from dist import DistOptions, OptimizerOptions, World
 from forensics import ForensicOptions, Forensics
 from generation import generate
 from health import LogOptions, MetricLogger, log
 from losses import linear_cross_entropy
-from model import ModelOptions, Transformer, check_model_options, load_balancing_loss
+from model import ModelOptions, Transformer, load_balancing_loss
 from tokenizer import IGNORE, Tokenizer
 from weights import read_architecture, resized
 
 
 @dataclass
 class Config(
-    ModelOptions, DataOptions, OptimizerOptions, CheckpointOptions, DistOptions, LogOptions, ForensicOptions
-):
-    micro_batch_size: int = 1
-    """Rows (packs) in one forward pass of one process."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches of each process in one optimiser step."""
-    num_epochs: float = 1.0
-    """Passes over the data."""
-    max_steps: int | None = None
-    """Stop after so many optimiser steps, whatever num_epochs says."""
-    eval_steps: int | None = None
-    """Evaluate on held-out data every so many steps; it is always evaluated at the start and the end."""
+    ModelOptions, ScratchOptions, RowOptions, LoopOptions, OptimizerOptions, CheckpointOptions, DistOptions,
+    LogOptions, ForensicOptions,
+):  # fmt: skip
+    sample_packing: bool = False
+    """Put several documents in one row of sequence_len. Attention and positions stay within a document."""
     eval_answers: int = 0
     """At the end, sample greedy answers to so many held-out rows and report the share that equals the
     reference."""
     eval_max_new_tokens: int = 128
     """Longest sampled answer, in tokens."""
-    seed: int = 42
-    """Seed of the data order, dropout and random initialisation."""
 
     def __post_init__(self):
-        check_model_options(self)
-        if not self.datasets:
-            raise ConfigError("datasets", None, "must name at least one data set: [{path: …, type: chat}]")
-        check_at_least_one(
-            self, "micro_batch_size", "gradient_accumulation_steps", "sequence_len", "logging_steps",
-            "lora_r",
-            "pad_vocab_to_multiple_of", "save_total_limit", "eval_max_new_tokens",
-            "max_steps", "eval_steps", "save_steps", "tokenizer_vocab_size",
-        )  # fmt: skip
-        if self.num_epochs <= 0:
-            raise ConfigError("num_epochs", self.num_epochs, "must be above 0")
-        if self.val_set_size < 0:
-            raise ConfigError(
-                "val_set_size", self.val_set_size, "must be a count, or a fraction between 0 and 1"
-            )
-        if self.val_set_size and self.test_datasets:
-            raise ConfigError("test_datasets", None, "contradicts val_set_size; keep one of the two")
-        if (self.eval_steps or self.eval_answers) and not (self.val_set_size or self.test_datasets):
-            key = "eval_steps" if self.eval_steps else "eval_answers"
-            raise ConfigError(
-                key, getattr(self, key), "needs held-out data: set val_set_size or test_datasets"
-            )
-        if self.tokenizer_vocab_size is not None and not self.random_init:
-            raise ConfigError("tokenizer_vocab_size", self.tokenizer_vocab_size, "needs random_init: true")
-        for spec in (*self.datasets, *self.test_datasets):
-            if not isinstance(spec.get("weight", 1.0), (int, float)) or spec.get("weight", 1.0) < 0:
-                raise ConfigError("datasets", spec.get("weight"), "weight must be a number of at least 0")
-        dist.check_optimizer_options(self)
-        health.check_log_options(self)
+        check_every_part(self)
+        check_at_least_one(self, "eval_max_new_tokens")
+        check_ranges(self, ("eval_answers", 0, math.inf))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -195,7 +168,10 @@ def main(config: Config) -> None:
         lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
     )
     arch = read_architecture(checkpoint, config.ignore_config_fields)
-    tokenizer = dist.main_first(lambda: load_tokenizer(checkpoint, config, directory, cache), world)
+    if config.tokenizer_vocab_size is None:
+        tokenizer = load_tokenizer(checkpoint, config, directory)
+    else:
+        tokenizer = dist.main_first(lambda: trained_tokenizer(config, directory, cache), world)
     dataset = encoded(config.datasets)
     report_rows(dataset)
     train_rows, held_out_rows = split_held_out(len(dataset), config.val_set_size, config.seed)
@@ -218,7 +194,7 @@ def main(config: Config) -> None:
     rows = tokenizer.vocab_size if config.random_init else max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, rows, config.pad_vocab_to_multiple_of)
     check_ids(dataset, arch.vocab_size)
-    model = dist.build_model(arch, checkpoint, config, world)
+    model = dist.build_model(arch, checkpoint, config, world, config.random_init)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = dist.make_optimizers(model, config)
     aux_coef = (

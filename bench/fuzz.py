@@ -45,7 +45,7 @@ import grpo
 import health
 import sft
 from config import BallastError, parse_config
-from data import DataOptions, encode_dataset, read_prompts
+from data import RowOptions, encode_dataset, read_prompts
 from forensics import replay
 from model import Transformer
 from rollout import ReplayEngine
@@ -252,7 +252,7 @@ ROWS: dict[str, list[dict]] = {
 
 def read_all(bench: Bench, spec: dict, place: Path) -> Any:
     """As SFT and as RL read it."""
-    options = DataOptions(datasets=[spec], sequence_len=128, strip_thinking=len(spec["path"]) % 2 == 0)
+    options = RowOptions(datasets=[spec], sequence_len=128, strip_thinking=len(spec["path"]) % 2 == 0)
     made = [row for row in encode_dataset(spec, bench.tokenizer, options, place)]
     if spec["type"] in ("chat", "instruct", "prompt_completion"):
         read_prompts([spec], bench.tokenizer, options, place, 100, "rollout")
@@ -331,7 +331,7 @@ def tokenizer(bench: Bench, rng: random.Random, place: Path) -> Case:
     spec = {"path": str(place / "rows.jsonl"), "type": "chat"}
 
     def read() -> Any:
-        options = DataOptions(datasets=[spec])
+        options = RowOptions(datasets=[spec])
         made = Tokenizer.load(folder).configure(options, place)
         return made.stop_ids, made.vocab_size, list(encode_dataset(spec, made, options, place))
 

@@ -117,10 +117,10 @@ def matmul_rate() -> float:
 
 def one_rank(changes: dict) -> None:
     """Steps of the small model; rank 0 prints [peak bytes, tokens a second, FLOP/s] of a process."""
-    config = small_config(random_init=True, **changes)
+    config = small_config(**changes)
     arch = architecture(SMALL)
     world = dist.init(config)
-    model = dist.build_model(arch, Path("."), config, world)
+    model = dist.build_model(arch, Path("."), config, world, random_init=True)
     optimizers = dist.make_optimizers(model, config)
     B, T = config.micro_batch_size, config.sequence_len
     ids = torch.randint(0, arch.vocab_size, (B, T))

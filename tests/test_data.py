@@ -22,10 +22,12 @@ from conftest import (
 from data import (
     DataOptions,
     Encoder,
+    InspectOptions,
+    RowOptions,
     encode_dataset,
-    load_tokenizer,
     prepare,
     read_prompts,
+    trained_tokenizer,
     turns_without_end,
     without_thinking,
 )
@@ -33,7 +35,7 @@ from tokenizer import IGNORE, BadRow, Tokenizer
 
 
 def encode_all(spec, tok, directory=ROOT, **options):
-    return list(encode_dataset(spec, tok, DataOptions(datasets=[spec], **options), directory))
+    return list(encode_dataset(spec, tok, RowOptions(datasets=[spec], **options), directory))
 
 
 def test_prompt_and_completion_are_tokenised_apart_and_eos_is_trained(tokenizer, tmp_path):
@@ -181,7 +183,7 @@ def test_a_users_function_makes_rows_and_its_faults_are_named(tokenizer, tmp_pat
     with pytest.raises(ConfigError, match=r"looked in .*try: cd"):
         encode_all({"path": path, "type": "absent_module.f"}, tok, tmp_path)
     with pytest.raises(ConfigError, match="not a type"):
-        Encoder("chta", tok, DataOptions(), tmp_path)
+        Encoder("chta", tok, RowOptions(), tmp_path)
 
 
 def test_prepared_data_is_reused_until_anything_that_matters_changes(tokenizer, tmp_path, monkeypatch):
@@ -190,7 +192,7 @@ def test_prepared_data_is_reused_until_anything_that_matters_changes(tokenizer, 
     spec = {"path": path, "type": "text"}
 
     def prepared(**options):
-        return prepare([spec], tok, DataOptions(datasets=[spec], **options), ROOT, cache)
+        return prepare([spec], tok, RowOptions(datasets=[spec], **options), ROOT, cache)
 
     first = prepared()
     assert prepared().fingerprint == first.fingerprint and len(list(cache.iterdir())) == 1
@@ -211,7 +213,7 @@ def test_a_damaged_cache_is_made_again_and_two_runs_may_share_one(tokenizer, tmp
     specs = [{"path": "r.jsonl", "type": "text"}]
 
     def made(cache="cache"):
-        return prepare(specs, tokenizer("chatml"), DataOptions(), tmp_path, tmp_path / cache)
+        return prepare(specs, tokenizer("chatml"), RowOptions(datasets=specs), tmp_path, tmp_path / cache)
 
     first = made()
     (place,) = (tmp_path / "cache").iterdir()
@@ -227,12 +229,12 @@ def test_a_tokenizer_is_trained_once_and_splits_digits(tmp_path):
     path = write(
         tmp_path / "a.jsonl", [{"instruction": f"add {i} and {i}", "output": str(2 * i)} for i in range(200)]
     )
-    options = DataOptions(datasets=[{"path": path, "type": "instruct"}], tokenizer_vocab_size=300)
-    tok = load_tokenizer(tmp_path, options, tmp_path, tmp_path / "cache")
+    options = InspectOptions(datasets=[{"path": path, "type": "instruct"}], tokenizer_vocab_size=300)
+    tok = trained_tokenizer(options, tmp_path, tmp_path / "cache")
     assert tok.vocab_size <= 300 and len(tok.encode("1234")) == 4
     assert tok.decode(tok.encode("héllo 日本 12")) == "héllo 日本 12"
     stamp = next((tmp_path / "cache").iterdir()).stat().st_mtime_ns
-    again = load_tokenizer(tmp_path, options, tmp_path, tmp_path / "cache")
+    again = trained_tokenizer(options, tmp_path, tmp_path / "cache")
     assert again.encode("add 7") == tok.encode("add 7")
     assert next((tmp_path / "cache").iterdir()).stat().st_mtime_ns == stamp
 

@@ -31,10 +31,9 @@ def measured_peak(arch: Architecture, config: Config) -> int:
     """Weights and optimiser, and the highest sum of allocations and frees of a second step."""
     config = dataclasses.replace(config)
     adapter, config.adapter = config.adapter, None
-    config.random_init = True
-    model = dist.build_model(arch, Path("."), config, ALONE)
+    model = dist.build_model(arch, Path("."), config, ALONE, random_init=True)
     if adapter:
-        apply_lora(model, dataclasses.replace(config, random_init=False, adapter=adapter))
+        apply_lora(model, dataclasses.replace(config, adapter=adapter))
         initialize(model, 0)
         initialize_lora(model, 0)
     optimizers = dist.make_optimizers(model, config)

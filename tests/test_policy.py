@@ -200,10 +200,8 @@ def test_geometric_mean_rejects_whole_completions_whatever_their_length():
 
 
 def test_a_geometric_mean_without_limits_of_its_own_is_refused():
-    from policy import check_policy_options
-
     with pytest.raises(ConfigError, match="rejects nothing"):
-        check_policy_options(PolicyOptions(vllm_importance_sampling_mode="geometric_mask"))
+        PolicyOptions(vllm_importance_sampling_mode="geometric_mask").check()
 
 
 def shares(options, old, sampled, mask, cut: int) -> dict[str, float]:
