@@ -9,7 +9,7 @@ import math
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -205,6 +205,21 @@ class Batch:
         return Batch(ids, targets, positions, documents, self.rows)
 
 
+def weighted(
+    rows: np.ndarray, source: np.ndarray, weights: Sequence[float], generator: np.random.Generator
+) -> np.ndarray:
+    """The rows of one epoch, data set after data set: each `weights[source]` times; of a fraction another
+    part in every epoch."""
+    chosen = [np.zeros(0, np.int64)]
+    for number, weight in enumerate(weights):
+        of_source = rows[source == number]
+        whole, part = int(weight), weight - int(weight)
+        chosen += [of_source] * whole
+        if part:
+            chosen.append(generator.permutation(of_source)[: round(part * len(of_source))])
+    return np.concatenate(chosen)
+
+
 class Batches:
     """The order of training: a pure function of (seed, epoch), so that a step number is the whole position.
 
@@ -235,14 +250,7 @@ class Batches:
         """The units of an epoch, each a list of rows."""
         if number not in self._epochs:
             generator = np.random.default_rng([self.seed, number])
-            chosen = []
-            for source, weight in enumerate(self.weights):
-                of_source = self.rows[self.dataset.source[self.rows] == source]
-                whole, part = int(weight), weight - int(weight)
-                chosen += [of_source] * whole
-                if part:  # another part in every epoch
-                    chosen.append(generator.permutation(of_source)[: round(part * len(of_source))])
-            order = np.concatenate(chosen) if chosen else np.zeros(0, np.int64)
+            order = weighted(self.rows, self.dataset.source[self.rows], self.weights, generator)
             if self.shuffle:
                 order = generator.permutation(order)
             if self.capacity:
@@ -343,24 +351,49 @@ class Batches:
 
 
 class PromptOrder:
-    """Which prompts a generation batch holds: a function of the seed and the number of the batch alone, so
-    that resuming needs no iterator's state. Epochs are permutations, one after the other."""
+    """Which prompts (or documents) a generation batch holds: a function of the seed and the number of the
+    batch alone, so that resuming needs no iterator's state. Epochs follow each other without a gap, each a
+    permutation of every prompt as often as the weight of its data set says (`source`: that of each
+    prompt)."""
 
-    def __init__(self, count: int, prompts_a_batch: int, seed: int):
-        self.count, self.size, self.seed = count, prompts_a_batch, seed
+    def __init__(
+        self, source: Sequence[int], prompts_a_batch: int, seed: int, weights: Sequence[float] = (1.0,)
+    ):
+        self.source, self.weights = np.array(source, np.int64), weights
+        self.size, self.seed = prompts_a_batch, seed
         self._order = (-1, np.zeros(0, np.int64))  # the epoch asked for last
+        self.epoch_size = len(self._epoch(0))
+        if not self.epoch_size:
+            raise DataError("datasets", None, "no row is left to train on", "see `python data.py inspect`")
 
     def batch(self, number: int) -> list[int]:
         found = []
         for position in range(number * self.size, (number + 1) * self.size):
-            epoch, place = divmod(position, self.count)
+            epoch, place = divmod(position, self.epoch_size)
             found.append(int(self._epoch(epoch)[place]))
         return found
 
+    def batches(self, epochs: float) -> int:
+        """How many batches so many epochs take, the last filled up from the next epoch."""
+        return max(1, math.ceil(self.epoch_size * epochs / self.size))
+
     def _epoch(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            generator = np.random.default_rng([self.seed, epoch])
+            rows = weighted(np.arange(len(self.source)), self.source, self.weights, generator)
+            self._order = epoch, generator.permutation(rows)
         return self._order[1]
+
+
+def weights_of(specs: list[dict]) -> list[float]:
+    """How many times an epoch holds each row, by data set."""
+    return [float(spec.get("weight", 1.0)) for spec in specs]
+
+
+def with_weights(fingerprint: str, weights: Sequence[float]) -> str:
+    """The fingerprint of data that are mixed with these weights."""
+    mixed = any(weight != 1.0 for weight in weights)
+    return hashlib.sha256((fingerprint + repr(list(weights))).encode()).hexdigest() if mixed else fingerprint
 
 
 def split_held_out(rows: int, val_set_size: int | float, seed: int) -> tuple[np.ndarray, np.ndarray]:

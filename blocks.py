@@ -50,6 +50,7 @@ class Document:
     counted: list[bool]  # which tokens the cross-entropy is over
     name: str
     recorded: tuple[Tensor, Tensor] | None = None  # of a replay: samples and log-probs [blocks, n, G]
+    source: int = 0  # which data set it is of
 
     @functools.cached_property
     def trained_tokens(self) -> int:
@@ -69,7 +70,8 @@ def read_document(dataset: Dataset, row: int, config: BlockOptions) -> Document:
     prompt = int(trained.argmax()) if trained.any() and not trained[0] else 0
     offset = max(prompt + config.min_completion_prefix if prompt else 0, config.context_length)
     anchors = block_anchors(len(tokens), offset, config.generate_max_len, config.stride)
-    return Document(tokens.tolist(), anchors, trained.tolist(), dataset.name(row))
+    source = int(dataset.source[row])
+    return Document(tokens.tolist(), anchors, trained.tolist(), dataset.name(row), source=source)
 
 
 def packed(documents: list[Document], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:

@@ -558,6 +558,7 @@ class Prompt:
     name: str  # file:line
     completion: str | None = None  # the answer that stood in the row behind this prompt
     tools: list[dict] | None = None  # as the chat template gets them
+    source: int = 0  # which data set the row is of
 
 
 def _text_of(content: Any) -> Any:
@@ -621,7 +622,7 @@ def read_prompts(
     """
     prompts: list[Prompt] = []
     digest, too_long, bad = hashlib.sha256(), 0, 0
-    for spec in specs:
+    for number, spec in enumerate(specs):
         kind = spec.get("type")
         known = ("chat", "instruct", "prompt_completion")
         if not isinstance(kind, str) or kind in ("text", "tokens"):
@@ -672,7 +673,7 @@ def read_prompts(
                 if answer is not None:
                     columns.setdefault("answer", answer)
                 completion = answer if isinstance(answer, str) else None
-                prompts.append(Prompt(ids, prompt, columns, name, completion, tools))
+                prompts.append(Prompt(ids, prompt, columns, name, completion, tools, number))
                 digest.update(repr((ids, sorted(columns.items(), key=str), completion)).encode())
     if too_long:
         log.info("data: %d prompts of more than %d tokens left out (max_prompt_length)", too_long, longest)

@@ -436,12 +436,15 @@ def warmup(options: OptimizerOptions, total_steps: int) -> int:
     return round((options.warmup_ratio or 0.0) * total_steps)
 
 
-def check_warmup(options: OptimizerOptions, total_steps: int) -> None:
-    """ConfigError where the run would end before its learning rate is reached."""
+def check_schedule(options: OptimizerOptions, total_steps: int) -> None:
+    """ConfigError where the run would end before its learning rate is reached; says where nothing will
+    move."""
     if warmup(options, total_steps) > total_steps:
         raise ConfigError(
             "warmup_steps", options.warmup_steps, f"is longer than the run of {total_steps} steps"
         )
+    if options.learning_rate == 0:
+        log.warning("learning_rate is 0: no weight will move in this run")
 
 
 def learning_rate(step: int, options: OptimizerOptions, total_steps: int) -> float:

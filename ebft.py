@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 import dist
 import health
-from batches import LoopOptions, PromptOrder, split_held_out
+from batches import LoopOptions, PromptOrder, split_held_out, weights_of, with_weights
 from blocks import (
     BlockOptions,
     BlockPass,
@@ -417,12 +417,14 @@ def strided(config: Config) -> None:
             f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
             f"a step takes {a_step}",
         )  # fmt: skip
-    order = PromptOrder(len(documents), a_step, config.seed)
-    total_steps = math.ceil(len(documents) * config.num_epochs / a_step)
+    weights = weights_of(config.datasets) or [1.0]
+    order = PromptOrder([d.source for d in documents], a_step, config.seed, weights)
+    fingerprint = with_weights(fingerprint, weights)
+    total_steps = order.batches(config.num_epochs)
     if config.rollout_engine == "replay":
         total_steps = len(documents) // a_step
     total_steps = min(total_steps, config.max_steps or total_steps)
-    dist.check_warmup(config, total_steps)
+    dist.check_schedule(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     keys = ("base_model", "adapter", "lora_r", "optimizer", "seed", "stride", "context_length",
     "generate_max_len",
@@ -597,7 +599,7 @@ def strided(config: Config) -> None:
             "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
             "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(skipped),
             "step_time": seconds(), **watch.metrics(),
-            "epoch": step * a_step / len(documents), **health.memory(world.device), **raced,
+            "epoch": step * a_step / order.epoch_size, **health.memory(world.device), **raced,
         }  # fmt: skip
         write_blocks(output_dir / "rollouts", step - 1, parts, drawn, places, world)
         logger.advance()
@@ -678,7 +680,6 @@ def structured(config: Config) -> None:
         if config.val_set_size:
             train_rows, held_rows = split_held_out(len(prompts), config.val_set_size, config.seed)
             prompts, held_out = [prompts[i] for i in train_rows], [prompts[i] for i in held_rows]
-        total_steps = math.ceil(len(prompts) * config.num_epochs / (batch_size // n))
     if config.test_datasets:
         held_out, _ = read_prompts(
             config.test_datasets, tokenizer, config, directory, config.max_prompt_length, config.chat_turns
@@ -688,9 +689,12 @@ def structured(config: Config) -> None:
     conversing = any("remaining_turns" in p.columns for p in (*prompts, *held_out))
     if conversing and config.async_prefetch:
         raise ConfigError("async_prefetch", True, "does not work with remaining_turns; drop one of the two")
-    order = PromptOrder(max(1, len(prompts)), batch_size // n, config.seed)
+    if replay is None:
+        source, weights = [prompt.source for prompt in prompts], weights_of(config.datasets)
+        order, data = PromptOrder(source, batch_size // n, config.seed, weights), with_weights(data, weights)
+        total_steps = order.batches(config.num_epochs)
     total_steps = min(total_steps, config.max_steps or total_steps)
-    dist.check_warmup(config, total_steps)
+    dist.check_schedule(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     keys = ("base_model", "mode", "adapter", "lora_r", "optimizer", "seed", "num_generations", "val_set_size",
             "rollout_engine")  # fmt: skip

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import dist
 import health
-from batches import LoopOptions, PromptOrder, split_held_out
+from batches import LoopOptions, PromptOrder, split_held_out, weights_of, with_weights
 from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import (
     BallastError,
@@ -55,7 +55,7 @@ from policy import (
     measures_kl,
     report_kl,
 )
-from rewards import RewardOptions, Scorer
+from rewards import RewardError, RewardOptions, Scorer
 from rollout import (
     EmbeddedEngine,
     Engine,
@@ -212,13 +212,29 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple
 
 
 def reward_metrics(rewards: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """rewards/<name>/mean and std over the rows where the function applied; rewards [B, R]."""
+    """rewards/<name>/mean and std over the rows where the function applied, without those that applied to
+    none; rewards [B, R]."""
     found = {}
     for i, name in enumerate(names):
         column = rewards[:, i][~torch.isnan(rewards[:, i])]
-        found[f"rewards/{name}/mean"] = column.mean().item() if len(column) else 0.0
-        found[f"rewards/{name}/std"] = spread(column)
+        if len(column):
+            found[f"rewards/{name}/mean"] = column.mean().item()
+            found[f"rewards/{name}/std"] = spread(column)
     return found
+
+
+def refuse_no_rewards(rewards: Tensor, names: Sequence[str]) -> None:
+    """RewardError where no function applies to any completion [B, R] of the first batch: nothing would
+    train."""
+    applied = (~torch.isnan(rewards)).any(0).tolist()
+    if not any(applied):
+        raise RewardError(
+            f"no reward function applies to any of the first {len(rewards)} completions ({', '.join(names)} "
+            "returned None for all): nothing would be learnt; try them with `python grpo.py test-rewards`"
+        )
+    for name, some in zip(names, applied, strict=True):
+        if not some:
+            log.warning("reward %s applies to none of the first %d completions", name, len(rewards))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -405,7 +421,7 @@ def main(config: Config) -> None:
                 config.replay_path,
                 f"holds {len(replay.rollouts)} rollouts, a batch takes {batch_size}",
             )
-        order = PromptOrder(1, 1, config.seed)
+        order = PromptOrder([0], 1, config.seed)
     if config.datasets and (replay is None or config.val_set_size):
         prompts, data = read_prompts(config.datasets, tokenizer, config, directory, config.max_prompt_length)
     if config.val_set_size:
@@ -416,11 +432,12 @@ def main(config: Config) -> None:
             config.test_datasets, tokenizer, config, directory, config.max_prompt_length
         )
     if replay is None:
-        order = PromptOrder(len(prompts), batch_size // n, config.seed)
-        batches = max(1, math.ceil(len(prompts) * config.num_epochs / order.size))
+        source, weights = [prompt.source for prompt in prompts], weights_of(config.datasets)
+        order, data = PromptOrder(source, batch_size // n, config.seed, weights), with_weights(data, weights)
+        batches = order.batches(config.num_epochs)
     total_steps = min(batches * updates, config.max_steps or math.inf)
     assert isinstance(total_steps, int)
-    dist.check_warmup(config, total_steps)
+    dist.check_schedule(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     identity = run_identity(config, batch_size, data)
     resume_from, saved = checkpointer.to_resume(identity)
@@ -518,6 +535,8 @@ def main(config: Config) -> None:
 
                 # b. Advantages: a completion is good only relative to its siblings.
                 table, names, weights = reward_table(rollouts, config)
+                if generation == 0:
+                    refuse_no_rewards(table, names)
                 advantages, batch_metrics = group_advantages(
                     weighted_rewards(table, weights), n, config.scale_rewards
                 )
@@ -582,7 +601,7 @@ def main(config: Config) -> None:
                 **state["batch_metrics"], **policy_metrics,
                 "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
                 "skipped_micro_batches": float(skipped), "entropy_coef": bonus,
-                "epoch": order.size * (generation + 1) / max(1, len(prompts)) if replay is None else 0.0,
+                "epoch": order.size * (generation + 1) / order.epoch_size if replay is None else 0.0,
                 "step_time": sum(took.values()), **{f"step_time/{k}": v for k, v in took.items()},
                 **sync_metrics, **watch.metrics(), **health.memory(world.device), **raced,
             }  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import dist
 import health
-from batches import Batch, Batches, Dataset, LoopOptions, split_held_out
+from batches import Batch, Batches, Dataset, LoopOptions, split_held_out, weights_of
 from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import (
     ConfigError,
@@ -180,12 +180,12 @@ def main(config: Config) -> None:
         held_out, held_out_weights = encoded(config.test_datasets), [1.0] * len(config.test_datasets)
         held_out_rows = np.arange(len(held_out))
     global_batch = config.micro_batch_size * config.gradient_accumulation_steps * world.size
-    weights = [float(spec.get("weight", 1.0)) for spec in config.datasets]
+    weights = weights_of(config.datasets)
     order = ordered(train_rows, dataset, weights, global_batch, shuffle=True)
     eval_batch = config.micro_batch_size * world.size
     eval_order = ordered(held_out_rows, held_out, held_out_weights, eval_batch, shuffle=False)
     total_steps = order.plan(config.num_epochs, config.max_steps)
-    dist.check_warmup(config, total_steps)
+    dist.check_schedule(config, total_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     identity = run_identity(config, global_batch, dataset)
     resume_from, saved = checkpointer.to_resume(identity)

@@ -1,14 +1,17 @@
 """Packing, the order of training, micro-batches."""
 
+import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import Batches, Dataset, Encoded, pack, split_held_out
-from config import ConfigError
+from batches import Batches, Dataset, Encoded, PromptOrder, pack, split_held_out
+from config import ConfigError, DataError
+from conftest import ROOT, run_program
 from tokenizer import IGNORE
 
 
@@ -124,3 +127,47 @@ def test_held_out_rows_never_meet_training_rows():
     for bad in (100, 1.5, 0.001):
         with pytest.raises(ConfigError, match="val_set_size"):
             split_held_out(100, bad, seed=0)
+
+
+def test_prompts_of_a_data_set_come_as_often_as_its_weight_says():
+    order = PromptOrder([0] * 8 + [1] * 4, 5, seed=3, weights=[0.5, 2.0])
+    assert order.epoch_size == 4 + 8 and order.batches(2.0) == 5
+    drawn = [i for number in range(24) for i in order.batch(number)]  # 120: ten epochs
+    seen: set[int] = set()
+    for epoch in range(10):
+        part = Counter(drawn[12 * epoch : 12 * (epoch + 1)])
+        assert [part[i] for i in range(8, 12)] == [2] * 4  # twice in each epoch
+        halves = {i for i in part if i < 8}
+        assert len(halves) == 4 and all(part[i] == 1 for i in halves)
+        seen |= halves
+    assert len(seen) == 8  # another half in every epoch
+    plain = np.random.default_rng([3, 0]).permutation(12).tolist()
+    assert PromptOrder([0] * 8 + [1] * 4, 12, seed=3, weights=[1.0, 1.0]).batch(0) == plain
+    with pytest.raises(DataError, match="no row is left"):
+        PromptOrder([0] * 8, 5, seed=3, weights=[0.0])
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ebft", "strided"])
+def test_every_recipe_mixes_data_sets_by_their_weights(recipe, small_checkpoint, task, texts, tmp_path):
+    """One epoch over 30 rows of weight 0 and 12 of weight 2: only the latter, twice."""
+    rows = (texts if recipe == "strided" else task / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(rows[:18]))
+    (tmp_path / "b.jsonl").write_text("".join(rows[18:30]))
+    (tmp_path / "letters.py").write_text((task / "letters.py").read_text())
+    form = "text" if recipe == "strided" else "chat"
+    (tmp_path / "c.yaml").write_text(
+        f"base_model: {small_checkpoint[0]}\ndatasets: [{{path: a.jsonl, type: {form}, weight: 0}}, "
+        f"{{path: b.jsonl, type: {form}, weight: 2}}]\nmicro_batch_size: 8\n"
+    )
+    pairs = ["num_generations=2", "max_completion_length=4"]
+    own = {"grpo": ["reward_funcs=[letters.spread]", *pairs], "ebft": pairs,
+           "strided": ["mode=strided", "generate_max_len=2", "stride=20"]}  # fmt: skip
+    done = run_program(
+        ROOT / f"{'ebft' if recipe == 'strided' else recipe}.py", "--config", str(tmp_path / "c.yaml"),
+        f"output_dir={tmp_path / 'out'}", *own[recipe],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for path in (tmp_path / "out" / "rollouts").glob("step-*.jsonl")
+             for line in path.read_text().splitlines()]  # fmt: skip
+    names = Counter(line["row"].rpartition("/")[2] for line in lines)
+    assert len(names) == 12 and all("b.jsonl" in name for name in names), names

@@ -506,3 +506,36 @@ def test_every_config_file_is_read_by_its_recipe(file):
     recipe = grpo if "reward_funcs:" in text else ebft if "\nmode:" in text else sft
     config = parse_config(recipe.Config, ["--config", str(file)])
     assert config.output_dir.startswith("outputs/")
+
+
+def test_a_reward_that_applies_to_no_completion_stops_the_run_with_the_reason(
+    small_checkpoint, task, tmp_path
+):
+    (tmp_path / "nothing.py").write_text(
+        "def never(completions, **_):\n    return [None] * len(completions)\n"
+        "def spread(completion_ids, **_):\n    return [sum(ids) % 101 / 101 for ids in completion_ids]\n"
+    )
+    (tmp_path / "c.yaml").write_text(
+        f"base_model: {small_checkpoint[0]}\ndatasets: [{{path: {task / 'rows.jsonl'}, type: chat}}]\n"
+        "num_generations: 4\nmax_completion_length: 4\nmax_steps: 2\n"
+    )
+    arguments = ["--config", str(tmp_path / "c.yaml"), f"output_dir={tmp_path / 'out'}"]
+    done = run_grpo(*arguments, "reward_funcs=[nothing.never]", code=2)
+    assert "never returned None for all" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = run_grpo(*arguments, "reward_funcs=[nothing.never, nothing.spread]")
+    assert done.stdout.count("reward never applies to none of the first 8 completions") == 1
+    last = metrics(tmp_path / "out")[-1]
+    assert "rewards/never/mean" not in last and last["rewards/spread/mean"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["sft", "grpo"])
+def test_a_learning_rate_of_0_is_said(recipe, small_checkpoint, task, tmp_path):
+    own = ["reward_funcs=[letters.spread]", "num_generations=4"] if recipe == "grpo" else []
+    (task / "zero.yaml").write_text(
+        f"base_model: {small_checkpoint[0]}\ndatasets: [{{path: rows.jsonl, type: chat}}]\n"
+    )
+    done = run_program(
+        ROOT / f"{recipe}.py", "--config", str(task / "zero.yaml"), f"output_dir={tmp_path}", "max_steps=1",
+        "learning_rate=0", *own,
+    )  # fmt: skip
+    assert done.returncode == 0 and "learning_rate is 0: no weight will move" in done.stdout, done.stderr
