@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 from config import BallastError, ConfigError, check_at_least_one
 from dist import World, from_main, log, seed_everything
 from model import Transformer
-from weights import save_adapter, save_pretrained
+from weights import rows_are_served, save_adapter, save_pretrained
 
 _claimed: dict[Path, int] = {}  # output directory → descriptor of its lock, held as long as the process lives
 
@@ -456,6 +456,14 @@ def save_final(model: Transformer, tokenizer: Any, config: Any, world: World) ->
     with appearing(final, world) as aside:
         if config.adapter and not config.merge_adapter:
             save_adapter(model, aside, main=world.main)
+            if model.token_rows is not None and rows_are_served(model):
+                save_adapter(model, aside / "vllm", main=world.main, for_vllm=True)
+                log.info("vLLM refuses rows of tokens in PEFT's form: final/vllm is the same adapter for it")
+            elif model.token_rows is not None:
+                log.info(
+                    "new tokens lie beyond the base model's vocabulary: PEFT opens this adapter through "
+                    "AutoPeftModelForCausalLM, which grows the base; for vLLM set merge_adapter: true"
+                )
         else:
             dtype = torch.bfloat16 if config.bf16 else torch.float32
             save_pretrained(model, aside, dtype=dtype, merge=config.adapter is not None, main=world.main)

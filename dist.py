@@ -14,7 +14,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +38,15 @@ import low_precision
 from config import BallastError, ConfigError, check_at_least_one, check_ranges
 from families import Architecture
 from model import Block, Transformer, full_tensor, set_precision
-from weights import apply_lora, initialize, initialize_lora, load_adapter, load_weights  # fmt: skip
+from weights import (
+    adapter_token_rows,
+    apply_lora,
+    initialize,
+    initialize_lora,
+    load_adapter,
+    load_weights,
+    resized,
+)
 
 T = TypeVar("T")
 log = logging.getLogger("ballast")
@@ -354,17 +362,24 @@ def shard(model: Transformer, options: DistOptions, world: World) -> Transformer
 
 
 def build_model(
-    arch: Architecture, checkpoint: Path, config: Any, world: World, random_init: bool = False
-) -> Transformer:
+    arch: Architecture, checkpoint: Path, config: Any, world: World, random_init: bool = False,
+    new_tokens: Sequence[int] = (),
+) -> Transformer:  # fmt: skip
     """The model of a config, sharded, with its weights (loaded or random) and adapters, in training mode.
+    Beside adapters the rows of `new_tokens` are trained too.
 
     It is made on the meta device, where it costs nothing; once it is sharded each rank gives storage to its
     own rows and reads only those from the checkpoint.
     """
+    before = adapter_token_rows(config.lora_model_dir) if config.adapter and config.lora_model_dir else []
+    rows = sorted({*before, *new_tokens})
+    if config.adapter and rows:
+        arch = resized(arch, max(arch.vocab_size, rows[-1] + 1))
     with torch.device("meta"):
         model = Transformer(arch)
         if config.adapter:
-            apply_lora(model.to(torch.bfloat16 if config.bf16 else torch.float32), config)
+            dtype = torch.bfloat16 if config.bf16 else torch.float32
+            apply_lora(model.to(dtype), config, token_rows=rows)
         set_precision(model, config)
     shard(model, config, world)
     model.to_empty(device="cpu" if config.fsdp_cpu_offload else world.device)

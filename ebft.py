@@ -435,7 +435,7 @@ def strided(config: Config) -> None:
     # 3. Model, optimiser, and the frozen network of the features: with LoRA the model without its adapters.
     size = max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, size, config.pad_vocab_to_multiple_of)
-    model = dist.build_model(arch, checkpoint, config, world)
+    model = dist.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
     if reason := cannot_share_prompts(model):
         raise ConfigError("base_model", config.base_model, f"cannot be trained in blocks: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -704,7 +704,7 @@ def structured(config: Config) -> None:
     # 3. Model, optimiser, the frozen network of the features (and of kl), engine.
     size = max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, size, config.pad_vocab_to_multiple_of)
-    model = dist.build_model(arch, checkpoint, config, world)
+    model = dist.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
     if reason := cannot_share_prompts(model):
         raise ConfigError("base_model", config.base_model, f"cannot give features: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -229,6 +229,7 @@ class Architecture:
     expert_layers: list[bool]  # by layer
     router_aux_loss_coef: float
     raw: dict  # config.json as it was read, written back on save
+    checkpoint_vocab_size: int = 0  # rows of the embedding before it was grown
 
     @staticmethod
     def from_config(raw: dict, source: str = "config.json", ignore: list[str] | tuple = ()) -> "Architecture":
@@ -364,6 +365,7 @@ class Architecture:
             expert_layers=[X > 0 and i not in dense and (i + 1) % sparse_step == 0 for i in range(L)],
             router_aux_loss_coef=cfg.get("router_aux_loss_coef", 0.001) if X else 0.0,
             raw={key: value for key, value in raw.items() if key != "quantization_config"},  # saved dense
+            checkpoint_vocab_size=vocab_size,
         )  # fmt: skip
 
 

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from config import resolve_checkpoint, run_command
 from model import KVCache, Transformer
-from weights import apply_lora, load_adapter, load_pretrained, read_adapter_options, read_json
+from weights import (
+    adapter_token_rows,
+    apply_lora,
+    load_adapter,
+    load_pretrained,
+    read_adapter_options,
+    read_json,
+)
 
 
 @dataclass
@@ -178,8 +185,9 @@ def load_for_inference(directory: str, dtype: torch.dtype, device: str = "cpu") 
     """A checkpoint, or a PEFT adapter on top of the base that it names; and the folder of the tokenizer."""
     if (Path(directory) / "adapter_config.json").exists():
         base = read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path") or ""
-        model = load_pretrained(base, dtype=dtype, device=device)
-        apply_lora(model, read_adapter_options(directory, base), dtype)
+        rows = adapter_token_rows(directory)
+        model = load_pretrained(base, dtype=dtype, device=device, vocab_size=max(rows, default=-1) + 1)
+        apply_lora(model, read_adapter_options(directory, base), dtype, rows)
         load_adapter(model, directory)
         has_tokenizer = (Path(directory) / "tokenizer.json").exists()
         return model.eval(), directory if has_tokenizer else str(resolve_checkpoint(base))

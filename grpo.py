@@ -445,7 +445,7 @@ def main(config: Config) -> None:
     # 3. Model, optimiser, reference, engine.
     rows = max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, rows, config.pad_vocab_to_multiple_of)
-    model = dist.build_model(arch, checkpoint, config, world)
+    model = dist.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = dist.make_optimizers(model, config)
     reference = None  # LoRA: the model itself with its adapters off, no second copy

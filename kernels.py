@@ -443,9 +443,9 @@ def _attention_dkv_kernel(
     tl.store(dv + at_k, dv_acc.to(dv.dtype.element_ty), mask=inside)
 
 
-def attention_blocks(E: int, part: str) -> dict[str, int]:
-    """Tile sizes, warps and stages of the parts forward, dq and dkv by head width: chosen so that sm_90 has
-    no spill and uses wgmma (bench/kernels_aot.py)."""
+def attention_blocks(E: int, part: str, instruction: str) -> dict[str, int]:
+    """Tile sizes, warps and stages of the parts forward, dq and dkv by head width E and by the instruction of
+    the tensor cores (`_tensor_core_instruction`): chosen so that no width spills (bench/kernels_aot.py)."""
     wide = max(16, 1 << (E - 1).bit_length())
     m, n, warps, stages = {
         "forward": {16: (128, 64, 4, 2), 32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 8, 2),
@@ -455,7 +455,20 @@ def attention_blocks(E: int, part: str) -> dict[str, int]:
         "dkv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2),
                 256: (32, 64, 8, 2)},
     }[part][wide]  # fmt: skip
+    # mma.sync takes its operands from registers, which leaves less room for the sums.
+    m, n, warps, stages = {
+        "mma.sync": {("forward", 64): (128, 64, 8, 2), ("forward", 128): (128, 32, 8, 2),
+                     ("dq", 64): (64, 64, 8, 2), ("dkv", 64): (64, 64, 8, 2),
+                     ("dkv", 128): (32, 64, 8, 2), ("dkv", 256): (32, 32, 8, 2)},
+        "tcgen05": {("dkv", 256): (32, 64, 8, 1)},
+    }.get(instruction, {}).get((part, wide), (m, n, warps, stages))  # fmt: skip
     return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_E=wide, num_warps=warps, num_stages=stages)
+
+
+def _tensor_core_instruction(x: Tensor) -> str:
+    """wgmma on sm_90, tcgen05 on sm_100, and mma.sync on all others (also in the interpreter)."""
+    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+    return {9: "wgmma", 10: "tcgen05"}.get(major, "mma.sync")
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -466,7 +479,7 @@ class _TritonAttention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         N, H, E = q.shape
         out, lse = torch.empty_like(q), torch.empty(N, H, dtype=torch.float32, device=q.device)
-        how = attention_blocks(E, "forward")
+        how = attention_blocks(E, "forward", _tensor_core_instruction(q))
         shape = dict(H=H, K=k.shape[1], E=E, WINDOW=window or 0, SOFTCAP=softcap is not None)
         _attention_forward_kernel[(-(-N // how["BLOCK_M"]), H)](
             q, k, v, out, lse, spans[0], spans[1], N, scale, softcap or 1.0, **shape, **how
@@ -485,11 +498,11 @@ class _TritonAttention(torch.autograd.Function):
         delta = (d_out.float() * out.float()).sum(-1)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         rest = (spans[0], spans[1], N, scale, softcap)
-        how = attention_blocks(E, "dq")
+        how = attention_blocks(E, "dq", _tensor_core_instruction(q))
         _attention_dq_kernel[(-(-N // how["BLOCK_M"]), H)](
             q, k, v, d_out, lse, delta, dq, *rest, **shape, **how
         )
-        how = attention_blocks(E, "dkv")
+        how = attention_blocks(E, "dkv", _tensor_core_instruction(q))
         _attention_dkv_kernel[(-(-N // how["BLOCK_N"]), k.shape[1])](
             q, k, v, d_out, lse, delta, dk, dv, *rest, **shape, **how
         )

@@ -116,11 +116,9 @@ def _quantize_fp8_triton(x: Tensor, power_of_two: bool, blocks: bool) -> tuple[T
 
 def quantize_fp8(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """As `quantize_fp8_reference`; on a GPU in one pass over x."""
-    return (
-        _quantize_fp8_triton(x, power_of_two, False)
-        if use_triton(x)
-        else quantize_fp8_reference(x, power_of_two)
-    )
+    if _use_fp8_triton(x):
+        return _quantize_fp8_triton(x, power_of_two, False)
+    return quantize_fp8_reference(x, power_of_two)
 
 
 def quantize_fp8_blocks(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:

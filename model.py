@@ -367,6 +367,44 @@ class Block(nn.Module):
         return x + self.post_feedforward_layernorm(out), router_logits
 
 
+class TokenRows(nn.Module):
+    """Rows of the frozen embedding, and of the head, that are trained beside an adapter: those of new tokens
+    (PEFT calls them trainable_token_indices). With `enabled` off the model has its base's rows."""
+
+    def __init__(self, ids: list[int], width: int, tied: bool, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.ids, self.tied, self.enabled = sorted(ids), tied, True
+        self.embedding = nn.Parameter(torch.empty(len(ids), width, dtype=dtype, device=device))
+        if not tied:
+            self.head = nn.Parameter(torch.empty(len(ids), width, dtype=dtype, device=device))
+        self._index: Tensor | None = None
+
+    def index(self, device: torch.device) -> Tensor:
+        if self._index is None or self._index.device != device:
+            self._index = torch.tensor(self.ids, device=device)
+        return self._index
+
+    @property
+    def of_head(self) -> Tensor:
+        return self.embedding if self.tied else self.head
+
+    def into_embedding(self, x: Tensor, input_ids: Tensor) -> Tensor:
+        """x [B, T, D] of the frozen embedding, with the trained rows where `input_ids` [B, T] ask for
+        them."""
+        ids = self.index(input_ids.device)
+        place = torch.searchsorted(ids, input_ids).clamp(max=len(self.ids) - 1)
+        return torch.where((ids[place] == input_ids)[..., None], self.embedding[place].to(x.dtype), x)
+
+    def into_head(self, weight: Tensor) -> Tensor:
+        """The head [V, D] with the trained rows: a copy, through which their gradient flows."""
+        return weight.index_copy(0, self.index(weight.device), self.of_head.to(weight.dtype))
+
+    def into_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """The same from logits [..., V] of the frozen head, without a copy of it; no gradient."""
+        logits[..., self.index(logits.device)] = F.linear(hidden, self.of_head.to(hidden.dtype))
+        return logits
+
+
 class Transformer(nn.Module):
     """A decoder-only language model in the arithmetic that `arch` describes."""
 
@@ -379,11 +417,17 @@ class Transformer(nn.Module):
         if not arch.tied:
             self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
         self.adapter: dict | None = None  # what adapter_config.json says, where there are adapters
+        self.token_rows: TokenRows | None = None
+
+    @property
+    def _frozen_head(self) -> Tensor:
+        return self.embed_tokens.weight if self.arch.tied else self.lm_head.weight
 
     @property
     def head_weight(self) -> Tensor:
         """The output embedding [V, D]; the input embedding where they are tied."""
-        return self.embed_tokens.weight if self.arch.tied else self.lm_head.weight
+        rows = self.token_rows
+        return self._frozen_head if rows is None or not rows.enabled else rows.into_head(self._frozen_head)
 
     def forward(
         self,
@@ -401,18 +445,16 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] → logits [..., V], with Gemma 2's final soft cap where the model has it."""
-        weight = self.head_weight.to(hidden.dtype)
-        if (
-            hidden.device.type == "cpu"
-            and hidden.dim() == 2
-            and len(hidden) <= 64
-            and not torch.is_grad_enabled()
-        ):
+        without_gradient = not torch.is_grad_enabled()
+        weight = (self._frozen_head if without_gradient else self.head_weight).to(hidden.dtype)
+        if hidden.device.type == "cpu" and hidden.dim() == 2 and len(hidden) <= 64 and without_gradient:
             # A few rows against a large head: CPU libraries read the head 1.5 to 3 times as fast from this
             # side.
             out = (weight @ hidden.T).T.contiguous()
         else:
             out = F.linear(hidden, weight)
+        if without_gradient and self.token_rows is not None and self.token_rows.enabled:
+            out = self.token_rows.into_logits(out, hidden)
         cap = self.arch.final_softcap
         return out if cap is None else cap * torch.tanh(out / cap)
 
@@ -459,6 +501,8 @@ class Transformer(nn.Module):
                 if isinstance(documents, kernels.Documents):
                     lengths = documents.lengths
         x = self.embed_tokens(input_ids)
+        if self.token_rows is not None and self.token_rows.enabled:
+            x = self.token_rows.into_embedding(x, input_ids)
         if self.arch.family.scale_embeddings:
             x = x * torch.tensor(
                 self.arch.hidden_size**0.5, dtype=x.dtype

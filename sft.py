@@ -194,7 +194,7 @@ def main(config: Config) -> None:
     rows = tokenizer.vocab_size if config.random_init else max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, rows, config.pad_vocab_to_multiple_of)
     check_ids(dataset, arch.vocab_size)
-    model = dist.build_model(arch, checkpoint, config, world, config.random_init)
+    model = dist.build_model(arch, checkpoint, config, world, config.random_init, tokenizer.new_ids)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = dist.make_optimizers(model, config)
     aux_coef = (

@@ -276,6 +276,7 @@ class Tokenizer:
         self.kwargs: dict = {}
         self._extra_stops = list(stop_ids)
         self._environment = _Sandbox()
+        self.new_ids: list[int] = []  # tokens that the config added to the checkpoint's
         self.templates = dict(templates or {})  # further ones by name, such as tool_use
         self._compiled: dict[str, jinja2.Template] = {}
         self._found: dict[str, str] = {}  # what is the same for every conversation of a template
@@ -373,6 +374,7 @@ class Tokenizer:
             raise ConfigError(
                 "special_tokens", sorted(unknown)[0], f"is not one of {', '.join(SPECIAL_NAMES)}"
             )
+        known = self.core.get_vocab(with_added_tokens=True)
         self.core.add_special_tokens(
             [t for t in options.special_tokens.values() if self.core.token_to_id(t) is None]
         )
@@ -400,6 +402,8 @@ class Tokenizer:
             self.core, {**self.config, **options.special_tokens}, template, self.source, stops, named
         )
         configured.kwargs = dict(options.chat_template_kwargs)
+        now = self.core.get_vocab(with_added_tokens=True)
+        configured.new_ids = sorted(i for token, i in now.items() if token not in known)
         return configured
 
     def __len__(self) -> int:

@@ -133,6 +133,13 @@ class VllmEngine:
             hosts = {urlparse(url).hostname for url in options.vllm_server_base_url}
             here = hosts <= {"127.0.0.1", "localhost", "::1"}
             self.method = "adapter" if options.adapter else "file" if here else "nccl"
+        grown = max(tokenizer.new_ids, default=-1) >= model.arch.checkpoint_vocab_size
+        if grown and (model.token_rows is not None or options.adapter is None):
+            raise ConfigError(
+                "tokens", options.tokens,
+                "lie beyond the rows that a server of base_model has; train with sft.py first "
+                "(merge_adapter: true), whose result has them, or set rollout_engine: embedded",
+            )  # fmt: skip
         if self.method == "adapter" and not options.adapter:
             raise ConfigError("vllm_sync_method", "adapter", "needs adapter: lora; use file or nccl")
         if self.method == "nccl" and world.device.type != "cuda":
@@ -370,7 +377,7 @@ class VllmEngine:
         and the old one dropped."""
         name, before = f"policy-{self.run_id}-{step}", self.adapter
         folder = self._folder(name)
-        save_adapter(self.model, folder, main=self.world.main)
+        save_adapter(self.model, folder, main=self.world.main, for_vllm=True)
 
         def load() -> int:
             for server in self.servers:
@@ -556,7 +563,9 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
         command += ["--max-model-len", str(longest)]
     if options.adapter:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        rank = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= options.lora_r), options.lora_r)
+        most = max(options.lora_r, len(options.tokens) + len(options.special_tokens) + 2)  # a rank a new row
+        most = most if options.tokens or options.special_tokens else options.lora_r
+        rank = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= most), most)
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
     if gpu:
         command += ["--gpu-memory-utilization", str(options.vllm_gpu_memory_utilization)]

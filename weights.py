@@ -7,7 +7,7 @@ import fnmatch
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 import low_precision
 from config import CheckpointError, ConfigError, resolve_checkpoint, shown
 from families import Architecture
-from model import Linear, ModelOptions, Transformer, block_linears, full_tensor
+from model import Linear, ModelOptions, TokenRows, Transformer, block_linears, full_tensor
 
 SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
 
@@ -250,7 +250,7 @@ def load_weights(model: Transformer, directory: Path) -> None:
                 weights.quantized(source, module.kind, (module.out_features, module.in_features), device)
             )
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if of_adapter(name):
             continue
         local, begin = local_rows(parameter)
         if parameter.dim() == 3:  # stacked experts
@@ -283,7 +283,7 @@ def initialize(model: Transformer, seed: int) -> None:
             local.fill_(0.0 if model.arch.family.norm_plus_one else 1.0)
         elif name.endswith("bias"):
             local.zero_()
-        elif "lora_" not in name:
+        elif not of_adapter(name):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             whole = torch.randn(parameter.shape, generator=generator).mul_(std)
             local.copy_(whole[begin : begin + local.shape[0]])
@@ -295,13 +295,16 @@ def load_pretrained(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    vocab_size: int = 0,
 ) -> Transformer:
-    """A whole model from a directory or hub id, ready for inference or single-process training.
+    """A whole model from a directory or hub id, ready for inference or single-process training, with at least
+    `vocab_size` rows of embedding.
 
     Raises CheckpointError in one line for anything that cannot be loaded exactly.
     """
     directory = resolve_checkpoint(str(path_or_repo_id), revision)
     arch = read_architecture(directory)
+    arch = resized(arch, max(arch.vocab_size, vocab_size))
     with torch.device("meta"):
         model = Transformer(arch).to(dtype)
     model.to_empty(device=device)
@@ -328,9 +331,13 @@ def iterate_weights(
                     whole = low_precision.dequantize(module.kind, module.stored)
                     yield hf_name(name) + ".weight", whole if added is None else whole + added.to(whole.dtype)
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if of_adapter(name):
                 continue
             whole = full_tensor(parameter)
+            if merge and model.token_rows is not None and name in ("embed_tokens.weight", "lm_head.weight"):
+                rows = model.token_rows
+                trained = full_tensor(rows.embedding if name.startswith("embed") else rows.of_head)
+                whole = whole.index_copy(0, rows.index(whole.device), trained.to(whole.dtype))
             module = modules[name.rpartition(".")[0]]
             if merge and isinstance(module, Linear) and module.r and name.endswith(".weight"):
                 whole = whole + module.delta().to(whole.dtype)
@@ -415,12 +422,23 @@ def save_pretrained(
 # ------------------------------------------------------------------------------------------------------------
 
 
+def of_adapter(name: str) -> bool:
+    """Whether a parameter is trained beside the frozen weights."""
+    return "lora_" in name or name.startswith("token_rows.")
+
+
 def lora_modules(model: Transformer) -> dict[str, Linear]:
     return {name: module for name, module in block_linears(model).items() if module.r}
 
 
-def apply_lora(model: Transformer, options: ModelOptions, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Freeze every weight and put adapters (in `dtype`) on the chosen linear layers, in place."""
+def apply_lora(
+    model: Transformer,
+    options: ModelOptions,
+    dtype: torch.dtype = torch.float32,
+    token_rows: Sequence[int] = (),
+) -> Transformer:
+    """Freeze every weight and put adapters (in `dtype`) on the chosen linear layers, and on the rows of
+    `token_rows` in embedding and head; in place."""
     linear = block_linears(model)
     wanted = options.lora_target_modules
     if wanted and options.lora_target_linear:
@@ -443,6 +461,12 @@ def apply_lora(model: Transformer, options: ModelOptions, dtype: torch.dtype = t
     scale = options.lora_alpha / (math.sqrt(r) if options.lora_use_rslora else r)
     for module in chosen.values():
         module.add_adapter(r, scale, options.lora_dropout, dtype)
+    arch = model.arch
+    if token_rows:
+        device = model.embed_tokens.weight.device
+        model.token_rows = TokenRows(list(token_rows), arch.hidden_size, arch.tied, dtype, device)
+    names = ("embed_tokens",) if arch.tied else ("embed_tokens", "lm_head")
+    trained = {name: sorted(token_rows) for name in names} if token_rows else None
     model.adapter = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout, "use_rslora": options.lora_use_rslora, "bias": "none",
@@ -450,15 +474,15 @@ def apply_lora(model: Transformer, options: ModelOptions, dtype: torch.dtype = t
         or all(w in {n.rsplit(".",
         1)[1] for n in chosen} for w in wanted) else sorted(hf_name(n) for n in chosen),
         "base_model_name_or_path": options.base_model, "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": True, "modules_to_save": None,
+        "init_lora_weights": True, "modules_to_save": None, "trainable_token_indices": trained,
     }  # fmt: skip
     return model
 
 
 @torch.no_grad()
 def initialize_lora(model: Transformer, seed: int) -> None:
-    """A uniform in ±1/√in (the reference's Kaiming bound), B zero: the adapted model starts as the base
-    model."""
+    """A uniform in ±1/√in (the reference's Kaiming bound), B zero, rows of new tokens as they are: the
+    adapted model starts as the base model, whose weights must be there."""
     for number, module in enumerate(lora_modules(model).values()):
         local, begin = local_rows(module.lora_A)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -466,12 +490,21 @@ def initialize_lora(model: Transformer, seed: int) -> None:
         whole = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
         local.copy_(whole[begin : begin + local.shape[0]])
         local_rows(module.lora_B)[0].zero_()
+    if model.token_rows is not None:
+        rows = model.token_rows
+        for parameter, source in (
+            (rows.embedding, model.embed_tokens.weight), (rows.of_head, model._frozen_head),
+        ):  # fmt: skip
+            whole = full_tensor(source)  # sharded: a collective
+            local, begin = local_rows(parameter)
+            local.copy_(whole[rows.index(whole.device)[begin : begin + local.shape[0]]])
 
 
 @contextlib.contextmanager
 def adapters_disabled(model: Transformer):
     """Inside, the model is its base: the reference policy, without a second copy of the weights."""
-    modules = list(lora_modules(model).values())
+    modules: list[Any] = list(lora_modules(model).values())
+    modules += [] if model.token_rows is None else [model.token_rows]
     before = [module.enabled for module in modules]
     try:
         for module in modules:
@@ -493,23 +526,91 @@ def base_of(model: Transformer, copy: Transformer | None):
             yield model
 
 
-def save_adapter(model: Transformer, directory: str | Path, *, main: bool = True) -> None:
+TOKEN_ROWS = "base_model.model.{}.token_adapter.trainable_tokens_delta"  # PEFT's name for the rows of a layer
+
+
+def save_adapter(
+    model: Transformer, directory: str | Path, *, main: bool = True, for_vllm: bool = False
+) -> None:
     """Write the adapters as PEFT does: adapter_model.safetensors and adapter_config.json. A collective if
-    sharded."""
+    sharded.
+
+    vLLM refuses rows of tokens in PEFT's form. With `for_vllm` they are written as adapters of rank k on
+    embedding and head, exactly what vLLM's layers add up to: only for rows that the base model has."""
     assert model.adapter is not None
-    tensors = {}
+    tensors, config = {}, dict(model.adapter)
+
+    def put(name: str, parameter: Tensor) -> None:
+        whole = full_tensor(parameter)
+        if main:
+            tensors[name] = whole.detach().cpu().contiguous()
+
     for name, module in lora_modules(model).items():
         for part in ("lora_A", "lora_B"):
-            whole = full_tensor(getattr(module, part))
-            if main:
-                tensors[f"base_model.model.{hf_name(name)}.{part}.weight"] = whole.detach().cpu().contiguous()
+            put(f"base_model.model.{hf_name(name)}.{part}.weight", getattr(module, part))
+    rows = model.token_rows
+    if rows is not None and not for_vllm:
+        put(TOKEN_ROWS.format("model.embed_tokens"), rows.embedding)
+        if not rows.tied:
+            put(TOKEN_ROWS.format("lm_head"), rows.head)
+    elif rows is not None:
+        _put_rows_as_adapters(model, config, put)
     if main:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(tensors, directory / "adapter_model.safetensors")
-        (directory / "adapter_config.json").write_text(
-            json.dumps(model.adapter, indent=2) + "\n", encoding="utf-8"
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def rows_are_served(model: Transformer) -> bool:
+    """Whether a server of the base model has the rows of the new tokens."""
+    return model.token_rows is None or max(model.token_rows.ids) < model.arch.checkpoint_vocab_size
+
+
+def _put_rows_as_adapters(model: Transformer, config: dict, put: Callable[[str, Tensor], None]) -> None:
+    """Row i of a matrix W [V, D] becomes W_i + Δ_i: the product of a matrix [V, k] that has a 1 at each row
+    and Δ [k, D], with a scale of 1."""
+    rows = model.token_rows
+    assert rows is not None and rows_are_served(model)
+    k, V = len(rows.ids), model.arch.checkpoint_vocab_size
+    index = rows.index(rows.embedding.device)
+    chosen = torch.zeros(V, k, dtype=rows.embedding.dtype, device=index.device)
+    chosen[index, torch.arange(k, device=index.device)] = 1.0
+
+    def delta(trained: Tensor, frozen: Tensor) -> Tensor:
+        return full_tensor(trained) - full_tensor(frozen)[index].to(trained.dtype)
+
+    of_embedding = delta(rows.embedding, model.embed_tokens.weight)
+    of_head = delta(rows.of_head, model._frozen_head)
+    put("base_model.model.model.embed_tokens.lora_embedding_A", chosen.T)
+    put("base_model.model.model.embed_tokens.lora_embedding_B", of_embedding.T)
+    put("base_model.model.lm_head.lora_A.weight", of_head)
+    put("base_model.model.lm_head.lora_B.weight", chosen)
+    layers = ("embed_tokens", "lm_head")
+    config["target_modules"] = sorted({*config["target_modules"], *layers})
+    config["rank_pattern"] = dict.fromkeys(layers, k)
+    config["alpha_pattern"] = dict.fromkeys(layers, math.sqrt(k) if config["use_rslora"] else k)
+    config["trainable_token_indices"] = None
+
+
+def adapter_token_rows(directory: str | Path) -> list[int]:
+    """Ids of the tokens whose rows a PEFT adapter trained. CheckpointError for what is no such list, or where
+    embedding and head have different ones."""
+    path = Path(directory) / "adapter_config.json"
+    given = read_json(path).get("trainable_token_indices") or []
+    lists = list(given.values()) if isinstance(given, dict) else [given]
+    names = set(given) if isinstance(given, dict) else {"embed_tokens"}
+    good = all(isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids) for ids in lists)
+    if (
+        not good
+        or not names <= {"embed_tokens", "lm_head"}
+        or any(sorted(x) != sorted(lists[0]) for x in lists)
+    ):
+        raise CheckpointError(
+            f"{path}: trainable_token_indices is {shown(given)}; it must be one list of token ids, the same "
+            "for embed_tokens and lm_head"
         )
+    return sorted(lists[0]) if lists else []
 
 
 def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions:
@@ -524,7 +625,7 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
         "auto_mapping",
         "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "peft_version",
         "loftq_config",
-        "megatron_core", "qalora_group_size",
+        "megatron_core", "qalora_group_size", "trainable_token_indices",
     }  # fmt: skip
     for key, value in raw.items():
         if key not in known and value not in (None, False, "none", [], {}, 0, 0.0):
@@ -582,5 +683,32 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
             local, begin = local_rows(parameter)
             local.copy_(view[begin : begin + local.shape[0]])
             names.discard(key)
+    _load_token_rows(model, path, file, names)
     if names:
         raise CheckpointError(f"{path}: tensor {sorted(names)[0]} belongs to no adapted layer")
+
+
+def _load_token_rows(model: Transformer, path: Path, file: Any, names: set[str]) -> None:
+    """Fill the rows of the tokens that the adapter trained; others of the model keep what they have."""
+    rows, theirs = model.token_rows, adapter_token_rows(path.parent)
+    if not theirs:
+        return
+    if rows is None or not set(theirs) <= set(rows.ids):
+        raise CheckpointError(f"{path}: trains the rows of tokens {theirs[:4]}, which are not trained here")
+    places = torch.tensor([rows.ids.index(i) for i in theirs])
+    for layer, parameter in [("model.embed_tokens", rows.embedding)] + (
+        [] if rows.tied else [("lm_head", rows.head)]
+    ):
+        key = TOKEN_ROWS.format(layer)
+        if key not in names:
+            raise CheckpointError(f"{path}: tensor {key} is missing")
+        values = file.get_tensor(key)
+        if list(values.shape) != [len(theirs), model.arch.hidden_size]:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(values.shape)}, expected "
+                f"{[len(theirs), model.arch.hidden_size]}"
+            )
+        local, begin = local_rows(parameter)
+        mine = (places >= begin) & (places < begin + local.shape[0])
+        local[(places[mine] - begin).to(local.device)] = values[mine].to(local)
+        names.discard(key)

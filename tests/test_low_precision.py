@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,3 +327,33 @@ def test_the_gpu_benchmark_runs_its_whole_table_on_small_shapes():
     assert done.returncode == 0, done.stderr[-2000:]
     errors = [line.split()[-2] for line in done.stdout.splitlines() if line.startswith("  ours")]
     assert len(errors) >= 6 and all(float(error) < 0.2 for error in errors if error != "—")
+
+
+@pytest.mark.parametrize("capability, taken", [((8, 0), "torch"), ((8, 6), "torch"), ((8, 9), "triton"),
+                                               ((9, 0), "triton"), ((10, 0), "triton")])  # fmt: skip
+def test_no_kernel_with_e4m3_is_taken_on_a_gpu_that_has_none(capability, taken, monkeypatch):
+    """Triton has e4m3 from sm_89 on: every entry that could reach such a kernel asks."""
+    gpu = SimpleNamespace(is_cuda=True, device="cuda:0", shape=(4, 128))
+    monkeypatch.setattr(low_precision, "use_triton", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for name in ("quantize_fp8_reference", "quantize_fp8_blocks_reference", "fp8_matmul_reference"):
+        monkeypatch.setattr(low_precision, name, lambda *_: "torch")
+
+    class Launched(Exception):
+        pass
+
+    def launch(*_, **__):
+        raise Launched
+
+    monkeypatch.setattr(low_precision, "_quantize_fp8_triton", launch)
+    monkeypatch.setattr(torch, "empty", launch)  # the first thing that fp8_matmul does for its kernel
+    calls = [
+        lambda: low_precision.quantize_fp8(gpu), lambda: low_precision.quantize_fp8_blocks(gpu),
+        lambda: low_precision.fp8_matmul(gpu, None, gpu, None),
+    ]  # fmt: skip
+    for call in calls:
+        if taken == "torch":
+            assert call() == "torch"
+        else:
+            with pytest.raises(Launched):
+                call()

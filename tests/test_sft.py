@@ -2,15 +2,18 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from config import ConfigError, parse_config
 from conftest import ROOT, arguments, metrics, run_ok, run_program
+from generation import load_for_inference
 from sft import Config
 from tokenizer import IGNORE, Tokenizer
 from weights import load_pretrained
@@ -284,3 +287,51 @@ def test_a_config_is_checked_before_anything_is_loaded(tmp_path):
         ],
     )
     assert config.gradient_checkpointing_kwargs == {"use_reentrant": True} and config.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize("beyond", [False, True], ids=["spare rows", "beyond the vocabulary"])
+def test_new_tokens_beside_an_adapter_are_trained_saved_and_gone_on_from(
+    beyond, small_checkpoint, chat_file, tmp_path
+):
+    """Their rows, and no others; the adapter opens in PEFT, and a resumed run ends with the same bytes."""
+    import peft
+
+    rows = [json.loads(line) for line in chat_file.read_text().splitlines()]
+    for row in rows:
+        row["messages"][1]["content"] = "<new0> " + row["messages"][1]["content"]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokens = [f"<new{i}>" for i in range(20 if beyond else 2)]
+    options = dict(
+        adapter="lora", lora_r=4, max_steps=4, save_steps=2, micro_batch_size=4, tokens=json.dumps(tokens)
+    )
+    args = arguments(small_checkpoint, tmp_path / "new.jsonl", tmp_path / "out", **options)
+    done = run_ok(ROOT / "sft.py", *args)
+    final, tokenizer = tmp_path / "out" / "final", Tokenizer.load(tmp_path / "out" / "final")
+    new = [tokenizer.core.token_to_id(token) for token in tokens]
+    assert (max(new) >= 512) == beyond and (final / "vllm").exists() != beyond
+    assert ("AutoPeftModelForCausalLM" if beyond else "final/vllm") in done.stdout
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(final).eval()
+    ours, _ = load_for_inference(str(final), torch.float32)
+    base = load_pretrained(str(small_checkpoint[0]), dtype=torch.float32, vocab_size=ours.arch.vocab_size)
+    places = torch.tensor([[new[0], 5, 300, new[-1], 9]])
+    with torch.no_grad():
+        assert (ours(places) - theirs(places).logits).abs().max() < 1e-4
+    moved = (ours.token_rows.embedding - base.embed_tokens.weight[new]).abs().amax(1)
+    assert moved[0] > 1e-4  # the token that the rows hold
+    whole = (final / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "again").mkdir()
+    shutil.copytree(tmp_path / "out", tmp_path / "again" / "out")
+    shutil.rmtree(tmp_path / "again" / "out" / "checkpoints" / "step-4")
+    again = arguments(small_checkpoint, tmp_path / "new.jsonl", tmp_path / "again" / "out", **options)
+    run_ok(ROOT / "sft.py", *again)
+    assert (tmp_path / "again" / "out" / "final" / "adapter_model.safetensors").read_bytes() == whole
+    more = dict(options, lora_model_dir=str(final), max_steps=1, merge_adapter="true")
+    run_ok(ROOT / "sft.py", *arguments(small_checkpoint, tmp_path / "new.jsonl", tmp_path / "more", **more))
+    merged = load_pretrained(str(tmp_path / "more" / "final"), dtype=torch.float32)
+    assert (merged.embed_tokens.weight[new[0]] - ours.token_rows.embedding[0]).abs().max() < 5e-3
+    if not beyond:
+        run_ok(ROOT / "sft.py", *arguments(
+            small_checkpoint, tmp_path / "new.jsonl", tmp_path / "two", **dict(options, micro_batch_size=2)
+        ), ranks=2)  # fmt: skip
+        for name, tensor in load_file(tmp_path / "two" / "final" / "adapter_model.safetensors").items():
+            assert (tensor - load_file(final / "adapter_model.safetensors")[name]).abs().max() < 1e-5, name

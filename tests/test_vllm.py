@@ -28,6 +28,7 @@ from conftest import (
     write_tokenizer,
 )
 from dist import World
+from generation import load_for_inference
 from grpo import Config
 from rollout import Prompt
 from tokenizer import Tokenizer
@@ -289,13 +290,48 @@ def test_a_server_that_dies_is_waited_for_and_gets_the_weights_again(setup, vllm
 def test_lora_sends_only_its_adapter(setup, vllm_python, tmp_path):
     made = Served(setup, vllm_python, "adapter=lora", "lora_r=8").wait()
     try:
-        grpo(setup, made.url, tmp_path, "adapter=lora", "lora_r=8", "learning_rate=1e-2")
+        grpo(setup, made.url, tmp_path, "adapter=lora", "lora_r=8", "learning_rate=1e-2", "kl_steps=1")
         rows = metrics(tmp_path)
         for row in rows:
             assert row["sync/probe_difference"] < 1e-4 and row["sampling/sampling_logp_difference/max"] < 1e-4
         assert rows[-1]["kl"] > 0  # the adapters moved, and the base is the reference
         served = httpx.get(made.url + "/v1/models").json()["data"]
         assert len([m for m in served if m["id"].startswith("policy-")]) == 1
+    finally:
+        made.kill()
+
+
+def test_rows_of_new_tokens_go_to_the_server_with_the_adapter_and_final_opens_there(
+    setup, vllm_python, tmp_path
+):
+    """Tokens in rows that the base has to spare: probes and ratios agree after every sync, and final/vllm
+    gives the log-probs of the trained model."""
+    lines = [json.loads(line) for line in (setup / "rows.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["messages"][0]["content"] = "<a> " + line["messages"][0]["content"] + " <b>"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["adapter=lora", "lora_r=8", "learning_rate=1e-2", "tokens=[<a>, <b>]"]
+    made = Served(setup, vllm_python, *options).wait()
+    try:
+        out = tmp_path / "out"
+        grpo(setup, made.url, out, *options, f"datasets=[{{path: {tmp_path / 'rows.jsonl'}, type: chat}}]")
+        for row in metrics(out):
+            assert row["sync/probe_difference"] < 1e-4 and row["sampling/sampling_logp_difference/max"] < 1e-4
+        model, _ = load_for_inference(str(out / "final"), torch.float32)
+        base = load_pretrained(str(setup / "model"), dtype=torch.float32)
+        rows = model.token_rows
+        assert (rows.embedding - base.embed_tokens.weight[rows.ids]).abs().min(1).values.max() > 1e-5
+        body = {"lora_name": "mine", "lora_path": str(out / "final" / "vllm")}
+        assert httpx.post(made.url + "/v1/load_lora_adapter", json=body, timeout=60).status_code == 200
+        ids = [rows.ids[0], 5, 9, rows.ids[1], 40, 77, rows.ids[0], 8]
+        answer = httpx.post(made.url + "/v1/completions", timeout=120, json={
+            "model": "mine", "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
+        }).json()["choices"][0]["prompt_logprobs"]  # fmt: skip
+        theirs = [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], answer[1:], strict=True)]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
+        ours = logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        assert ours == pytest.approx(theirs, abs=1e-4)
     finally:
         made.kill()
 

@@ -210,3 +210,123 @@ def test_an_adapter_of_an_unknown_kind_is_refused_by_name(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(CheckpointError, match="IA3"):
         weights.read_adapter_options(tmp_path, "x")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows of new tokens beside an adapter
+# ------------------------------------------------------------------------------------------------------------
+
+
+def with_rows(directory, ids, options=None, vocab_size=0):
+    model = load_pretrained(str(directory), dtype=torch.float32, vocab_size=vocab_size)
+    options = options or ModelOptions(base_model=str(directory), adapter="lora", lora_r=4, lora_alpha=10)
+    weights.apply_lora(model, options, token_rows=ids)
+    weights.initialize_lora(model, 0)
+    return model
+
+
+def shaken(model):
+    """Adapters and rows as training might leave them."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+NEW = [11, 40, 90]
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "gemma2", "phi3"])  # an untied head, and tied ones
+def test_rows_of_new_tokens_go_between_peft_and_here_and_merge_exactly(name, references, tmp_path):
+    import copy
+
+    import peft
+
+    reference, directory = references(name)
+    ours = with_rows(directory, NEW)
+    with torch.no_grad():
+        assert (ours(ids()) - load_pretrained(str(directory), dtype=torch.float32)(ids())).abs().max() < 1e-5
+    shaken(ours)
+    weights.save_adapter(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
+    save_pretrained(ours, tmp_path / "merged", merge=True)
+    merged = load_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
+    with torch.no_grad():
+        expected = ours(ids())
+        assert (expected - theirs(ids()).logits).abs().max() < 1e-4
+        assert (expected - merged(ids())).abs().max() < 1e-4
+        assert (expected - theirs.merge_and_unload()(ids()).logits).abs().max() < 1e-4
+    with weights.adapters_disabled(ours), torch.no_grad():
+        assert torch.equal(ours(ids()), load_pretrained(str(directory), dtype=torch.float32)(ids()))
+    # What PEFT trained and saved
+    rows = {"embed_tokens": NEW} if ours.arch.tied else {"embed_tokens": NEW, "lm_head": NEW}
+    made = shaken(_peft(reference, target_modules="all-linear", trainable_token_indices=rows))
+    made.save_pretrained(tmp_path / "theirs")
+    options = weights.read_adapter_options(tmp_path / "theirs", str(directory))
+    again = with_rows(directory, weights.adapter_token_rows(tmp_path / "theirs"), options)
+    weights.load_adapter(again, tmp_path / "theirs")
+    with torch.no_grad():
+        assert (again(ids()) - made(ids()).logits).abs().max() < 1e-4
+
+
+def test_rows_beyond_the_base_s_vocabulary_open_in_peft_which_grows_the_base(small_checkpoint, tmp_path):
+    import peft
+
+    from generation import load_for_inference
+    from tokenizer import Tokenizer
+
+    directory = small_checkpoint[0]
+    tokenizer = Tokenizer.load(directory)
+    tokenizer.core.add_tokens([f"<new{i}>" for i in range(520 - tokenizer.vocab_size)])
+    new = list(range(510, 520))
+    ours = shaken(with_rows(directory, new, vocab_size=520))
+    assert not weights.rows_are_served(ours)
+    weights.save_adapter(ours, tmp_path / "final")
+    tokenizer.save(tmp_path / "final")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final").eval()
+    places = torch.tensor([[3, 519, 7, 511, 510, 9]])
+    again, _ = load_for_inference(str(tmp_path / "final"), torch.float32)
+    with torch.no_grad():
+        assert (ours(places) - theirs(places).logits).abs().max() < 1e-4
+        assert torch.equal(ours(places), again(places))
+        assert ours.logits(ours.hidden_states(places)[0]).shape[-1] == 520
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_only_the_rows_of_new_tokens_learn_and_with_the_gradient_that_the_whole_matrix_has(name, references):
+    """Against full fine-tuning's gradient of embedding and head, in fp64, at the base's weights."""
+    from losses import linear_cross_entropy
+
+    _, directory = references(name)
+    whole = load_pretrained(str(directory), dtype=torch.float64).train()
+    part = with_rows(directory, NEW).double().train()
+    part.token_rows._index = None
+    batch = ids()
+    for model in (whole, part):
+        hidden = model.hidden_states(batch)[0].flatten(0, 1)
+        targets = torch.cat([batch[:, 1:], batch[:, :1]], 1).flatten()
+        linear_cross_entropy(hidden, model.head_weight, targets).backward()
+    rows = part.token_rows
+    assert {n for n, p in part.named_parameters() if p.requires_grad and "lora_" not in n} == {
+        f"token_rows.{n}" for n, _ in rows.named_parameters()
+    }
+    expected = whole.embed_tokens.weight.grad[NEW]
+    assert (rows.embedding.grad - expected).abs().max() < 1e-9 and expected.abs().max() > 1e-3
+    if not part.arch.tied:
+        assert (rows.head.grad - whole.lm_head.weight.grad[NEW]).abs().max() < 1e-9
+    assert part.embed_tokens.weight.grad is None
+
+
+def test_an_adapter_whose_rows_are_no_list_of_ids_is_refused(references, tmp_path):
+    _, directory = references("llama2")
+    weights.save_adapter(with_rows(directory, NEW), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for wrong in ({"embed_tokens": [1], "lm_head": [2]}, {"q_proj": [1]}, ["a"], {"embed_tokens": [-1]}, 3):
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({**config, "trainable_token_indices": wrong})
+        )
+        with pytest.raises(CheckpointError, match="trainable_token_indices"):
+            weights.adapter_token_rows(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": [11]}))
+    with pytest.raises(CheckpointError, match="not trained here"):
+        weights.load_adapter(with_rows(directory, []), tmp_path)
