@@ -34,15 +34,42 @@ class LoopOptions:
     """Passes over the data."""
     max_steps: int | None = None
     """Stop after so many optimiser steps, whatever num_epochs says."""
-    eval_steps: int | None = None
-    """Evaluate on held-out data every N steps; with held-out data also at the start and the end."""
+    eval_steps: int | float | None = None
+    """Evaluate on held-out data every N steps, or below 1 after every such share of the run; with held-out
+    data also at the start and the end."""
+    evals_per_epoch: int | None = None
+    """Evaluate so often in every epoch, instead of eval_steps."""
     seed: int = 42
     """Seed of the order of the data, of sampling, dropout and random initialisation."""
 
     def check(self) -> None:
-        check_at_least_one(self, "micro_batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps")
+        check_at_least_one(self, "micro_batch_size", "gradient_accumulation_steps", "max_steps")
+        check_interval(self, "eval_steps", "evals_per_epoch")
         if not 0 < self.num_epochs < math.inf:
             raise ConfigError("num_epochs", self.num_epochs, "must be above 0")
+
+
+def check_interval(options: Any, steps: str, per_epoch: str) -> None:
+    """ConfigError unless the option `steps` is a count or a share of the run and stands alone."""
+    every = getattr(options, steps)
+    if every is not None and not (0 < every < 1 or (every >= 1 and every == int(every))):
+        raise ConfigError(steps, every, "must be a number of steps, or a share of the run below 1")
+    check_at_least_one(options, per_epoch)
+    if every is not None and getattr(options, per_epoch) is not None:
+        raise ConfigError(per_epoch, getattr(options, per_epoch), f"contradicts {steps}; keep one of the two")
+
+
+def settle_intervals(config: Any, total_steps: int, steps_per_epoch: int) -> None:
+    """Turn what the config says of evaluating and saving into numbers of steps, in place."""
+
+    def steps(every: int | float | None, times_per_epoch: int | None) -> int | None:
+        if times_per_epoch is not None:
+            return max(1, round(steps_per_epoch / times_per_epoch))
+        return every if every is None else int(every) if every >= 1 else math.ceil(every * total_steps)
+
+    config.eval_steps = steps(config.eval_steps, config.evals_per_epoch)
+    config.save_steps = steps(config.save_steps, config.saves_per_epoch)
+    config.evals_per_epoch = config.saves_per_epoch = None
 
 
 @dataclass
@@ -269,6 +296,9 @@ class Batches:
                 )
             self._epochs = {k: v for k, v in self._epochs.items() if k >= number - 1} | {number: units}
         return self._epochs[number]
+
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.epoch(0)) // self.units_a_step)
 
     def plan(self, epochs: float, max_steps: int | None = None) -> int:
         """Fix the end of the run, and return the number of its steps; the last one may be smaller."""

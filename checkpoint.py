@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from batches import check_interval
 from config import BallastError, ConfigError, check_at_least_one
 from dist import World, from_main, log, seed_everything
 from model import Transformer
@@ -48,8 +49,11 @@ _claimed: dict[Path, int] = {}  # output directory → descriptor of its lock, h
 class CheckpointOptions:
     output_dir: str = "outputs/run"
     """Everything the run writes goes here."""
-    save_steps: int | None = None
-    """Write a checkpoint every so many steps; unset: only when the run is interrupted."""
+    save_steps: int | float | None = None
+    """Write a checkpoint every N steps, or below 1 after every such share of the run; unset: only when the
+    run is interrupted."""
+    saves_per_epoch: int | None = None
+    """Write so many checkpoints in every epoch, instead of save_steps."""
     save_total_limit: int = 2
     """Keep this many checkpoints, the newest."""
     save_async: bool = True
@@ -62,7 +66,8 @@ class CheckpointOptions:
     rows."""
 
     def check(self) -> None:
-        check_at_least_one(self, "save_steps", "save_total_limit")
+        check_at_least_one(self, "save_total_limit")
+        check_interval(self, "save_steps", "saves_per_epoch")
 
 
 def claim(output_dir: Path) -> None:

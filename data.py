@@ -48,10 +48,12 @@ log = logging.getLogger("ballast")
 @dataclass
 class DataOptions:
     datasets: list[dict] = field(default_factory=list)
-    """What to train on: a list of {path, type, weight, split, columns}. path: a file or directory (JSONL,
-    JSON, Parquet, text), hf://datasets/owner/name, or reasoning-gym:TASK with {size, seed, params}. type:
-    chat, instruct, prompt_completion, text, tokens, or your own module.function(row). weight: times a row is
-    seen in an epoch. split: train, test[:100], train[10%:]. columns: {our name: the file's name}."""
+    """What to train on: a list of {path, name, type, weight, split, columns}. path: a file or directory
+    (JSONL, JSON, Parquet, text), hf://datasets/owner/name, or reasoning-gym:TASK with {size, seed, params}.
+    name: a subset of it. type: chat, instruct, prompt_completion, text, tokens, or your own
+    module.function(row); unset: what the columns of the first row say. weight: times a row is seen in an
+    epoch. split: train, test[:100], train[10%:]. columns: {our name: the file's name}, of messages
+    {messages.role: its name}."""
     test_datasets: list[dict] = field(default_factory=list)
     """Held-out data in the same form; instead of val_set_size."""
     val_set_size: int | float = 0
@@ -59,7 +61,8 @@ class DataOptions:
     strip_thinking: bool = False
     """Take reasoning traces (<think>…</think>, reasoning_content) out of the answers."""
     chat_template: str | None = None
-    """A .jinja file, `chatml`, or one of the tokenizer's named templates, instead of its default one."""
+    """Instead of the tokenizer's default: one of its named templates, a .jinja file, the template itself, or
+    chatml, llama3, gemma or phi_3."""
     chat_template_kwargs: dict = field(default_factory=dict)
     """More variables for the chat template, e.g. {enable_thinking: false}."""
     special_tokens: dict[str, str] = field(default_factory=dict)
@@ -78,7 +81,7 @@ class DataOptions:
             raise ConfigError("val_set_size", size, "must be a count, or a fraction between 0 and 1")
         if size and self.test_datasets:
             raise ConfigError("test_datasets", None, "contradicts val_set_size; keep one of the two")
-        for key in ("eval_steps", "eval_answers"):
+        for key in ("eval_steps", "evals_per_epoch", "eval_answers"):
             if getattr(self, key, None) and not (size or self.test_datasets):
                 problem = "needs held-out data: set val_set_size or test_datasets"
                 raise ConfigError(key, getattr(self, key), problem)
@@ -360,6 +363,51 @@ READS = {
 }  # fmt: skip
 
 
+# The columns by which a type is known where the config names none, in the order in which they decide
+SHAPES = (
+    ("chat", ("messages",)), ("chat", ("conversations",)), ("prompt_completion", ("prompt", "completion")),
+    ("instruct", ("instruction", "output")), ("tokens", ("input_ids",)), ("text", ("text",)),
+)  # fmt: skip
+
+
+def settle_type(spec: dict, directory: Path, prompts: bool = False) -> str:
+    """The type of a data set; where the config leaves it open, that which the columns of its first row show,
+    and `spec` keeps it. `prompts`: of the types that have one. ConfigError where there is none."""
+    if spec.get("type") is None:
+        row = next((row for row in read_rows(spec, directory) if isinstance(row, Row)), None)
+        held = renamed(row.value, spec.get("columns") or {}) if row is not None else {}
+        shapes = (*SHAPES[:4], ("chat", ("prompt",))) if prompts else SHAPES
+        spec["type"] = next((k for k, names in shapes if all(held.get(n) is not None for n in names)), None)
+        if spec["type"] == "chat" and isinstance(held.get("prompt"), str):
+            spec["type"] = "prompt_completion"
+        if spec["type"] is None:
+            known = "chat, instruct, prompt_completion, text, tokens or your module.function"
+            problem = (
+                f"its columns ({', '.join(sorted(held)) or 'none'}) do not show a type; set type: {known}"
+            )
+            raise ConfigError("datasets", spec["path"], problem)
+    kind = spec["type"]
+    if not isinstance(kind, str) or (prompts and kind in ("text", "tokens")):
+        known = ["chat", "instruct", "prompt_completion", *([] if prompts else ["text", "tokens"])]
+        what = "a type with prompts: " if prompts else "a type: "
+        problem = f"needs {what}{', '.join(known)} or your module.function"
+        raise ConfigError("datasets", spec.get("path"), problem)
+    return kind
+
+
+def renamed(row: dict, columns: dict) -> dict:
+    """The row with the file's names of columns, and of what messages hold, changed into ours."""
+    plain = {ours: its for ours, its in columns.items() if "." not in ours and its in row}
+    row = {k: v for k, v in row.items() if k not in plain.values()} | {
+        o: row[its] for o, its in plain.items()
+    }
+    inner = {ours.split(".", 1)[1]: its for ours, its in columns.items() if ours.startswith("messages.")}
+    for name in ("messages", "conversations", "prompt", "completion") if inner else ():
+        if isinstance(row.get(name), list):
+            row[name] = [renamed(m, inner) if isinstance(m, dict) else m for m in row[name]]
+    return row
+
+
 class Encoder:
     """A row of one dataset as (input_ids, labels). `encode` raises BadRow."""
 
@@ -379,7 +427,7 @@ class Encoder:
 
     def encode(self, row: dict) -> tuple[list[int], list[int]] | None:
         kind, self.lost = self.kind, []
-        row = self.renamed(row)
+        row = renamed(row, self.columns)
         if self.function is not None:
             try:
                 made = self.function(row)
@@ -401,9 +449,6 @@ class Encoder:
             if self.options.strip_thinking:
                 row = without_thinking(row)
             return getattr(self, "_" + kind)(row)
-
-    def renamed(self, row: dict) -> dict:
-        return {**row, **{ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}}
 
     def unread(self, row: dict) -> list[str]:
         """Columns of the row that hold something and that this type does not read."""
@@ -494,11 +539,7 @@ def encode_dataset(
 ) -> Iterator[Encoded]:
     """Every row of one dataset through the code that training uses. DataError for a bad row under
     `on_bad_row: error`."""
-    kind = spec.get("type")
-    if not isinstance(kind, str):
-        raise ConfigError(
-            "datasets", spec.get("path"), "needs a type: chat, instruct, prompt_completion, text, tokens, …"
-        )
+    kind = settle_type(spec, directory)
     encoder = Encoder(kind, tokenizer, options, directory, spec.get("columns"))
     limit = options.sequence_len
     for row in read_rows(spec, directory):
@@ -623,20 +664,15 @@ def read_prompts(
     prompts: list[Prompt] = []
     digest, too_long, bad = hashlib.sha256(), 0, 0
     for number, spec in enumerate(specs):
-        kind = spec.get("type")
+        kind = settle_type(spec, directory, prompts=True)
         known = ("chat", "instruct", "prompt_completion")
-        if not isinstance(kind, str) or kind in ("text", "tokens"):
-            remedy = f"needs a type with prompts: {', '.join(known)} or your module.function"
-            raise ConfigError("datasets", spec.get("path"), remedy)
         function = None if kind in known else _import_function(kind, directory)
         for row in read_rows(spec, directory):
             name = f"{row.file}:{row.line}"
             try:
                 if isinstance(row, DataError):
                     raise BadRow(row.reason)
-                renamed = {ours: row.value[its] for ours, its in (spec.get("columns") or {}).items()
-                           if its in row.value}  # fmt: skip
-                values, form = {**row.value, **renamed}, kind
+                values, form = renamed(row.value, spec.get("columns") or {}), kind
                 if function is None:
                     _refuse_other_data(values, spec.get("columns") or {})
                 else:
@@ -669,7 +705,7 @@ def read_prompts(
                     too_long += 1
                     continue
                 taken = {"prompt", "messages", "conversations", "completion"}
-                columns = {k: v for k, v in values.items() if k not in taken}
+                columns = {k: v for k, v in {**row.value, **values}.items() if k not in taken}
                 if answer is not None:
                     columns.setdefault("answer", answer)
                 completion = answer if isinstance(answer, str) else None
@@ -698,6 +734,7 @@ def prepare(
     for source in (Row, Tokenizer):  # a researcher may have edited how rows are read, or masks
         key.update(Path(getfile(source)).read_bytes())
     for spec in specs:
+        settle_type(spec, directory)
         key.update(json.dumps(spec, sort_keys=True, default=str).encode())
         if not spec.get("path", "").startswith("reasoning-gym:"):
             for file in locate(spec, directory)[0]:
@@ -780,20 +817,13 @@ def trained_tokenizer(options: Any, directory: Path, cache: Path) -> Tokenizer:
                     for item in value:
                         yield from strings(item)
 
-            columns = (
-                "messages",
-                "conversations",
-                "instruction",
-                "input",
-                "output",
-                "prompt",
-                "completion",
-                "text",
-            )
+            columns = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion",
+                       "text")  # fmt: skip
             for spec in options.datasets:
                 for row in read_rows(spec, directory):
                     if isinstance(row, Row):
-                        yield from strings({k: row.value[k] for k in columns if k in row.value})
+                        value = renamed(row.value, spec.get("columns") or {})
+                        yield from strings({k: value[k] for k in columns if k in value})
 
         log.info("training a tokenizer of %d tokens on the rows", options.tokenizer_vocab_size)
         aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")

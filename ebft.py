@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 import dist
 import health
-from batches import LoopOptions, PromptOrder, split_held_out, weights_of, with_weights
+from batches import LoopOptions, PromptOrder, settle_intervals, split_held_out, weights_of, with_weights
 from blocks import (
     BlockOptions,
     BlockPass,
@@ -420,11 +420,12 @@ def strided(config: Config) -> None:
     weights = weights_of(config.datasets) or [1.0]
     order = PromptOrder([d.source for d in documents], a_step, config.seed, weights)
     fingerprint = with_weights(fingerprint, weights)
-    total_steps = order.batches(config.num_epochs)
+    epoch_steps = len(documents) // a_step if config.rollout_engine == "replay" else order.batches(1.0)
+    total_steps = config.max_steps or order.batches(config.num_epochs)
     if config.rollout_engine == "replay":
-        total_steps = len(documents) // a_step
-    total_steps = min(total_steps, config.max_steps or total_steps)
+        total_steps = min(epoch_steps, config.max_steps or epoch_steps)
     dist.check_schedule(config, total_steps)
+    settle_intervals(config, total_steps, epoch_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     keys = ("base_model", "adapter", "lora_r", "optimizer", "seed", "stride", "context_length",
     "generate_max_len",
@@ -692,9 +693,11 @@ def structured(config: Config) -> None:
     if replay is None:
         source, weights = [prompt.source for prompt in prompts], weights_of(config.datasets)
         order, data = PromptOrder(source, batch_size // n, config.seed, weights), with_weights(data, weights)
-        total_steps = order.batches(config.num_epochs)
-    total_steps = min(total_steps, config.max_steps or total_steps)
+        total_steps, epoch_steps = config.max_steps or order.batches(config.num_epochs), order.batches(1.0)
+    else:
+        total_steps, epoch_steps = min(total_steps, config.max_steps or total_steps), total_steps
     dist.check_schedule(config, total_steps)
+    settle_intervals(config, total_steps, epoch_steps)
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     keys = ("base_model", "mode", "adapter", "lora_r", "optimizer", "seed", "num_generations", "val_set_size",
             "rollout_engine")  # fmt: skip

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import dist
 import health
-from batches import LoopOptions, PromptOrder, split_held_out, weights_of, with_weights
+from batches import LoopOptions, PromptOrder, settle_intervals, split_held_out, weights_of, with_weights
 from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import (
     BallastError,
@@ -434,10 +434,12 @@ def main(config: Config) -> None:
     if replay is None:
         source, weights = [prompt.source for prompt in prompts], weights_of(config.datasets)
         order, data = PromptOrder(source, batch_size // n, config.seed, weights), with_weights(data, weights)
-        batches = order.batches(config.num_epochs)
-    total_steps = min(batches * updates, config.max_steps or math.inf)
-    assert isinstance(total_steps, int)
+        batches = (
+            math.ceil(config.max_steps / updates) if config.max_steps else order.batches(config.num_epochs)
+        )
+    total_steps = min(batches * updates, config.max_steps or batches * updates)
     dist.check_schedule(config, total_steps)
+    settle_intervals(config, total_steps, updates * (order.batches(1.0) if replay is None else batches))
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     identity = run_identity(config, batch_size, data)
     resume_from, saved = checkpointer.to_resume(identity)

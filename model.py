@@ -57,8 +57,10 @@ class ModelOptions:
     """Adapters are scaled by lora_alpha / lora_r."""
     lora_dropout: float = 0.0
     """Dropout on the input of the adapters; 0.05 helps against overfitting."""
-    lora_target_modules: list[str] | None = None
-    """Names of the linear layers that get adapters, e.g. [q_proj, v_proj]; `*` and `?` match."""
+    lora_target_modules: list[str] | str | None = None
+    """Names of the linear layers that get adapters, e.g. [q_proj, v_proj], or the ends of their full names,
+    where `*` and `?` match; or as in PEFT a regular expression for full names (model.layers.0.mlp.up_proj),
+    or all-linear, which unset means too."""
     lora_target_linear: bool = False
     """Adapters on every linear layer of the blocks (what lora_target_modules unset means too)."""
     lora_use_rslora: bool = False
@@ -92,8 +94,9 @@ class ModelOptions:
                 "lora_alpha", self.lora_alpha,
                 "must be above 0: adapters are scaled by it, at 0 they change nothing and learn nothing",
             )  # fmt: skip
-        if self.lora_target_modules == []:
-            raise ConfigError("lora_target_modules", [], "names no layer; leave it out for all of them")
+        if self.lora_target_modules in ([], ""):
+            problem = "names no layer; leave it out for all of them"
+            raise ConfigError("lora_target_modules", self.lora_target_modules, problem)
         check_at_least_one(self, "lora_r", "pad_vocab_to_multiple_of")
         check_ranges(self, ("router_aux_loss_coef", 0, math.inf))
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from config import ConfigError, DataError
 from tokenizer import read_text
 
@@ -91,7 +93,40 @@ def _reasoning_gym(spec: dict, name: str) -> Iterator[Row | DataError]:
         yield Row(spec["path"], number, {**row, **instruct})
 
 
-DATASET_KEYS = {"path", "type", "weight", "split", "columns", "size", "seed", "params"}
+DATASET_KEYS = {"path", "name", "type", "weight", "split", "columns", "size", "seed", "params"}
+
+
+def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] | None:
+    """The files that the card of a hub data set (README.md) names for a subset and a split; None where it
+    names none. The card is YAML between two lines of ---, with configs: [{config_name, data_files}]."""
+    card = folder / "README.md"
+    head = re.match(r"---\r?\n(.*?)\n---", read_text(card), re.DOTALL) if card.is_file() else None
+    try:
+        entries = (yaml.safe_load(head.group(1)) or {}).get("configs") if head else None
+    except (yaml.YAMLError, AttributeError):
+        entries = None
+    listed = entries if isinstance(entries, list) else []
+    entries = [entry for entry in listed if isinstance(entry, dict) and entry.get("data_files")]
+    names = [str(entry.get("config_name")) for entry in entries]
+    if subset is None and len(entries) > 1:
+        usual = [str(e.get("config_name")) for e in entries if e.get("default")] or ["default"]
+        if usual[0] not in names:
+            raise ConfigError("datasets", str(folder), f"has subsets: set name to one of {', '.join(names)}")
+        subset = usual[0]
+    entry = next((e for e in entries if subset in (None, str(e.get("config_name")))), None)
+    if entry is None:
+        if subset is not None and not (folder / subset).is_dir():
+            known = ", ".join(names) or ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+            raise ConfigError("datasets", subset, f"is no subset of {folder}; there are {known or 'none'}")
+        return None
+    given = entry["data_files"]
+    patterns: dict[str, list[str]] = {}
+    for one in given if isinstance(given, list) else [given]:
+        part, path = (one.get("split", "train"), one.get("path")) if isinstance(one, dict) else ("train", one)
+        patterns.setdefault(str(part), []).extend(path if isinstance(path, list) else [str(path)])
+    if split not in patterns:
+        raise ConfigError("datasets", split, f"is no split of {folder}; there are {', '.join(patterns)}")
+    return sorted({file for pattern in patterns[split] for file in folder.glob(pattern) if file.is_file()})
 
 
 def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
@@ -100,7 +135,9 @@ def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
     matched = re.fullmatch(r"(\w*)(?:\[(.*)\])?", split)
     if not matched:
         raise ConfigError("datasets", split, "is not a split; write train, test[:100] or train[10%:]")
-    name, rows = matched.group(1), matched.group(2)
+    name, rows, subset = matched.group(1), matched.group(2), spec.get("name")
+    if subset is not None and not isinstance(subset, str):
+        raise ConfigError("datasets", subset, "name must be text: a subset of the data set")
     if path.startswith("hf://datasets/"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -113,7 +150,7 @@ def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
             local = Path(
                 snapshot_download(
                     f"{parts[0]}/{owner}", repo_type="dataset", revision=revision or None,
-                    allow_patterns=["*" + ending for ending in (*READERS, ".txt")],
+                    allow_patterns=["README.md", *("*" + ending for ending in (*READERS, ".txt"))],
                 )
             ).joinpath(*parts[2:])  # fmt: skip
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -129,6 +166,9 @@ def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
         return [local], rows
     if not local.is_dir():
         raise DataError(path, None, "no such file or directory", f"looked in {directory} and {Path.cwd()}")
+    if files := _files_of_card(local, subset, name or "train"):
+        return files, rows
+    local = local / (subset or "")
     endings = set(READERS) | ({".txt", ".md", ".py"} if spec.get("type") == "text" else set())
     files = sorted(p for p in local.rglob("*") if p.suffix in endings and not p.name.startswith("."))
     named = [

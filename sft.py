@@ -23,7 +23,7 @@ from torch import Tensor
 
 import dist
 import health
-from batches import Batch, Batches, Dataset, LoopOptions, split_held_out, weights_of
+from batches import Batch, Batches, Dataset, LoopOptions, settle_intervals, split_held_out, weights_of
 from checkpoint import Checkpointer, CheckpointOptions, save_final
 from config import (
     ConfigError,
@@ -186,6 +186,7 @@ def main(config: Config) -> None:
     eval_order = ordered(held_out_rows, held_out, held_out_weights, eval_batch, shuffle=False)
     total_steps = order.plan(config.num_epochs, config.max_steps)
     dist.check_schedule(config, total_steps)
+    settle_intervals(config, total_steps, order.steps_per_epoch())
     checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
     identity = run_identity(config, global_batch, dataset)
     resume_from, saved = checkpointer.to_resume(identity)

@@ -31,6 +31,37 @@ CHATML = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+GEMMA = (  # a system message stands before the first question
+    "{{ bos_token }}{% set ns = namespace(before='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set ns.before = message['content'] | trim + '\\n\\n' %}"
+    "{% elif message['role'] == 'assistant' %}{{ '<start_of_turn>model\\n' }}"
+    "{% generation %}{{ message['content'] | trim + '<end_of_turn>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ '<start_of_turn>' + message['role'] + '\\n' + ns.before + message['content'] | trim }}"
+    "{{ '<end_of_turn>\\n' }}{% set ns.before = '' %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+PHI_3 = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+# name → (template, the special tokens that it needs); for base models that bring none of their own
+SHIPPED_TEMPLATES = {
+    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>")),
+    "llama3": (LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>")),
+    "phi_3": (PHI_3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
+}
 
 
 class BadRow(Exception):
@@ -382,16 +413,16 @@ class Tokenizer:
         template, named = self.template, self.templates
         if options.chat_template in self.templates:
             template, named = self.templates[options.chat_template], {}
-        elif options.chat_template == "chatml":
-            template, named = CHATML, {}
-            self.core.add_special_tokens(
-                [t for t in ("<|im_start|>", "<|im_end|>") if self.core.token_to_id(t) is None]
-            )
+        elif options.chat_template in SHIPPED_TEMPLATES:
+            (template, needed), named = SHIPPED_TEMPLATES[options.chat_template], {}
+            self.core.add_special_tokens([t for t in needed if self.core.token_to_id(t) is None])
+        elif options.chat_template and re.search(r"\{[{%]", options.chat_template):  # the template itself
+            template, named = options.chat_template, {}
         elif options.chat_template:
             path = Path(options.chat_template)
             path = path if path.is_absolute() or not (directory / path).exists() else directory / path
             if not path.exists():
-                known = ["chatml", *self.templates, "a .jinja file"]
+                known = [*SHIPPED_TEMPLATES, *self.templates, "a .jinja file", "the template itself"]
                 raise ConfigError(
                     "chat_template", options.chat_template,
                     f"is no file (looked in {directory} and here); give {', '.join(known)}",

@@ -431,6 +431,41 @@ def lora_modules(model: Transformer) -> dict[str, Linear]:
     return {name: module for name, module in block_linears(model).items() if module.r}
 
 
+def _target_modules(linear: dict[str, Linear], wanted: list[str] | str | None) -> dict[str, Linear]:
+    """The linear layers that `lora_target_modules` names, in PEFT's ways
+    (tuners_utils.check_target_module_exists): a text is a regular expression for the whole of a full name,
+    an entry of a list the end of one."""
+    if wanted is None or wanted == "all-linear":
+        return linear
+    found: dict[str, Linear] = {}
+    for pattern in wanted if isinstance(wanted, list) else [wanted]:
+        try:
+            expression = re.compile(
+                pattern if isinstance(wanted, str) else r"(?s:.*\.)?" + fnmatch.translate(pattern)
+            )
+        except re.error as error:
+            problem = f"is no regular expression ({error}); give a list of names, e.g. [q_proj, v_proj]"
+            raise ConfigError("lora_target_modules", pattern, problem) from None
+        matched = {name: module for name, module in linear.items() if expression.fullmatch(hf_name(name))}
+        if not matched:
+            ends = sorted({name.rsplit(".", 1)[1] for name in linear})
+            problem = f"matches no linear layer; there are {', '.join(ends)}"
+            if isinstance(wanted, str):
+                problem += (
+                    ": a text is a regular expression for whole names, such as model.layers.0.mlp.up_proj"
+                )
+            raise ConfigError("lora_target_modules", pattern, problem)
+        found |= matched
+    return {name: module for name, module in linear.items() if name in found}
+
+
+def _names_for_peft(chosen: dict[str, Linear], linear: dict[str, Linear]) -> list[str]:
+    """The last parts of the names where these name just the chosen layers, else the full names."""
+    ends = {name.rsplit(".", 1)[1] for name in chosen}
+    short = all(name in chosen for name in linear if name.rsplit(".", 1)[1] in ends)
+    return sorted(ends) if short else sorted(hf_name(name) for name in chosen)
+
+
 def apply_lora(
     model: Transformer,
     options: ModelOptions,
@@ -439,23 +474,10 @@ def apply_lora(
 ) -> Transformer:
     """Freeze every weight and put adapters (in `dtype`) on the chosen linear layers, and on the rows of
     `token_rows` in embedding and head; in place."""
-    linear = block_linears(model)
     wanted = options.lora_target_modules
     if wanted and options.lora_target_linear:
         raise ConfigError("lora_target_linear", True, "contradicts lora_target_modules; keep one of the two")
-    chosen = {}
-    for name, module in linear.items():
-        leaf = name.rsplit(".", 1)[1]
-        if not wanted or any(fnmatch.fnmatch(leaf, w) or fnmatch.fnmatch(name, w) for w in wanted):
-            chosen[name] = module
-    for pattern in wanted or []:
-        if not any(
-            fnmatch.fnmatch(n.rsplit(".", 1)[1], pattern) or fnmatch.fnmatch(n, pattern) for n in linear
-        ):
-            names = sorted({name.rsplit(".", 1)[1] for name in linear})
-            raise ConfigError(
-                "lora_target_modules", pattern, f"matches no linear layer; there are {', '.join(names)}"
-            )
+    chosen = _target_modules(block_linears(model), wanted)
     model.requires_grad_(False)
     r = options.lora_r
     scale = options.lora_alpha / (math.sqrt(r) if options.lora_use_rslora else r)
@@ -470,9 +492,7 @@ def apply_lora(
     model.adapter = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout, "use_rslora": options.lora_use_rslora, "bias": "none",
-        "target_modules": sorted({name.rsplit(".", 1)[1] for name in chosen}) if not wanted
-        or all(w in {n.rsplit(".",
-        1)[1] for n in chosen} for w in wanted) else sorted(hf_name(n) for n in chosen),
+        "target_modules": _names_for_peft(chosen, block_linears(model)),
         "base_model_name_or_path": options.base_model, "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "modules_to_save": None, "trainable_token_indices": trained,
     }  # fmt: skip
@@ -644,15 +664,9 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
         raise CheckpointError(f"{path}: target_modules must be a list of names")
     if targets is not None and not isinstance(targets, str | list):
         raise CheckpointError(f"{path}: target_modules must be a list of names, it is {shown(targets)}")
-    if isinstance(targets, str) and targets != "all-linear":
-        raise CheckpointError(
-            f"{path}: target_modules as a regular expression is not supported; list the names"
-        )
-    names = (
-        None
-        if targets == "all-linear" or not targets
-        else [re.sub(r"^(base_model\.)?(model\.)+", "", t) for t in targets]
-    )
+    names = targets or None
+    if isinstance(targets, list):
+        names = [re.sub(r"^(base_model\.)?(model\.)+", "", target) for target in targets] or None
     return ModelOptions(
         base_model=base_model, adapter="lora", lora_r=raw["r"], lora_alpha=raw["lora_alpha"],
         lora_dropout=raw.get("lora_dropout", 0.0), lora_target_modules=names,

@@ -3,13 +3,14 @@
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import Batches, Dataset, Encoded, PromptOrder, pack, split_held_out
+from batches import Batches, Dataset, Encoded, PromptOrder, pack, settle_intervals, split_held_out
 from config import ConfigError, DataError
 from conftest import ROOT, run_program
 from tokenizer import IGNORE
@@ -171,3 +172,17 @@ def test_every_recipe_mixes_data_sets_by_their_weights(recipe, small_checkpoint,
              for line in path.read_text().splitlines()]  # fmt: skip
     names = Counter(line["row"].rpartition("/")[2] for line in lines)
     assert len(names) == 12 and all("b.jsonl" in name for name in names), names
+
+
+@pytest.mark.parametrize("options, made", [
+    (dict(eval_steps=7), (7, None)), (dict(save_steps=0.05, eval_steps=0.3), (36, 6)),
+    (dict(saves_per_epoch=4, evals_per_epoch=1), (40, 10)), (dict(saves_per_epoch=1000), (None, 1)),
+    (dict(save_steps=1.0, eval_steps=120.0), (120, 1)), ({}, (None, None)),
+])  # fmt: skip
+def test_intervals_as_shares_of_the_run_and_of_an_epoch_become_steps(options, made):
+    """A run of 120 steps, 40 of which are an epoch."""
+    names = ("eval_steps", "evals_per_epoch", "save_steps", "saves_per_epoch")
+    config = SimpleNamespace(**(dict.fromkeys(names) | options))
+    settle_intervals(config, 120, 40)
+    assert (config.eval_steps, config.save_steps) == made
+    assert config.evals_per_epoch is None and config.saves_per_epoch is None

@@ -14,7 +14,7 @@ import grpo
 import sft
 import vllm_client
 from config import ConfigError, UnknownOption, options_page, parse_config
-from conftest import ROOT, run_program
+from conftest import ROOT, metrics, run_program
 from health import recipe_config
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml")) + sorted((ROOT / "drills" / "base").glob("*.yaml"))
@@ -55,6 +55,12 @@ VALID = {
 HELD_OUT = [{"path": "y", "type": "chat"}]
 BAD = [  # (options, what the error names); in every recipe that has them
     (dict(base_model=""), "base_model"), (dict(datasets=[]), "datasets"),
+    (dict(save_steps=1.5), "save_steps"), (dict(saves_per_epoch=0), "saves_per_epoch"),
+    (dict(save_steps=2, saves_per_epoch=2), "contradicts save_steps"),
+    (dict(test_datasets=[{"path": "y", "type": "chat"}], eval_steps=2.5), "eval_steps"),
+    (dict(evals_per_epoch=2), "held-out"),
+    (dict(test_datasets=[{"path": "y", "type": "chat"}], evals_per_epoch=0), "evals_per_epoch"),
+    (dict(test_datasets=[{"path": "y", "type": "chat"}], eval_steps=2, evals_per_epoch=2), "contradicts"),
     (dict(datasets=[{"path": "x", "weight": -1}]), "weight"),
     (dict(datasets=[{"path": "x", "weight": "0.5"}]), "weight"),
     (dict(datasets=[{"path": "x", "weight": 0}]), "every weight is 0"),
@@ -232,3 +238,32 @@ def test_every_option_is_read_by_the_recipe_and_mode_that_takes_it(
     refused = dict(zip(("strided", "structured"), ebft.options_by_mode(), strict=True)).get(kind, set())
     taken = {entry.name for entry in dataclasses.fields(RECIPES[recipe])} - refused
     assert not taken - read, sorted(taken - read)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_max_steps_is_the_number_of_steps_and_intervals_may_be_shares_in_every_recipe(
+    kind, small_checkpoint, task, texts, tmp_path
+):
+    """Also where max_steps is more than an epoch: 12 rows in batches of 4, 7 steps, two saves per epoch."""
+    rows = texts if kind == "strided" else task / "rows.jsonl"
+    lines = rows.read_text().splitlines()[:12]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "letters.py").write_text((task / "letters.py").read_text())
+    form = "text" if kind == "strided" else "chat"
+    (tmp_path / "c.yaml").write_text(
+        f"base_model: {small_checkpoint[0]}\ndatasets: [{{path: rows.jsonl, type: {form}}}]\nmax_steps: 7\n"
+        "save_total_limit: 9\nsave_async: false\n"
+    )
+    more = {"sft": ["micro_batch_size=4"], "grpo": ["micro_batch_size=16", "reward_funcs=[letters.many_g]"],
+            "structured": ["micro_batch_size=16"], "strided": ["micro_batch_size=4"]}[kind]  # fmt: skip
+    recipe = "ebft" if kind in ("structured", "strided") else kind
+    own = [option for option in OWN[kind] if not option.startswith("micro_batch_size")]
+    for name, saves in (("epochs", "saves_per_epoch=1"), ("shares", "save_steps=0.5")):
+        done = run_program(
+            ROOT / f"{recipe}.py", "--config", str(tmp_path / "c.yaml"), *own, *more, saves,
+            f"output_dir={tmp_path / name}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert metrics(tmp_path / name)[-1]["step"] == 7
+        saved = {int(p.name.split("-")[1]) for p in (tmp_path / name / "checkpoints").glob("step-*")}
+        assert saved == ({3, 6, 7} if name == "epochs" else {4, 7})

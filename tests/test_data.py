@@ -27,11 +27,14 @@ from data import (
     encode_dataset,
     prepare,
     read_prompts,
+    settle_type,
     trained_tokenizer,
     turns_without_end,
     without_thinking,
 )
 from tokenizer import IGNORE, BadRow, Tokenizer
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
 
 
 def encode_all(spec, tok, directory=ROOT, **options):
@@ -431,3 +434,48 @@ def test_inspect_warns_of_every_answer_without_a_trained_end_and_of_calls_that_a
             f"datasets=[{{path: {path}, type: chat}}]",
         )
         assert f"warning: {expected}" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("row, kind", [
+    ({"messages": CHAT}, "chat"), ({"conversations": CHAT, "text": "x"}, "chat"),
+    ({"prompt": "q", "completion": "a"}, "prompt_completion"),
+    ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt_completion"),
+    ({"instruction": "q", "output": "a", "text": "both"}, "instruct"), ({"input_ids": [1, 2]}, "tokens"),
+    ({"text": "a"}, "text"), ({"id": 3}, None),
+])  # fmt: skip
+def test_a_type_that_is_left_out_is_the_one_that_the_columns_show(row, kind, tmp_path):
+    write(tmp_path / "rows.jsonl", [row])
+    spec = {"path": "rows.jsonl"}
+    if kind is None:
+        with pytest.raises(ConfigError, match=r"columns \(id\) do not show a type; set type: chat"):
+            settle_type(spec, tmp_path)
+        return
+    assert settle_type(spec, tmp_path) == kind and spec["type"] == kind
+    spec = {"path": "rows.jsonl"}
+    if kind in ("text", "tokens"):
+        with pytest.raises(ConfigError, match="do not show a type"):
+            settle_type(spec, tmp_path, prompts=True)
+    else:
+        assert settle_type(spec, tmp_path, prompts=True) == kind
+
+
+def test_a_bare_prompt_is_enough_for_recipes_that_sample(tmp_path):
+    for prompt, kind in (("q", "prompt_completion"), (CHAT[:1], "chat")):
+        write(tmp_path / "rows.jsonl", [{"prompt": prompt, "answer": "4"}])
+        assert settle_type({"path": "rows.jsonl"}, tmp_path, prompts=True) == kind
+
+
+def test_columns_rename_what_messages_hold_and_leave_no_second_copy(tokenizer, tmp_path):
+    dialog = [{"speaker": "user", "said": "Hi"}, {"speaker": "assistant", "said": "Yes"}]
+    write(tmp_path / "rows.jsonl", [{"dialog": dialog}, {"dialog": dialog}])
+    columns = {"messages": "dialog", "messages.role": "speaker", "messages.content": "said"}
+    spec = {"path": "rows.jsonl", "type": "chat", "columns": columns}
+    made = next(encode_dataset(spec, tokenizer("chatml"), RowOptions(), tmp_path))
+    assert (made.input_ids, made.labels) == tokenizer("chatml").encode_chat(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    )
+    # instruct reads `input` too: the column that became the instruction is not read a second time
+    write(tmp_path / "code.jsonl", [{"input": "Add.", "output": "1"}])
+    spec = {"path": "code.jsonl", "type": "instruct", "columns": {"instruction": "input"}}
+    made = next(encode_dataset(spec, tokenizer("chatml"), RowOptions(), tmp_path))
+    assert tokenizer("chatml").decode(made.input_ids).count("Add.") == 1

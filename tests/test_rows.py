@@ -61,3 +61,59 @@ def test_rows_from_reasoning_gym_are_the_same_for_a_seed(tmp_path):
     assert one == two and len(one) == 5
     with pytest.raises(ConfigError, match="reasoning-gym"):
         list(read_rows({**spec, "path": "reasoning-gym:no_such_task"}, tmp_path))
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train-*
+  - split: test
+    path: [main/test-*]
+- config_name: socratic
+  data_files: socratic/all.jsonl
+---
+# A data set
+"""
+
+
+def subsets(tmp_path, card=CARD):
+    for name in ("main/train-0", "main/train-1", "main/test-0", "socratic/all", "other/train"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "set" / f"{name}.jsonl", [{"text": name}])
+    (tmp_path / "set" / "README.md").write_text(card)
+    return lambda **spec: [
+        r.value["text"] for r in read_rows({"path": "set", "type": "text", **spec}, tmp_path)
+    ]
+
+
+def test_a_subset_and_its_splits_are_those_that_the_card_of_the_data_set_names(tmp_path):
+    read = subsets(tmp_path)
+    assert read(name="main") == ["main/train-0", "main/train-1"]
+    assert read(name="main", split="test") == ["main/test-0"]
+    assert read(name="main", split="train[1:]") == ["main/train-1"]
+    assert read(name="socratic") == ["socratic/all"]
+    assert read(name="other") == ["other/train"]  # a folder of that name that the card does not know
+    for spec, reason in (({}, "set name to one of main, socratic"), ({"name": "third"}, "main, socratic"),
+                         ({"name": "main", "split": "dev"}, "no split.*train, test"),
+                         ({"name": 3}, "must be text")):  # fmt: skip
+        with pytest.raises(ConfigError, match=reason):
+            read(**spec)
+
+
+@pytest.mark.parametrize("card", ["", "# no front matter", "---\nconfigs: 3\n---\n", "---\n: [\n---\n",
+                                  "---\nlicense: mit\n---\n"])  # fmt: skip
+def test_a_card_that_names_no_files_changes_nothing(card, tmp_path):
+    read = subsets(tmp_path, card)
+    assert read(name="socratic") == ["socratic/all"]
+    assert read() == ["main/train-0", "main/train-1", "other/train"]
+
+
+def test_a_default_subset_is_taken_where_none_is_named(tmp_path):
+    card = CARD.replace("config_name: socratic", "config_name: socratic\n  default: true")
+    assert subsets(tmp_path, card)() == ["socratic/all"]
+    assert subsets(tmp_path, CARD.replace("config_name: main", "config_name: default"))() == [
+        "main/train-0", "main/train-1",
+    ]  # fmt: skip

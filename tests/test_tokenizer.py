@@ -460,8 +460,8 @@ def test_with_tools_the_template_named_tool_use_is_taken(shaped, tmp_path):
         same_ids(Tokenizer.load(tmp_path / f"{place}-saved"), theirs, CONVERSATIONS["tools"], TOOLS)
     chosen = ours.configure(DataOptions(chat_template="rag"), ROOT)
     assert chosen.template == PARTS and not chosen.templates
-    with pytest.raises(ConfigError, match=r"is no file .* give chatml, tool_use, rag, a \.jinja"):
-        ours.configure(DataOptions(chat_template="llama3"), ROOT)
+    with pytest.raises(ConfigError, match=r"is no file .* give chatml, .*phi_3, tool_use, rag, a \.jinja"):
+        ours.configure(DataOptions(chat_template="vicuna"), ROOT)
 
 
 def test_generation_blocks_are_trained_exactly_and_nothing_beside_them(shaped):
@@ -487,3 +487,50 @@ def test_generation_blocks_are_trained_exactly_and_nothing_beside_them(shaped):
         assert trained_text(ours, *ours.encode_chat(CONVERSATIONS["system"]))[0] == "Two." + ends
         if ends:
             assert ours.stop_ids == [ours.core.token_to_id("<|im_end|>")]
+
+
+SAID = [{"role": "system", "content": "Be short."}, {"role": "user", "content": " Hi "},
+        {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "So long."}]  # fmt: skip
+SHIPPED = {  # by hand, from the formats that the families publish
+    "chatml": "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n Hi <|im_end|>\n"
+    "<|im_start|>assistant\n[Hello.<|im_end|>]\n"
+    "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[So long.<|im_end|>]\n",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe short.<|eot_id|><|start_header_id|>user"
+    "<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[Hello.<|eot_id|>]"
+    "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    "[So long.<|eot_id|>]",
+    "gemma": "<s><start_of_turn>user\nBe short.\n\nHi<end_of_turn>\n"
+    "<start_of_turn>model\n[Hello.<end_of_turn>]\n"
+    "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n[So long.<end_of_turn>]\n",
+    "phi_3": "<|system|>\nBe short.<|end|>\n<|user|>\n Hi <|end|>\n<|assistant|>\n[Hello.<|end|>]\n"
+    "<|user|>\nBye<|end|>\n<|assistant|>\n[So long.<|end|>]\n",
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_template_writes_the_format_of_its_family_and_trains_the_answers_and_their_ends(
+    name, tmp_path
+):
+    base = Tokenizer.load(write_tokenizer(tmp_path, None, ["<s>", "</s>"], "</s>", "<s>"))
+    tokenizer = base.configure(DataOptions(chat_template=name), tmp_path)
+    ids, labels = tokenizer.encode_chat(SAID)
+    shown, inside = "", False
+    for token, label in zip(ids, labels, strict=True):
+        if (label != IGNORE) != inside:
+            inside = not inside
+            shown += "[" if inside else "]"
+        shown += tokenizer.decode([token], special=True)
+    assert shown + ("]" if inside else "") == SHIPPED[name]
+    tokenizer.save(tmp_path / "saved")
+    again = Tokenizer.load(tmp_path / "saved")
+    assert again.encode_chat(SAID) == (ids, labels)  # what is saved carries the template
+
+
+def test_a_template_can_stand_in_the_config_itself(tmp_path):
+    base = Tokenizer.load(write_tokenizer(tmp_path, None, CHATML_TOKENS, "<|im_end|>"))
+    ours = base.configure(DataOptions(chat_template=TEMPLATES["chatml"]), tmp_path)
+    named = base.configure(DataOptions(chat_template="chatml"), tmp_path)
+    assert ours.encode_chat(SAID)[0] == named.encode_chat(SAID)[0]
+    with pytest.raises(ConfigError, match=r"no file.*chatml, llama3, gemma, phi_3"):
+        base.configure(DataOptions(chat_template="vicuna"), tmp_path)

@@ -1,5 +1,6 @@
 """Checkpoints and adapters in and out, against transformers and peft, and what is refused."""
 
+import copy
 import json
 
 import pytest
@@ -174,6 +175,46 @@ def test_adapters_go_between_peft_and_here_and_merge_exactly(name, kwargs, refer
     assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())  # nothing is merged in place
     merged = load_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
     assert (merged(ids()) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("targets", [
+    r".*\.layers\.[0]\..*(q|v)_proj", r"model\.layers\.\d+\.(mlp|self_attn)\.(up|down|o)_proj",
+    "all-linear",
+    ["self_attn.q_proj", "down_proj"], ["model.layers.1.mlp.up_proj"],
+])  # fmt: skip
+def test_target_modules_choose_the_layers_that_peft_chooses(targets, references, tmp_path):
+    reference, directory = references("qwen3")
+    theirs = _peft(reference, target_modules=targets)
+    wanted = {n.split(".lora_A")[0].removeprefix("base_model.model.model.")
+              for n, _ in theirs.named_parameters() if ".lora_A" in n}  # fmt: skip
+    model = load_pretrained(str(directory), dtype=torch.float32)
+    options = ModelOptions(base_model=str(directory), adapter="lora", lora_r=4, lora_target_modules=targets)
+    weights.apply_lora(model, options)
+    assert set(weights.lora_modules(model)) == wanted
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_pretrained(str(directory), dtype=torch.float32)
+    weights.apply_lora(again, weights.read_adapter_options(tmp_path / "theirs", str(directory)))
+    weights.load_adapter(again, tmp_path / "theirs")
+    with torch.no_grad():
+        assert (again(ids()) - theirs(ids()).logits).abs().max() < 1e-4
+    weights.save_adapter(again, tmp_path / "ours")
+    import peft
+
+    opened = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert (opened(ids()).logits - again(ids())).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("targets, reason", [
+    ("q_proj", "matches no linear layer.*a text is a regular expression"),
+    ("(q_proj", "no regular expression"),
+    (["w_proj"], "matches no linear layer; there are .*q_proj"),
+])  # fmt: skip
+def test_target_modules_that_match_nothing_say_what_there_is(targets, reason, references):
+    model = load_pretrained(str(references("qwen3")[1]), dtype=torch.float32)
+    with pytest.raises(ConfigError, match=reason):
+        options = ModelOptions(base_model="x", adapter="lora", lora_target_modules=targets)
+        weights.apply_lora(model, options)
 
 
 def test_lora_trains_adapters_only_and_starts_as_the_base(references):
