@@ -104,8 +104,8 @@ SIZES = (
     "num_key_value_heads", "sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok",
     "moe_intermediate_size", "decoder_sparse_step", "max_window_layers", "no_rope_layer_interval",
 )  # fmt: skip
-# Fields that do not touch the forward arithmetic: identity, generation defaults, and leftovers of other
-# libraries.
+# Fields that do not touch the forward arithmetic: identity, generation defaults, and leftovers of training
+# libraries and servers. Neither does any name that begins with an underscore, unless the family reads it.
 INERT_FIELDS = {
     "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
     "auto_map",
@@ -122,7 +122,15 @@ INERT_FIELDS = {
     "unsloth_version", "unsloth_fixed", "is_llama_config", "transformers.js_config", "pretraining_tp",
     "max_window_layers",
     "output_router_logits", "router_aux_loss_coef", "num_logits_to_keep", "hidden_activation",
+    "use_bfloat16", "gradient_checkpointing", "gradient_checkpointing_kwargs", "max_sequence_length",
+    "max_seq_length", "model_max_length", "loss_type", "tokenizer_name", "is_decoder", "output_attentions",
+    "output_hidden_states", "output_scores", "return_dict_in_generate", "remove_invalid_values",
+    "tf_legacy_loss", "use_flash_attn", "use_flash_attention", "use_sdpa", "low_cpu_mem_usage", "world_size",
+    "model_name", "move_model_to_device", "sequence_parallel_enabled", "selective_checkpoint_enabled",
+    "tokenizer_padding_side", "pad_token",
 }  # fmt: skip
+# Fields that repeat in other words what this code computes anyway, and the value at which they do
+IMPLIED_FIELDS = {"moe_frequency": 1, "full_attn_mod": 1, "interpolate_factor": 1}
 
 
 @dataclass
@@ -240,7 +248,8 @@ class Architecture:
             return CheckpointError(f"{source}: {what}{'; ' + remedy if remedy else ''}")
 
         names = raw.get("architectures") or [None]
-        name = names[0]
+        spellings = {known.lower(): known for known in FAMILIES}  # LLaMAForCausalLM of the first conversions
+        name = spellings.get(str(names[0]).lower(), names[0])
         if name is None:
             by_type = {re.sub(r"\W|_", "", k.removesuffix("ForCausalLM")).lower(): k for k in FAMILIES}
             model_type = re.sub(r"_text$", "", str(raw.get("model_type"))).replace("_", "")
@@ -256,15 +265,12 @@ class Architecture:
                 what = kind if method == "bitsandbytes" else method
                 raise refuse(f"quantization_config: {what} is not supported", "use the bf16 original")
         known = COMMON_FIELDS | INERT_FIELDS | set(family.reads) | set(ignore)
+        implied = IMPLIED_FIELDS | {"sliding_window_size": cfg.get("sliding_window")}
+        implied |= {"use_qk_norm": True} if family.qk_norm != "none" else {}
         for key, value in cfg.items():
-            if key not in known and value not in (
-                None,
-                False,
-                0,
-                0.0,
-                [],
-                {},
-            ):  # a switch that is off changes nothing
+            # A switch that is off changes nothing.
+            inert = key in known or key.startswith("_") or value in (None, False, 0, 0.0, [], {})
+            if not inert and (key not in implied or value != implied[key]):
                 raise refuse(
                     f"field {key}={shown(value)} is not known for {name} and may change the arithmetic",
                     f"if it does not, set ignore_config_fields: [{key}]",

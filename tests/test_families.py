@@ -1,11 +1,13 @@
 """Configs whose arithmetic is not what a table row says are refused by name."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from config import CheckpointError
+from conftest import ROOT, ids
 from families import Architecture
 from weights import load_pretrained
 
@@ -51,3 +53,92 @@ def test_switches_that_are_off_and_fields_that_the_user_vouches_for_are_accepted
     with pytest.raises(CheckpointError, match="training_note"):
         Architecture.from_config(raw)
     Architecture.from_config(raw, ignore=["training_note"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The config.json files of published checkpoints
+# ------------------------------------------------------------------------------------------------------------
+
+REAL = json.loads((ROOT / "tests" / "real_configs.json").read_text())
+SMALL = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+    moe_intermediate_size=24, num_experts=6, num_local_experts=6, num_experts_per_tok=2,
+)  # fmt: skip
+
+
+def shrunk(raw: dict) -> dict:
+    """The file with every field that it has, but small: what the fields mean is left as it is."""
+    small = {key: SMALL.get(key, value) for key, value in raw.items()}
+    if raw["num_attention_heads"] == raw.get("num_key_value_heads"):
+        small["num_key_value_heads"] = 4
+    layers = min(raw["num_hidden_layers"], 7)
+    small |= {"num_hidden_layers": layers, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    for key in ("layer_types", "no_rope_layers"):
+        if raw.get(key):
+            small[key] = raw[key][:layers]
+    for key in ("sliding_window", "sliding_window_size"):
+        if raw.get(key):
+            small[key] = 6
+    if raw.get("head_dim"):
+        small["head_dim"] = 16
+    if raw.get("max_window_layers"):
+        small["max_window_layers"] = raw["max_window_layers"] * layers // raw["num_hidden_layers"]
+    small.pop("quantization_config", None)
+    return small
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_file_of_a_published_checkpoint_is_read_and_computes_what_transformers_computes(name, tmp_path):
+    import transformers
+
+    Architecture.from_config(REAL[name], name)
+    raw = shrunk(REAL[name])
+    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = "float32"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    attention = "eager" if raw["model_type"] == "gemma2" else "sdpa"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = model.eval().float()
+    for parameter in model.parameters():
+        of_norm = parameter.dim() == 1
+        mean = float(of_norm and "gemma" not in raw["model_type"])
+        torch.nn.init.normal_(parameter, mean=mean, std=0.1 if of_norm else 0.2)
+    model.tie_weights()
+    model.save_pretrained(tmp_path)  # whose config.json is transformers' own: the published one again
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours = load_pretrained(str(tmp_path), dtype=torch.float32)
+    with torch.no_grad():
+        assert (ours(ids()) - model(ids()).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name, field, value", [
+    ("Llama-3.1-8B", "use_bidirectional_attention", True),
+    ("Gemma-3-1b-it", "use_bidirectional_attention", True),
+    ("Gemma-2-9b (sliding_window_size)", "sliding_window_size", 1024), ("Llama-2-7b", "use_qk_norm", True),
+    ("Mixtral-8x7B-v0.1", "moe_frequency", 2), ("Llama-2-7b", "add_cross_attention", True),
+    ("Qwen2-7B-Instruct", "use_mrope", True), ("Llama-2-7b", "rope_interleaved", True),
+    ("Llama-3-8B", "draft_vocab_size", 32000),
+])  # fmt: skip
+def test_a_field_that_may_change_the_arithmetic_is_still_refused(name, field, value):
+    with pytest.raises(CheckpointError, match=f"field {field}="):
+        Architecture.from_config({**REAL[name], field: value})
+
+
+@pytest.mark.parametrize("field, value", [
+    ("_model_name_or_path", "a/b"), ("_commit_hash", "4e2"), ("_anything", {"a": 1}), ("use_bfloat16", True),
+    ("gradient_checkpointing", True), ("max_sequence_length", 2048), ("loss_type", "ForCausalLMLoss"),
+    ("tokenizer_name", "a/b"), ("is_decoder", True), ("model_max_length", 4096), ("output_attentions", True),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Gemma-3-1b-it", "Qwen3-30B-A3B"])
+def test_leftovers_of_training_libraries_are_no_reason_to_refuse(name, field, value):
+    before, after = (Architecture.from_config(raw) for raw in (REAL[name], {**REAL[name], field: value}))
+    assert dataclasses.replace(after, raw={}) == dataclasses.replace(before, raw={})
+
+
+def test_an_underscore_field_that_a_family_reads_still_counts():
+    raw = {
+        k: v for k, v in REAL["Gemma-3-1b-it"].items() if k not in ("layer_types", "sliding_window_pattern")
+    }
+    two, six = (Architecture.from_config({**raw, "_sliding_window_pattern": n}).windows for n in (2, 6))
+    assert two != six
