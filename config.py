@@ -261,8 +261,6 @@ def parse_config(
         parser.print_help()
         sys.exit(0)
     names = {field.name for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
-
-    hints = typing.get_type_hints(config_class)
     values, directory = _given(argv, names)
 
     for key, (_, where) in list(values.items()):
@@ -275,11 +273,17 @@ def parse_config(
             near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
             hint = f"did you mean `{near[0]}`?" if near else "run with --help to see every option"
             raise UnknownOption(where, None, f"is not an option; {hint}")
-    checked = _checked(config_class, hints, values)
-    config = config_class(**{k: _plain(v) for k, v in checked.items()})
+    config = config_of(config_class, values)
     if hasattr(config, "config_directory"):
         config.config_directory = str(directory)  # type: ignore[attr-defined]
     return config
+
+
+def config_of(config_class: type[Config], values: dict[str, tuple[Any, str]]) -> Config:
+    """The config of option → (value, where it was set). Raises ConfigError for a value of the wrong type, or
+    what the class refuses."""
+    checked = _checked(config_class, typing.get_type_hints(config_class), values)
+    return config_class(**{key: _plain(value) for key, value in checked.items()})
 
 
 def _plain(value: Any) -> Any:

@@ -48,12 +48,12 @@ log = logging.getLogger("ballast")
 @dataclass
 class DataOptions:
     datasets: list[dict] = field(default_factory=list)
-    """What to train on: a list of {path, name, type, weight, split, columns}. path: a file or directory
-    (JSONL, JSON, Parquet, text), hf://datasets/owner/name, or reasoning-gym:TASK with {size, seed, params}.
-    name: a subset of it. type: chat, instruct, prompt_completion, text, tokens, or your own
+    """What to train on: a list of {path, name, type, weight, split, columns, system}. path: a file or
+    directory (JSONL, JSON, Parquet, text), hf://datasets/owner/name, or reasoning-gym:TASK with {size, seed,
+    params}. name: a subset of it. type: chat, instruct, prompt_completion, text, tokens, or your own
     module.function(row); unset: what the columns of the first row say. weight: times a row is seen in an
     epoch. split: train, test[:100], train[10%:]. columns: {our name: the file's name}, of messages
-    {messages.role: its name}."""
+    {messages.role: its name}. system: a system message for rows that have none."""
     test_datasets: list[dict] = field(default_factory=list)
     """Held-out data in the same form; instead of val_set_size."""
     val_set_size: int | float = 0
@@ -395,6 +395,21 @@ def settle_type(spec: dict, directory: Path, prompts: bool = False) -> str:
     return kind
 
 
+def with_system(row: dict, system: Any) -> dict:
+    """The row with a data set's system message, unless its conversation has one."""
+    if system is None:
+        return row
+    if not isinstance(system, str):
+        raise ConfigError("datasets", system, "system must be text")
+    names = ("messages", "conversations", "prompt")
+    found = next((row[name] for name in names if isinstance(row.get(name), list)), [])
+    first = found[0] if found and isinstance(found[0], dict) else {}
+    if not found and "instruction" not in row:
+        raise BadRow("has no conversation that the data set's system message could begin")
+    has_one = row.get("system") or "system" in (first.get("role"), first.get("from"))
+    return row if has_one else {**row, "system": system}
+
+
 def renamed(row: dict, columns: dict) -> dict:
     """The row with the file's names of columns, and of what messages hold, changed into ours."""
     plain = {ours: its for ours, its in columns.items() if "." not in ours and its in row}
@@ -418,7 +433,9 @@ class Encoder:
         options: RowOptions,
         directory: Path,
         columns: dict | None = None,
+        system: str | None = None,
     ):
+        self.system = system
         self.tokenizer, self.options, self.columns = tokenizer, options, columns or {}
         self.kind, self.function = kind, None
         self.lost: list[str] = []  # of the row encoded last: what it has and the chat template does not show
@@ -446,6 +463,7 @@ class Encoder:
         else:
             _refuse_other_data(row, self.columns)
         with readable(kind):
+            row = with_system(row, self.system)
             if self.options.strip_thinking:
                 row = without_thinking(row)
             return getattr(self, "_" + kind)(row)
@@ -540,7 +558,7 @@ def encode_dataset(
     """Every row of one dataset through the code that training uses. DataError for a bad row under
     `on_bad_row: error`."""
     kind = settle_type(spec, directory)
-    encoder = Encoder(kind, tokenizer, options, directory, spec.get("columns"))
+    encoder = Encoder(kind, tokenizer, options, directory, spec.get("columns"), spec.get("system"))
     limit = options.sequence_len
     for row in read_rows(spec, directory):
         if isinstance(row, DataError):
@@ -688,6 +706,7 @@ def read_prompts(
                     text = isinstance(values.get("prompt"), str)
                     form = "instruct" if "instruction" in made else "prompt_completion" if text else "chat"
                 with readable(form):
+                    values = with_system(values, spec.get("system"))
                     if options.strip_thinking:
                         values = without_thinking(values)
                     parts = [(v, *_prompt_of(form, v, tokenizer)) for v in _turns_of(form, values, turns)]

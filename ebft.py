@@ -148,6 +148,12 @@ class Config(
         "random_init": "train with sft.py first", "tokenizer_vocab_size": "train with sft.py first",
     }  # fmt: skip
 
+    @staticmethod
+    def of_other_mode(mode: str) -> set[str]:
+        """Options that `mode` does not read."""
+        of_structured, of_strided = options_by_mode()
+        return of_structured if mode == "strided" else of_strided
+
     def __post_init__(self):
         check_every_part(self)
         of_structured, of_strided = options_by_mode()

@@ -93,7 +93,7 @@ def _reasoning_gym(spec: dict, name: str) -> Iterator[Row | DataError]:
         yield Row(spec["path"], number, {**row, **instruct})
 
 
-DATASET_KEYS = {"path", "name", "type", "weight", "split", "columns", "size", "seed", "params"}
+DATASET_KEYS = {"path", "name", "type", "weight", "split", "columns", "system", "size", "seed", "params"}
 
 
 def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] | None:
@@ -113,6 +113,8 @@ def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] |
         if usual[0] not in names:
             raise ConfigError("datasets", str(folder), f"has subsets: set name to one of {', '.join(names)}")
         subset = usual[0]
+    if subset == "default" and subset not in names and not (folder / subset).is_dir():
+        subset = None  # what the hub calls a data set that has no subsets
     entry = next((e for e in entries if subset in (None, str(e.get("config_name")))), None)
     if entry is None:
         if subset is not None and not (folder / subset).is_dir():
@@ -132,7 +134,7 @@ def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] |
 def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
     """The files of a dataset, and the slice of rows to take."""
     path, split = spec["path"], str(spec.get("split") or "")
-    matched = re.fullmatch(r"(\w*)(?:\[(.*)\])?", split)
+    matched = re.fullmatch(r"([\w.\-]*)(?:\[(.*)\])?", split)
     if not matched:
         raise ConfigError("datasets", split, "is not a split; write train, test[:100] or train[10%:]")
     name, rows, subset = matched.group(1), matched.group(2), spec.get("name")
@@ -168,11 +170,13 @@ def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
         raise DataError(path, None, "no such file or directory", f"looked in {directory} and {Path.cwd()}")
     if files := _files_of_card(local, subset, name or "train"):
         return files, rows
-    local = local / (subset or "")
+    local = local / subset if subset and (local / subset).is_dir() else local
     endings = set(READERS) | ({".txt", ".md", ".py"} if spec.get("type") == "text" else set())
     files = sorted(p for p in local.rglob("*") if p.suffix in endings and not p.name.startswith("."))
     named = [
-        p for p in files if re.search(rf"(^|[^a-z]){name or 'train'}([^a-z]|$)", str(p.relative_to(local)))
+        p
+        for p in files
+        if re.search(rf"(^|[^a-z]){re.escape(name or 'train')}([^a-z]|$)", str(p.relative_to(local)))
     ]
     if name and not named:
         raise DataError(path, None, f"no file of split {name!r}", f"there are {[p.name for p in files][:5]}")

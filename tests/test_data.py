@@ -479,3 +479,22 @@ def test_columns_rename_what_messages_hold_and_leave_no_second_copy(tokenizer, t
     spec = {"path": "code.jsonl", "type": "instruct", "columns": {"instruction": "input"}}
     made = next(encode_dataset(spec, tokenizer("chatml"), RowOptions(), tmp_path))
     assert tokenizer("chatml").decode(made.input_ids).count("Add.") == 1
+
+
+def test_the_system_message_of_a_data_set_begins_the_conversations_that_have_none(tokenizer, tmp_path):
+    own = [{"role": "system", "content": "Mine."}, *CHAT]
+    rows = [{"messages": CHAT}, {"messages": own}, {"messages": CHAT, "system": "The row's."}]
+    write(tmp_path / "rows.jsonl", rows)
+    write(tmp_path / "instruct.jsonl", [{"instruction": "Hi", "output": "Yes"}])
+    tok = tokenizer("chatml")
+    for path, kind, expected in (("rows.jsonl", "chat", ["Be brief.", "Mine.", "The row's."]),
+                                 ("instruct.jsonl", "instruct", ["Be brief."])):  # fmt: skip
+        spec = {"path": path, "type": kind, "system": "Be brief."}
+        made = [tok.decode(row.input_ids) for row in encode_dataset(spec, tok, RowOptions(), tmp_path)]
+        assert [text.split("system\n")[1].split("user")[0].strip() for text in made] == expected
+        prompts, _ = read_prompts([spec], tok, DataOptions(datasets=[spec]), tmp_path)
+        assert [tok.decode(p.ids).split("system\n")[1].split("user")[0].strip() for p in prompts] == expected
+    write(tmp_path / "text.jsonl", [{"prompt": "q", "completion": "a"}])
+    spec = {"path": "text.jsonl", "type": "prompt_completion", "system": "Be brief."}
+    with pytest.raises(DataError, match="no conversation that the data set's system message"):
+        list(encode_dataset(spec, tok, RowOptions(), tmp_path))

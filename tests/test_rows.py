@@ -108,7 +108,7 @@ def test_a_subset_and_its_splits_are_those_that_the_card_of_the_data_set_names(t
 def test_a_card_that_names_no_files_changes_nothing(card, tmp_path):
     read = subsets(tmp_path, card)
     assert read(name="socratic") == ["socratic/all"]
-    assert read() == ["main/train-0", "main/train-1", "other/train"]
+    assert read() == read(name="default") == ["main/train-0", "main/train-1", "other/train"]
 
 
 def test_a_default_subset_is_taken_where_none_is_named(tmp_path):
