@@ -93,8 +93,8 @@ class FeatureOptions:
     diversity_coef: float = 1.0
     """Weight of the penalty on samples that are alike."""
     advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = "rloo"
-    """Reward less a baseline that does not depend on the sample; over the group's standard deviation; or as
-    it is."""
+    """rloo: reward less a baseline made of the other samples. group_norm: over the group's standard
+    deviation. reinforce: as it is."""
     rl_coef: float = 1.0
     """Weight of the policy gradient."""
     ce_coef: float = 0.0
@@ -259,10 +259,11 @@ def advantages(
 ) -> Tensor:
     """alignment and diversity [P, n] → advantages [P, n].
 
-    `rloo`: the reward less a baseline that does not depend on the sample itself. For alignment that is the
-    mean of the others; the diversity of the others holds their pairs with j, which are taken out: (Σ_k d_k −
-    2 d_j)/(n − 2). The plain mean of the other rewards, as elsewhere, is biased. `group_norm`: (reward −
-    mean)/(std + 1e-8). `reinforce`: the reward.
+    `rloo`: the reward less a baseline made of the other samples. For alignment that is their mean; the
+    diversity of the others holds their pairs with j, which are taken out: (Σ_k d_k − 2 d_j)/(n − 2). The
+    plain mean of the other rewards, as elsewhere, is biased. Without whitening the baseline does not depend
+    on sample j at all; whitening is made from all samples, so there it does (docs/ebft.md). `group_norm`:
+    (reward − mean)/(std + 1e-8). `reinforce`: the reward.
     """
     n = align.shape[-1]
     reward = alignment_coef * align - diversity_coef * diverse

@@ -51,6 +51,15 @@ METHODS = {
     "EBFT, structured, ce_coef 0.1": ("ebft.py", "ebft.yaml", ["ce_coef=0.1"]),
     "EBFT, strided": ("ebft.py", "ebft_strided.yaml", []),
 }  # fmt: skip
+FORMS = [
+    f"{mode}, whitening {form}"
+    for mode in ("structured", "strided")
+    for form in ("none", "feature", "sample")
+]
+for name in FORMS:  # the features' form alone: no cross-entropy in either mode
+    mode, form = name.split(", whitening ")
+    config = "ebft.yaml" if mode == "structured" else "ebft_strided.yaml"
+    METHODS[name] = ("ebft.py", config, ["use_whitening=false", f"whitening={form}", "ce_coef=0.0"])
 COLUMNS = {
     "sampled": ("right, sampled", "{:.1%}"), "greedy": ("right, greedy", "{:.1%}"),
     "cross_entropy": ("cross-entropy", "{:.4f}"), "cfm": ("feature distance", "{:.5f}"),
@@ -122,10 +131,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--problems", type=int, default=500)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    usual = [name for name in METHODS if name not in FORMS]
+    parser.add_argument("--methods", nargs="*", default=usual, choices=list(METHODS))
+    parser.add_argument("--whitening", action="store_true", help="EBFT with each form of whitening instead")
     parser.add_argument("--sft-learning-rate", type=float, default=6e-4)
     parser.add_argument("more", nargs="*", help="more options for every run, key=value")
     given = parser.parse_args()
+    given.methods = FORMS if given.whitening else given.methods
     start = given.checkpoint.resolve()
     if not (start / "config.json").exists():
         sys.exit(

@@ -101,6 +101,38 @@ def test_independent_samples_have_no_diversity_after_whitening_and_repeated_ones
     assert diversity(whiten(x, x[:, 0], "feature")[0])[0, :2].min() > 0.1
 
 
+def test_feature_whitening_spreads_one_unit_of_alignment_over_independent_samples():
+    """Their whitened rows are an orthonormal basis of the space that the truth is projected into: the squares
+    of its cosines sum to 1 whatever the truth is, so their mean cannot rise. In sample space it can."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, unrelated = draw(50, 6, 40), draw(50, 40)
+    total = {}
+    for form in ("feature", "sample"):
+        for name, truth in (("one of them", x[:, 0]), ("their mean", x.mean(1)), ("unrelated", unrelated)):
+            white, its, _ = whiten(x, truth, form)
+            total[form, name] = (alignment(white, its) / 2).square().sum(-1)
+    for name in ("one of them", "their mean", "unrelated"):
+        assert (total["feature", name] - 1).abs().max() < 1e-9
+    assert (total["sample", "one of them"] - 1).abs().max() < 1e-9
+    assert total["sample", "unrelated"].mean() < 0.4
+
+
+@pytest.mark.parametrize("form, independent", [("none", True), ("feature", False), ("sample", False)])
+def test_the_baseline_depends_on_the_sample_only_through_whitening(form, independent):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.nn.functional.normalize(torch.randn(1, 4, 9, generator=generator, dtype=torch.float64), dim=-1)
+    g = torch.nn.functional.normalize(torch.randn(1, 9, generator=generator, dtype=torch.float64), dim=-1)
+
+    def baseline(x: torch.Tensor) -> float:
+        white, its = (x, g[:, None].expand_as(x)) if form == "none" else whiten(x, g, form)[:2]
+        align, diverse = alignment(white, its), diversity(white)
+        return (align - diverse - advantages(align, diverse, "rloo"))[0, 0].item()
+
+    changed = torch.cat([-x[:, :1] + 0.3 * x[:, 1:2], x[:, 1:]], dim=1)
+    assert (abs(baseline(changed) - baseline(x)) < 1e-12) == independent
+
+
 def test_features_that_are_not_finite_fall_back_and_never_give_nan():
     x = torch.randn(2, 3, 5)
     x[0, 0, 0] = float("nan")
