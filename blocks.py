@@ -20,7 +20,7 @@ from checkpoint import write_atomically
 from config import DataError, check_at_least_one, check_ranges
 from generation import sample, sampling_logprobs
 from kernels import SharedPrompts
-from model import BlockCache, Transformer
+from model import BlockCache, Transformer, forward_only
 from rollout import replay_lines
 from tokenizer import IGNORE
 
@@ -85,20 +85,18 @@ def packed(documents: list[Document], device: torch.device) -> tuple[Tensor, Ten
     return torch.tensor([ids], device=device), torch.tensor([which], device=device), starts
 
 
-@torch.no_grad()
+@forward_only
 def sample_blocks(
     model: Transformer, documents: list[Document], n: int, length: int, temperature: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`n` samples of `length` tokens for every block, all of them a token a step: (tokens, log-probs) [R,
     length], rows in the order document, block, sample. The documents' keys and values are made once."""
-    device = model.embed_tokens.weight.device
+    device = model.device
     ids, which, starts = packed(documents, device)
     rows = [(i, a) for i, d in enumerate(documents) for a in d.anchors for _ in range(n)]
     of, prefixes = (torch.tensor(column, device=device) for column in zip(*rows, strict=True))
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed_tokens.weight.dtype
-    cache = BlockCache(model.arch, which, of, prefixes, length, dtype)
+    cache = BlockCache(model.arch, which, of, prefixes, length, model.dtype)
     hidden, _ = model.hidden_states(ids, document_ids=which, cache=cache)  # type: ignore[arg-type]
     logits = model.logits(hidden[0, torch.tensor(starts, device=device)[of] + prefixes - 1])
     tokens, logprobs = [], []

@@ -4,7 +4,6 @@ One process and many are the same program: `python sft.py` is a world of one. Wi
 block; no rank ever holds a whole full-precision model.
 """
 
-import contextlib
 import logging
 import math
 import os
@@ -55,8 +54,8 @@ log = logging.getLogger("ballast")
 @dataclass
 class DistOptions:
     bf16: bool = False
-    """Compute in bfloat16. Trained weights, their gradients and the optimiser stay in fp32; frozen weights
-    are bf16."""
+    """Hidden states and products in bfloat16. Trained weights, their gradients and the optimiser stay in
+    fp32; frozen weights are bf16."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
     gradient_checkpointing_kwargs: dict = field(default_factory=dict)
@@ -144,14 +143,6 @@ class World:
     @property
     def main(self) -> bool:
         return self.rank == 0
-
-    def autocast(self, bf16: bool) -> contextlib.AbstractContextManager:
-        """bf16 compute for one process; with several, FSDP's mixed precision does it."""
-        return (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if bf16 and self.mesh is None
-            else contextlib.nullcontext()
-        )
 
 
 def init(options: DistOptions) -> World:
@@ -339,15 +330,17 @@ class Interrupt:
 
 
 def shard(model: Transformer, options: DistOptions, world: World) -> Transformer:
-    """Set up activation checkpointing and, with several processes, FSDP2 on each block and the rest. In
-    place; the model may still be on the meta device."""
+    """Set up activation checkpointing, the dtype of hidden states and products, and with several processes
+    FSDP2 on each block and the rest. In place; the model may still be on the meta device."""
+    model.compute_device = world.device
+    model.compute_dtype = torch.bfloat16 if options.bf16 else None
     if options.gradient_checkpointing:
         for block in model.layers:
             assert isinstance(block, Block)
             block.checkpointing = bool(options.gradient_checkpointing_kwargs.get("use_reentrant", False))
     if world.mesh is None:
         return model
-    dtype = torch.bfloat16 if options.bf16 else None
+    dtype = model.compute_dtype
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     offload = CPUOffloadPolicy() if options.fsdp_cpu_offload else OffloadPolicy()
     for block in model.layers:

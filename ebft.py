@@ -54,7 +54,7 @@ from forensics import ForensicOptions, Forensics
 from health import LogOptions, MetricLogger, log
 from kernels import SharedPrompts
 from losses import TokenStatistics, linear_cross_entropy, linear_logprobs
-from model import ModelOptions, Transformer, load_balancing_loss
+from model import ModelOptions, Transformer, forward_only, load_balancing_loss, without_gradients
 from policy import (
     PolicyBatch,
     PolicyOptions,
@@ -285,7 +285,7 @@ def block_features(
     """(features of the blocks [R', D'], of the true tokens of each block [blocks, D']), of the frozen
     network."""
     depths = feature_depths(network, config)
-    with torch.no_grad():
+    with without_gradients(network):
         states = network.hidden_states(batch.input_ids, shared_prompts=batch.shared, layers=depths)[0][0]
 
     def pooled(rows: Tensor, prefix_sums: Tensor, prefixes: Tensor) -> Tensor:
@@ -470,15 +470,14 @@ def strided(config: Config) -> None:
         drawn = random.Random(repr((config.seed, *seed))).getrandbits(62)
         generator = torch.Generator(world.device).manual_seed(drawn)
         model.eval()
-        with world.autocast(config.bf16):
-            if part[0].recorded is None:
-                tokens, logprobs = sample_blocks(model, part, n, G, config.temperature, generator)
-            else:
-                recorded = zip(*(d.recorded for d in part if d.recorded is not None), strict=True)
-                tokens, logprobs = (torch.cat(x).flatten(0, 1).to(world.device) for x in recorded)
-            batch = BlockPass.make(part, tokens)
-            with on_device(frozen, config, world), base_of(model, frozen) as network:
-                features, truth = block_features(network, batch, part, config)
+        if part[0].recorded is None:
+            tokens, logprobs = sample_blocks(model, part, n, G, config.temperature, generator)
+        else:
+            recorded = zip(*(d.recorded for d in part if d.recorded is not None), strict=True)
+            tokens, logprobs = (torch.cat(x).flatten(0, 1).to(world.device) for x in recorded)
+        batch = BlockPass.make(part, tokens)
+        with on_device(frozen, config, world), base_of(model, frozen) as network:
+            features, truth = block_features(network, batch, part, config)
         model.train()
         advantage, facts = energy(features.view(len(truth), n, -1).double(), truth.double(), config)
         return tokens.view(len(truth), n, G), logprobs.view(len(truth), n, G), advantage.float(), facts
@@ -495,7 +494,7 @@ def strided(config: Config) -> None:
             truth = torch.tensor([d.ids[a : a + G] for d in part for a in d.anchors], device=tokens.device)
             right = (tokens == truth[:, None]).all(-1)
             tally.mean("eval/exact", right.sum().item(), right.numel())  # samples equal to the true tokens
-            with torch.no_grad(), world.autocast(config.bf16):
+            with without_gradients(model):
                 nll, count = document_nll(model, part)
             for name in JUDGED:
                 tally.mean(f"eval/{name}", facts[name].sum().item(), len(facts[name]))
@@ -517,21 +516,20 @@ def strided(config: Config) -> None:
         step: × world.size undoes FSDP's mean."""
         batch = BlockPass.make(part, tokens)
         nll = None
-        with world.autocast(config.bf16):
-            hidden, router_logits = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
-            made = linear_logprobs(
-                hidden[0].index_select(0, batch.sources.flatten()), model.head_weight,
-                batch.input_ids[0, batch.block_rows.flatten()], temperature=config.temperature,
-                softcap=arch.final_softcap,
-            )  # fmt: skip
-            rl_loss = -(weight * made.logprobs).sum() / rollout_tokens
-            loss = config.rl_coef * rl_loss
-            if counted is not None:
-                nll, _ = document_nll(model, part, hidden[0].index_select(0, batch.document_rows))
-                loss = loss + config.ce_coef * nll / counted
-            start = loss
-            if aux_coef and router_logits:  # a mixture's experts stay in use
-                start = loss + aux_coef * share * load_balancing_loss(router_logits, arch)
+        hidden, router_logits = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
+        made = linear_logprobs(
+            hidden[0].index_select(0, batch.sources.flatten()), model.head_weight,
+            batch.input_ids[0, batch.block_rows.flatten()], temperature=config.temperature,
+            softcap=arch.final_softcap,
+        )  # fmt: skip
+        rl_loss = -(weight * made.logprobs).sum() / rollout_tokens
+        loss = config.rl_coef * rl_loss
+        if counted is not None:
+            nll, _ = document_nll(model, part, hidden[0].index_select(0, batch.document_rows))
+            loss = loss + config.ce_coef * nll / counted
+        start = loss
+        if aux_coef and router_logits:  # a mixture's experts stay in use
+            start = loss + aux_coef * share * load_balancing_loss(router_logits, arch)
         return start * world.size, loss.detach(), rl_loss.detach(), nll, made
 
     # 5. The loop.
@@ -787,11 +785,7 @@ def structured(config: Config) -> None:
         most, at_once = math.ceil(len(groups) / world.size), max(1, mb // n)
         for begin in range(0, most, at_once):  # as many on every rank: each is a collective
             part = mine[begin : begin + at_once] or groups[:1]
-            with (
-                world.autocast(config.bf16),
-                on_device(frozen, config, world),
-                base_of(model, frozen) as network,
-            ):
+            with on_device(frozen, config, world), base_of(model, frozen) as network:
                 samples, truth = group_features(network, part, config)
             if begin < len(mine):
                 advantage, facts = energy(samples.double(), truth.double(), config)
@@ -811,7 +805,7 @@ def structured(config: Config) -> None:
         model.eval()
         _, facts = energies(made, k)
         tally = Tally()
-        with torch.no_grad():
+        with without_gradients(model):
             for _, compute in truth_nll(model, made[::k], config, world):
                 _, nll, count = compute(1.0)
                 tally.mean("eval/loss", nll.item(), count)
@@ -1041,10 +1035,9 @@ def truth_nll(
     of so many tokens."""
 
     def compute(batch: PolicyBatch, real: bool, counted: float) -> tuple[Tensor, Tensor, int]:
-        with world.autocast(config.bf16):
-            nll = -token_logprobs(model, batch, 1.0)[0].sum()
-            if not real:  # where, not a product with 0: a stranger's row may be infinite
-                nll = torch.where(torch.zeros_like(nll, dtype=torch.bool), nll, 0.0)
+        nll = -token_logprobs(model, batch, 1.0)[0].sum()
+        if not real:  # where, not a product with 0: a stranger's row may be infinite
+            nll = torch.where(torch.zeros_like(nll, dtype=torch.bool), nll, 0.0)
         return nll * (config.ce_coef / counted * world.size), nll.detach(), len(batch.targets) * real
 
     mine, mb = rollouts[world.rank :: world.size], config.micro_batch_size
@@ -1054,13 +1047,13 @@ def truth_nll(
         yield batch, functools.partial(compute, batch, bool(part))
 
 
-@torch.no_grad()
+@forward_only
 def group_features(
     network: Transformer, groups: list[list[Rollout]], config: Config
 ) -> tuple[Tensor, Tensor]:
     """(features of the samples [P, n, D'], of the truths [P, D']) of the frozen network: each prompt goes
     through it once, the truth and the samples behind it."""
-    device, depths = network.embed_tokens.weight.device, feature_depths(network, config)
+    device, depths = network.device, feature_depths(network, config)
     ids: list[int] = []
     layout: list[tuple[int, list[tuple[int, int]]]] = []
     places: list[tuple[range, range]] = []  # of the prompt, of its continuation
@@ -1105,7 +1098,7 @@ def document_nll(
 ) -> tuple[Tensor, int]:
     """(Σ −log p of the counted true tokens, how many), from hidden states [tokens, D] of the documents in a
     row, or from a pass of its own."""
-    ids, which, _ = packed(part, model.embed_tokens.weight.device)
+    ids, which, _ = packed(part, model.device)
     if hidden is None:
         hidden = model.hidden_states(ids, document_ids=which)[0][0]
     labels = torch.full_like(ids[0], IGNORE)

@@ -574,11 +574,10 @@ def _replay(
     set_random_state(random)
     gradient = batch.get("gradient")
     with Probe(model) as probe:
-        with world.autocast(config.bf16):
-            hidden, _ = model.hidden_states(
-                ids, position_ids=batch.get("position_ids"),
-                document_ids=batch.get("document_ids"), shared_prompts=shared,
-            )  # fmt: skip
+        hidden, _ = model.hidden_states(
+            ids, position_ids=batch.get("position_ids"),
+            document_ids=batch.get("document_ids"), shared_prompts=shared,
+        )  # fmt: skip
         fault = probe.forward_fault
         if fault is None and gradient is not None:
             print(f"forward: finite, from {span(hidden)}; gradient that came back to it: {span(gradient)}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from config import resolve_checkpoint, run_command
-from model import KVCache, Transformer
+from model import KVCache, Transformer, forward_only
 from weights import (
     adapter_token_rows,
     apply_lora,
@@ -76,7 +76,7 @@ def sample(logprobs: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
-@torch.no_grad()
+@forward_only
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -105,11 +105,9 @@ def generate(
         raise ValueError("every prompt needs at least one token")
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or not 0 <= min_p < 1 or top_k < 0:
         raise ValueError("max_new_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1, 0 ≤ min_p < 1, top_k ≥ 0")
-    device, G = model.embed_tokens.weight.device, num_return_sequences
+    device, G = model.device, num_return_sequences
     was_training = model.training
     model.eval()
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed_tokens.weight.dtype
     # Rope that stretches with the sequence changes every earlier hidden state with each token, past its
     # limit: no cache can hold them, so there each step is a whole forward pass.
     limit = min((r.max_positions for r in model.arch.ropes.values() if r.kind == "dynamic"), default=math.inf)
@@ -120,7 +118,7 @@ def generate(
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
         packed = torch.tensor([[token for sequence in sequences for token in sequence]], device=device)
         document_ids = torch.repeat_interleave(torch.arange(len(sequences), device=device), lengths)[None]
-        cache = KVCache(model.arch, lengths.tolist(), device, dtype)
+        cache = KVCache(model.arch, lengths.tolist(), device, model.dtype)
         hidden, _ = model.hidden_states(packed, document_ids=document_ids, cache=cache)
         return model.logits(hidden[0, lengths.cumsum(0) - 1]), cache
 

@@ -869,7 +869,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) of x [B, T, heads, E] by cos and sin [B, T, 1, R/2]: the
     first R dimensions of a head turn, in pairs (i, i + R/2); the rest passes."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)  # under autocast x can be narrower than the residual stream
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

@@ -140,17 +140,14 @@ def linear_cross_entropy(
     memory is one chunk of logits and one [V, D] gradient. `softcap` is Gemma 2's final soft cap; `chunk`
     tokens are taken at a time. Backward may be called once.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    weight = weight.to(hidden.dtype)
     trained = labels != -100
     if not trained.all():
         keep = trained.nonzero().flatten()
         hidden, labels = hidden.index_select(0, keep), labels.index_select(0, keep)
     if chunk is None:
         chunk = max(TOKENS_A_CHUNK, LOGITS_A_CHUNK // weight.shape[0])
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk)
 
 
 @dataclass
@@ -388,24 +385,15 @@ def linear_logprobs(
     `group` the vocabulary is sharded: `weight` are this rank's rows, from row `offset` on; every rank gets
     the whole result. Statistics are in fp32 (fp64 for fp64 input) and finite for logits of any size.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    weight = weight.to(hidden.dtype)
     N = hidden.shape[0]
     keep = (labels != -100).nonzero().flatten()
     if chunk is None:
         chunk = max(TOKENS_A_CHUNK, LOGITS_A_CHUNK // weight.shape[0])
-    with torch.autocast(hidden.device.type, enabled=False):
-        made = _LinearLogprobs.apply(
-            hidden.index_select(0, keep),
-            weight,
-            labels.index_select(0, keep),
-            temperature,
-            softcap,
-            chunk,
-            group,
-            offset,
-        )
+    made = _LinearLogprobs.apply(
+        hidden.index_select(0, keep), weight, labels.index_select(0, keep), temperature, softcap, chunk,
+        group, offset,
+    )  # fmt: skip
     if len(keep) == N:
         return TokenStatistics(*made)
     *floats, argmax = made

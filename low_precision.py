@@ -255,11 +255,8 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     The weight is a high-precision master, quantised anew in each pass. Any shape; no padding needed.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
-        y = _FP8Linear.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
-        return y if bias is None else y + bias.to(y.dtype)
+    y = _FP8Linear.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -511,12 +508,8 @@ def dequantize(kind: str, stored: tuple[Tensor, ...]) -> Tensor:
 
 def frozen_linear(x: Tensor, kind: str, stored: tuple[Tensor, ...], bias: Tensor | None = None) -> Tensor:
     """x [..., K] times a frozen quantised weight: [..., N]. Gradients flow to x only."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
-        flat = x.flatten(0, -2)
-        y = _FrozenLinear.apply(flat, kind, *stored).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias.to(y.dtype)
+    y = _FrozenLinear.apply(x.flatten(0, -2), kind, *stored).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------

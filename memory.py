@@ -94,15 +94,14 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
             state += (4 if muon else 8) * p.numel()
     tokens, judged = tokens_of(config)
     element = 2 if config.bf16 else 4
-    autocast = config.bf16 and processes == 1  # then residuals stay in fp32; FSDP keeps them in bf16
-    layer, working = layer_bytes(arch, config, autocast, length_of(config))
+    layer, working = layer_bytes(arch, config, length_of(config))
     D, V = arch.hidden_size, arch.vocab_size
     if config.gradient_checkpointing:
-        kept = tokens * (arch.num_layers * D * (4 if autocast else element) + layer)
+        kept = tokens * (arch.num_layers * D * element + layer)
     else:
         kept = tokens * arch.num_layers * layer
     kept += tokens * 2 * D * element  # the embedding, and the last norm's output
-    if autocast:  # the weights of the products, once more in bf16
+    if config.bf16 and processes == 1:  # the weights of the products, once more in bf16
         kept += sum(2 * p.numel() for p in model.parameters() if p.dim() >= 2 and p.element_size() == 4)
     chunk = min(judged, max(losses.TOKENS_A_CHUNK, losses.LOGITS_A_CHUNK // V))
     loss = chunk * V * (element + 4) + judged * D * element
@@ -132,36 +131,32 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
     )  # fmt: skip
 
 
-def layer_bytes(arch: Architecture, config: Any, autocast: bool, length: int) -> tuple[int, int]:
+def layer_bytes(arch: Architecture, config: Any, length: int) -> tuple[int, int]:
     """Bytes a token that the widest kind of layer keeps for the backward pass, and that backward works on."""
     experts = any(arch.expert_layers)
     F = arch.expert_size if experts else arch.intermediate_size
     wide = (arch.hidden_size, F, arch.num_heads, arch.num_kv_heads)
     base = (128, 256, 4, 2)
-    start = _per_token(arch, config, base, autocast)
+    start = _per_token(arch, config, base)
     kept = start
     for i, width in enumerate(wide):
         more = tuple(2 * w if i == k else w for k, w in enumerate(base))
-        kept += (_per_token(arch, config, more, autocast) - start) / base[i] * (width - base[i])
+        kept += (_per_token(arch, config, more) - start) / base[i] * (width - base[i])
     # Where attention keeps its scores (a soft cap), each token keeps as many as its document is long.
-    scores = (_per_token(arch, config, base, autocast, length=61) - start) / (61 - 29) / base[2]
+    scores = (_per_token(arch, config, base, length=61) - start) / (61 - 29) / base[2]
     kept += scores * arch.num_heads * (length - 29)
     element = 2 if config.bf16 else 4
     active = max(1, arch.experts_per_token if experts else 1)
     return round(kept), element * (2 * active * F + 2 * arch.hidden_size)
 
 
-def _per_token(
-    arch: Architecture, config: Any, widths: tuple[int, ...], autocast: bool, length: int = 29
-) -> float:
+def _per_token(arch: Architecture, config: Any, widths: tuple[int, ...], length: int = 29) -> float:
     # Lengths that no weight has as a side: what autograd keeps of weights is told by its shape.
-    two, four = (_kept(arch, config, widths, autocast, n, length) for n in (2, 4))
+    two, four = (_kept(arch, config, widths, n, length) for n in (2, 4))
     return (four - two) / (2 * length)
 
 
-def _kept(
-    arch: Architecture, config: Any, widths: tuple[int, ...], autocast: bool, documents: int, length: int
-) -> int:
+def _kept(arch: Architecture, config: Any, widths: tuple[int, ...], documents: int, length: int) -> int:
     """Bytes that autograd keeps of one block's forward pass, weights left out."""
     D, F, heads, kv = widths
     which = next((i for i, has in enumerate(arch.expert_layers) if has), 0)
@@ -184,7 +179,7 @@ def _kept(
     block = model.layers[0]
     assert isinstance(block, Block)
     seen: dict[int, tuple[int, Tensor]] = {}
-    if config.bf16 and not autocast:
+    if config.bf16:
         model.to(torch.bfloat16)
     # Only of what is alive: an address that was given back would be some activation's.
     ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -200,13 +195,11 @@ def _kept(
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     positions = torch.arange(length).repeat(documents)[None]
     packed = kernels.Documents(torch.arange(documents).repeat_interleave(length)[None])
-    if config.bf16 and not autocast:
-        x = x.to(torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        tables = {key: rope.tables(positions, None, dtype) for key, rope in narrow.ropes.items()}
-        ours |= {t.untyped_storage().data_ptr() for pair in tables.values() for t in pair}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            out = block(x, Pass(tables, packed, None, False))
+    x = x.to(dtype)
+    tables = {key: rope.tables(positions, None, dtype) for key, rope in narrow.ropes.items()}
+    ours |= {t.untyped_storage().data_ptr() for pair in tables.values() for t in pair}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = block(x, Pass(tables, packed, None, False))
     del out  # it held what was kept until here
     return sum(size for size, _ in seen.values())
 

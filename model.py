@@ -5,14 +5,18 @@ width, V vocabulary, X experts, N = B·T tokens. Parameter names are Hugging Fac
 `model.`.
 """
 
+import contextlib
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -113,7 +117,50 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps, self.plus_one)
+        return kernels.rms_norm(x, as_dtype(self.weight, x.dtype), self.eps, self.plus_one)
+
+
+def as_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the dtype of a product: the copy that `without_gradients` has made, else a cast whose
+    gradient is the master's. Nothing happens where it has that dtype, as under FSDP's mixed precision."""
+    copy = getattr(parameter, "inference_copy", None)
+    return copy if isinstance(copy, Tensor) and copy.dtype == dtype else parameter.to(dtype)
+
+
+@contextlib.contextmanager
+def without_gradients(model: "Transformer"):
+    """Passes without gradients. One process casts its weights once, and not in every pass. Of sharded weights
+    the shards alone are left at the end: FSDP keeps the root gathered after a forward pass that no backward
+    pass follows, and then copies in the compute dtype stand in the place of the masters."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    dtype, copied = model.compute_dtype, []
+    try:
+        with torch.no_grad():
+            for parameter in model.parameters() if dtype is not None and not sharded else ():
+                if parameter.dtype != dtype and not hasattr(parameter, "inference_copy"):
+                    copied.append(parameter)
+                    parameter.inference_copy = parameter.to(dtype)  # type: ignore[attr-defined]
+            yield
+    finally:
+        for parameter in copied:
+            if hasattr(parameter, "inference_copy"):
+                del parameter.inference_copy
+        for module in sharded:
+            module.reshard()
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def forward_only(function: Function) -> Function:
+    """The function with `without_gradients` of its first argument, a model, around it."""
+
+    @functools.wraps(function)
+    def run(model: "Transformer", *args: Any, **kwargs: Any) -> Any:
+        with without_gradients(model):
+            return function(model, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
@@ -179,12 +226,13 @@ class Linear(nn.Linear):
         elif self.fp8:
             out = low_precision.fp8_linear(x, self.weight, self.bias)
         else:
-            out = super().forward(x)
+            bias = None if self.bias is None else as_dtype(self.bias, x.dtype)
+            out = F.linear(x, as_dtype(self.weight, x.dtype), bias)
         if not self.r or not self.enabled:
             return out
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        update = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        return out + self.scale * update.to(out.dtype)
+        update = F.linear(F.linear(x, as_dtype(self.lora_A, x.dtype)), as_dtype(self.lora_B, x.dtype))
+        return out + self.scale * update
 
     def delta(self) -> Tensor:
         """scale·B·A [out, in] in the adapter's dtype: what merging adds to the weight."""
@@ -301,7 +349,7 @@ class Experts(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         x = x_BTD.flatten(0, 1)  # [N, D]
-        router_logits = self.gate(x)  # [N, X]
+        router_logits = F.linear(x, as_dtype(self.gate.weight, x.dtype))  # [N, X]
         probabilities = router_logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
         weights, experts = probabilities.topk(self.arch.experts_per_token, dim=-1)
         if self.arch.normalize_experts:
@@ -310,10 +358,7 @@ class Experts(nn.Module):
         order = experts.flatten().argsort(stable=True)
         token = order // self.arch.experts_per_token
         ends = torch.bincount(experts.flatten(), minlength=self.arch.num_experts).cumsum(0)
-        gate_up, down = self.gate_up_proj, self.down_proj
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        gate_up, down = as_dtype(self.gate_up_proj, x.dtype), as_dtype(self.down_proj, x.dtype)
         gate, up = _grouped(x[token], gate_up, ends).chunk(2, -1)
         out = _grouped(_activate(gate, up, self.arch.activation), down, ends)
         out = out * weights.flatten()[order, None].to(out.dtype)
@@ -421,6 +466,18 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
         self.adapter: dict | None = None  # what adapter_config.json says, where there are adapters
         self.token_rows: TokenRows | None = None
+        self.compute_dtype: torch.dtype | None = None  # of the hidden states and products; None: the weights'
+        self.compute_device: torch.device | None = None  # where it computes; None: where the weights are
+
+    @property
+    def device(self) -> torch.device:
+        """Of inputs and caches: with fsdp_cpu_offload the weights rest elsewhere."""
+        return self.compute_device or self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states; a weight that rests sharded may have another."""
+        return self.compute_dtype or self.embed_tokens.weight.dtype
 
     @property
     def _frozen_head(self) -> Tensor:
@@ -449,7 +506,7 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] → logits [..., V], with Gemma 2's final soft cap where the model has it."""
         without_gradient = not torch.is_grad_enabled()
-        weight = (self._frozen_head if without_gradient else self.head_weight).to(hidden.dtype)
+        weight = as_dtype(self._frozen_head if without_gradient else self.head_weight, hidden.dtype)
         if hidden.device.type == "cpu" and hidden.dim() == 2 and len(hidden) <= 64 and without_gradient:
             # A few rows against a large head: CPU libraries read the head 1.5 to 3 times as fast from this
             # side.
@@ -504,6 +561,7 @@ class Transformer(nn.Module):
                 if isinstance(documents, kernels.Documents):
                     lengths = documents.lengths
         x = self.embed_tokens(input_ids)
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         if self.token_rows is not None and self.token_rows.enabled:
             x = self.token_rows.into_embedding(x, input_ids)
         if self.arch.family.scale_embeddings:

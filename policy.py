@@ -23,7 +23,7 @@ from forensics import Forensics
 from health import log
 from kernels import SharedPrompts
 from losses import linear_logprobs
-from model import Transformer, load_balancing_loss
+from model import Transformer, forward_only, load_balancing_loss, without_gradients
 from rollout import Rollout, RolloutOptions
 from weights import base_of
 
@@ -229,7 +229,7 @@ def can_share_prompts(model: Transformer, wanted: bool | None) -> bool:
     reason = cannot_share_prompts(model)
     if wanted and reason:
         raise ConfigError("share_prompts", True, f"does not work with this model: {reason}; leave it out")
-    return reason is None and model.embed_tokens.weight.device.type == "cpu" if wanted is None else wanted
+    return reason is None and model.device.type == "cpu" if wanted is None else wanted
 
 
 def token_logprobs(
@@ -551,7 +551,7 @@ def report_kl(options: Any) -> None:
         )
 
 
-@torch.no_grad()
+@forward_only
 def keep_logprobs(
     model: Transformer, reference: Transformer | None, micro: Sequence[Sequence[Rollout]], options: Any,
     world: World, share: bool, *, old: bool, kl: bool,
@@ -565,14 +565,13 @@ def keep_logprobs(
         return
     for part in micro:
         batch = collate(part, world.device, share)
-        with world.autocast(options.bf16):
-            if old:
-                logprobs, entropy, _, _ = token_logprobs(model, batch, options.temperature)
-                batch.keep("old_logprobs", logprobs)
-                batch.keep("entropies", entropy)
-            if kl:
-                with base_of(model, reference) as base:
-                    batch.keep("ref_logprobs", token_logprobs(base, batch, options.temperature)[0])
+        if old:
+            logprobs, entropy, _, _ = token_logprobs(model, batch, options.temperature)
+            batch.keep("old_logprobs", logprobs)
+            batch.keep("entropies", entropy)
+        if kl:
+            with base_of(model, reference) as base, without_gradients(base):
+                batch.keep("ref_logprobs", token_logprobs(base, batch, options.temperature)[0])
 
 
 def accumulate_gradients(
@@ -615,10 +614,9 @@ def accumulate_gradients(
             batch: PolicyBatch = batch, old: Tensor | None = old, entropy_mask: Tensor | None = entropy_mask
         ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor, int]:
             """(what the backward pass starts from, loss, facts, entropy, π_old, non-finite hidden states)."""
-            with world.autocast(options.bf16):
-                logprobs, entropy, router_logits, bad = token_logprobs(
-                    model, batch, options.temperature, entropy_gradient=bool(bonus)
-                )
+            logprobs, entropy, router_logits, bad = token_logprobs(
+                model, batch, options.temperature, entropy_gradient=bool(bonus)
+            )
             old = logprobs.detach() if old is None else old
             loss, facts = policy_loss(
                 logprobs, old_logprobs=old, advantages=batch.advantages, mask=batch.mask, options=options,

@@ -212,13 +212,12 @@ class EmbeddedEngine:
 
         for turn in range(rounds):
             part = mine[turn * at_once : (turn + 1) * at_once]
-            with world.autocast(self.options.bf16):
-                found = generate(
-                    self.model, [prompts[i] for i in part] or [prompts[0]], num_return_sequences=n,
-                    max_new_tokens=max(limits), stop_token_ids=self.stop_ids, generator=generator,
-                    anyone=anyone,
-                    temperature=self.options.temperature if temperature is None else temperature,
-                )  # fmt: skip
+            found = generate(
+                self.model, [prompts[i] for i in part] or [prompts[0]], num_return_sequences=n,
+                max_new_tokens=max(limits), stop_token_ids=self.stop_ids, generator=generator,
+                anyone=anyone,
+                temperature=self.options.temperature if temperature is None else temperature,
+            )  # fmt: skip
             for place, i in enumerate(part):
                 made[i] = []
                 for row in range(place * n, place * n + n):

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import dist
@@ -39,7 +38,7 @@ from forensics import ForensicOptions, Forensics
 from generation import generate
 from health import LogOptions, MetricLogger, log
 from losses import linear_cross_entropy
-from model import ModelOptions, Transformer, load_balancing_loss
+from model import ModelOptions, Transformer, forward_only, load_balancing_loss
 from tokenizer import IGNORE, Tokenizer
 from weights import read_architecture, resized
 
@@ -82,7 +81,7 @@ def sft_loss(model: Transformer, batch: Batch, aux_coef: float = 0.0) -> tuple[T
     return nll, load_balancing_loss(router_logits, model.arch, batch.document_ids.flatten() >= 0)
 
 
-@torch.no_grad()
+@forward_only
 def evaluate(model: Transformer, batches: Batches, config: Config, world: World) -> dict[str, float]:
     """Mean NLL of the held-out tokens, over all ranks."""
     model.eval()
@@ -92,8 +91,7 @@ def evaluate(model: Transformer, batches: Batches, config: Config, world: World)
             batches.units(step), config.micro_batch_size, world.rank, world.size
         ):
             batch = batch.to(world.device)
-            with world.autocast(config.bf16):
-                nll += sft_loss(model, batch)[0].item()
+            nll += sft_loss(model, batch)[0].item()
             tokens += int((batch.targets != IGNORE).sum())
     model.train()
     nll, tokens = dist.all_reduce([nll, tokens], world)
@@ -124,11 +122,10 @@ def sampled_accuracy(
     # As many calls on every rank: each is a collective
     for begin in range(0, -(-len(rows) // world.size), 64):
         part = prompts[begin : begin + 64] or prompts[:1]
-        with world.autocast(config.bf16):
-            made = generate(
-                model, part, max_new_tokens=config.eval_max_new_tokens, temperature=0,
-                stop_token_ids=tokenizer.stop_ids, anyone=anyone,
-            )  # fmt: skip
+        made = generate(
+            model, part, max_new_tokens=config.eval_max_new_tokens, temperature=0,
+            stop_token_ids=tokenizer.stop_ids, anyone=anyone,
+        )  # fmt: skip
         answers += [tokenizer.decode(ids).strip() for ids in made.completion_ids]
     right = sum(a == r for a, r in zip(answers[: len(mine)], references, strict=False))
     total_right, total = dist.all_reduce([float(right), float(len(mine))], world)
@@ -228,8 +225,7 @@ def main(config: Config) -> None:
     def micro_loss(batch: Batch, tokens: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """(this micro-batch's part of the step's loss, Σ NLL, load-balancing loss). FSDP averages gradients
         over ranks, the loss is a sum over them: × world.size."""
-        with world.autocast(config.bf16):
-            nll, aux = sft_loss(model, batch, aux_coef)
+        nll, aux = sft_loss(model, batch, aux_coef)
         loss = nll * (world.size / tokens)
         return loss if aux is None else loss + aux_coef * aux / count, nll, aux
 

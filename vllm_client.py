@@ -26,7 +26,7 @@ from data import Prompt
 from dist import World
 from health import log
 from losses import linear_logprobs
-from model import Transformer
+from model import Transformer, without_gradients
 from tokenizer import Tokenizer
 from weights import iterate_weights, save_adapter, save_pretrained
 
@@ -433,7 +433,6 @@ class VllmEngine:
             sender.send_weights()
         return sum(math.prod(shape) for _, shape in self._shapes) * dtype.itemsize
 
-    @torch.no_grad()
     def _compare_probe(self, step: int) -> float:
         """Mean |log-prob| difference of the probe between each server and the trainer, the largest of them.
 
@@ -443,7 +442,7 @@ class VllmEngine:
         ids = torch.tensor([self.probe], device=self.world.device)
         training = self.model.training
         self.model.eval()
-        with self.world.autocast(self.options.bf16):
+        with without_gradients(self.model):
             hidden, _ = self.model.hidden_states(ids)
             ours = linear_logprobs(
                 hidden[0, :-1], self.model.head_weight, ids[0, 1:], softcap=self.model.arch.final_softcap

@@ -128,8 +128,7 @@ def one_rank(changes: dict) -> None:
     batch = Batch(ids, ids.clone(), places, torch.arange(B)[:, None].expand(B, T).contiguous(), [])
 
     def step() -> None:
-        with world.autocast(config.bf16):
-            sft_loss(model, batch.to(world.device))[0].backward()
+        sft_loss(model, batch.to(world.device))[0].backward()
         dist.update(optimizers, 1e-4)
 
     step()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from conftest import ROOT, arguments, metrics, run_ok
+from conftest import ROOT, arguments, metrics, run_ok, run_program
 from dist import OptimizerOptions, learning_rate
 
 
@@ -42,3 +42,12 @@ def test_hybrid_sharding_on_four_ranks_computes_the_same(small_checkpoint, chat_
         losses.append([(m["train/loss"], m["train/grad_norm"]) for m in metrics(out)])
     for one, four in zip(*losses, strict=True):
         assert four == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_after_passes_without_gradients_the_parameters_are_the_masters(ranks, small_checkpoint):
+    """In bf16: FSDP keeps the root gathered, with copies in the place of the masters, and one process casts
+    its weights once; neither outlives the pass, and what is exported is fp32."""
+    done = run_program(ROOT / "tests" / "masters.py", str(small_checkpoint[0]), ranks=ranks)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("masters after") == 5

@@ -44,8 +44,7 @@ def measured_peak(arch: Architecture, config: Config) -> int:
 
     def step():
         for _ in range(config.gradient_accumulation_steps):
-            with ALONE.autocast(config.bf16):
-                sft_loss(model, batch)[0].backward()
+            sft_loss(model, batch)[0].backward()
         dist.update(optimizers, 1e-4)
 
     step()
