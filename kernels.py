@@ -237,9 +237,8 @@ def _shared_prompt_attention(
 ) -> Tensor:  # fmt: skip
     """q [1, N, H, E], k and v [1, N, K, E] → [1, N, H, E]."""
     if q.is_cuda:
-        assert softcap is None, "flex_attention here has no soft cap: do not share prompts"
         sees, mask = shared.predicate(window)
-        return predicate_attention(q, k, v, sees, scale=scale, block_mask=mask)
+        return predicate_attention(q, k, v, sees, scale=scale, softcap=softcap, block_mask=mask)
     out = attention(q, k, v, scale=scale, documents=shared.prompts, window=window, softcap=softcap)[0]
     for bucket, (token, inside, keys) in enumerate(shared.buckets):
         n, L = token.shape
@@ -606,7 +605,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, soft
         torch.matmul(q.reshape(n, K, H // K * Q, E), k.transpose(-1, -2)).view(n, K, H // K, Q, -1) * scale
     )
     scores = softcap * torch.tanh(scores / softcap)
-    visible = visible if visible.dim() == 2 else visible[:, :, None]
+    if visible.dim() == 4:
+        visible = visible[:, :, None] if visible.shape[1] == 1 else visible.unflatten(1, (K, H // K))
     weights = scores.masked_fill(~visible, -torch.inf).softmax(
         -1, dtype=torch.promote_types(q.dtype, torch.float32)
     )
@@ -614,8 +614,9 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, soft
 
 
 def predicate_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Callable, *, scale: float, block_mask: Any = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, visible: Callable, *, scale: float, softcap: float | None = None,
+    block_mask: Any = None,
+) -> Tensor:  # fmt: skip
     """Attention under any predicate visible(b, h, q_index, kv_index) → bool on index tensors (block-parallel
     masks).
 
@@ -630,24 +631,38 @@ def predicate_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.is_cuda:
         mask = block_mask if block_mask is not None else make_block_mask(visible, B, H, T, S, q.device)
-        return _flex_attention()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+        cap = None if softcap is None else _capped(softcap)
+        out = _flex_attention()(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
     index = [torch.arange(n, device=q.device) for n in (B, H, T, S)]
     dense = visible(
         index[0][:, None, None, None], index[1][None, :, None, None], index[2][:, None], index[3][None]
     )
-    dense = dense.expand(B, H, T, S)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=dense, scale=scale, enable_gqa=grouped
-    ).transpose(1, 2)
+    return _masked(q, k, v, dense.expand(B, H, T, S), scale, softcap).transpose(1, 2)
 
 
 def make_block_mask(visible: Callable, B: int, H: int, T: int, S: int, device: torch.device) -> Any:
-    return torch.nn.attention.flex_attention.create_block_mask(visible, B, H, T, S, device=str(device))
+    """Compiled, so that the predicate of all T·S pairs is never held: run eagerly it takes 11 bytes a
+    pair."""
+    return _create_block_mask()(visible, B, H, T, S, device=str(device))
 
 
 @functools.cache
 def _flex_attention() -> Callable:
     return torch.compile(torch.nn.attention.flex_attention.flex_attention, dynamic=True)
+
+
+@functools.cache
+def _create_block_mask() -> Callable:
+    return torch.compile(torch.nn.attention.flex_attention.create_block_mask, dynamic=True)
+
+
+@functools.cache  # one function for each value: a new one would be compiled anew
+def _capped(softcap: float) -> Callable:
+    def score_mod(score, b, h, q, k):
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
 
 
 @triton.jit

@@ -219,8 +219,6 @@ def cannot_share_prompts(model: Transformer) -> str | None:
     """Why completions of this model cannot stand behind one copy of their prompt, or None."""
     if any(rope.kind == "dynamic" for rope in model.arch.ropes.values()):
         return "its dynamic rope makes a prompt depend on what follows it"
-    if model.embed_tokens.weight.is_cuda and model.arch.attention_softcap is not None:
-        return "flex_attention has no soft cap here"
     return None
 
 

@@ -85,6 +85,44 @@ def test_attention_under_a_predicate_equals_the_mask_written_out():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_shared_prompts_are_the_same_as_a_predicate_with_a_soft_cap(softcap, window):
+    """What GPUs take: flex_attention, here without its compiler, and its dense stand-in with gradients."""
+    torch.manual_seed(0)
+    groups = [(7, [(7, 3), (4, 6), (7, 2)]), (5, []), (9, [(9, 4)])]
+    N = sum(n + sum(length for _, length in tails) for n, tails in groups)
+    q, k, v = (torch.randn(1, N, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    shared = kernels.SharedPrompts(groups, torch.device("cpu"))
+    expected = kernels._shared_prompt_attention(q, k, v, shared, 0.3, window, softcap)
+    sees, mask = shared.predicate(window)
+    dense = kernels.predicate_attention(q, k, v, sees, scale=0.3, softcap=softcap)
+    torch.testing.assert_close(dense, expected)
+    upstream = torch.randn_like(dense)
+    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (dense, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+    flex = torch.nn.attention.flex_attention.flex_attention(
+        *(x.detach().transpose(1, 2) for x in (q, k, v)), block_mask=mask, scale=0.3, enable_gqa=True,
+        score_mod=None if softcap is None else kernels._capped(softcap),
+    )  # fmt: skip
+    torch.testing.assert_close(flex.transpose(1, 2), expected)
+
+
+def test_block_masks_are_compiled_once():
+    counters = torch._dynamo.utils.counters
+    kernels.SharedPrompts([(200, [(200, 9)])], torch.device("cpu")).predicate(None)
+    compiled = counters["stats"]["unique_graphs"]
+    mask = kernels.SharedPrompts([(300, [(300, 9)]), (40, [(20, 3)])], torch.device("cpu")).predicate(None)[1]
+    assert compiled > 0 and counters["stats"]["unique_graphs"] <= compiled + 1  # sizes that become symbols
+    kernels.SharedPrompts([(90, [(80, 5)] * 9)], torch.device("cpu")).predicate(None)
+    assert counters["stats"]["unique_graphs"] <= compiled + 1
+    eager = torch.nn.attention.flex_attention.create_block_mask(
+        mask.mask_mod, 1, 1, *mask.seq_lengths, device="cpu"
+    )
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        assert torch.equal(getattr(mask, name), getattr(eager, name))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=3))
 def test_every_real_token_has_exactly_one_slot(rows):
