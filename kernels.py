@@ -456,10 +456,12 @@ def attention_blocks(E: int, part: str, instruction: str) -> dict[str, int]:
     }[part][wide]  # fmt: skip
     # mma.sync takes its operands from registers, which leaves less room for the sums.
     m, n, warps, stages = {
+        "wgmma": {("dkv", 128): (64, 64, 8, 2) if wide == E else (64, 32, 8, 2)},
         "mma.sync": {("forward", 64): (128, 64, 8, 2), ("forward", 128): (128, 32, 8, 2),
                      ("dq", 64): (64, 64, 8, 2), ("dkv", 64): (64, 64, 8, 2),
                      ("dkv", 128): (32, 64, 8, 2), ("dkv", 256): (32, 32, 8, 2)},
-        "tcgen05": {("dkv", 256): (32, 64, 8, 1)},
+        "tcgen05": {("dkv", 256): (32, 64, 8, 1), ("dkv", 16): (64, 64, 4, 1),
+                    ("forward", 256): (64, 32, 8, 2 if wide == E else 1)},
     }.get(instruction, {}).get((part, wide), (m, n, warps, stages))  # fmt: skip
     return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_E=wide, num_warps=warps, num_stages=stages)
 
@@ -722,7 +724,7 @@ def _decode_attention_triton(q, k, v, visible, scale: float, softcap: float | No
         q.contiguous(), k, v, visible.to(torch.uint8).contiguous(), out, top, total, S, *k.stride()[:3],
         per_split, scale, softcap or 1.0, G=H // K, E=E, SOFTCAP=softcap is not None,
         BLOCK_G=max(16, 1 << (H // K - 1).bit_length()), BLOCK_S=64,
-        BLOCK_E=max(16, 1 << (E - 1).bit_length()), num_warps=4, num_stages=2,
+        BLOCK_E=max(16, 1 << (E - 1).bit_length()), num_warps=4 if H // K <= 32 else 8, num_stages=2,
     )  # fmt: skip
     shrink = (top - top.amax(-1, keepdim=True)).exp()
     return ((out * shrink[..., None]).sum(2) / (total * shrink).sum(-1, keepdim=True)).to(q.dtype)
@@ -799,7 +801,7 @@ class _RMSNorm(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         N, D = flat.shape
         y, rstd = torch.empty_like(flat), torch.empty(N, dtype=torch.float32, device=x.device)
-        how = dict(PLUS_ONE=plus_one, BLOCK=1 << (D - 1).bit_length(), num_warps=4 if D <= 2048 else 8)
+        how = dict(PLUS_ONE=plus_one, BLOCK=1 << (D - 1).bit_length(), num_warps=4 if D <= 1024 else 8)
         if N:
             _rms_norm_kernel[(N,)](flat, weight, y, rstd, D, eps, **how)
         ctx.save_for_backward(flat, weight, rstd)
@@ -821,8 +823,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
     """As `rms_norm_reference`; on a GPU x is read once and no fp32 copy of it is kept for the backward
-    pass."""
-    if use_triton(x) and x.dtype != torch.float64:
+    pass, but where a row is too long for the registers."""
+    if use_triton(x) and x.dtype != torch.float64 and x.shape[-1] <= 8192:
         return _RMSNorm.apply(x, weight, eps, plus_one)
     return rms_norm_reference(x, weight, eps, plus_one)
 

@@ -31,6 +31,7 @@ def _cross_entropy_kernel(
     label = tl.load(labels + row)
     top = float("-inf")
     total = 0.0
+    chosen = 0.0  # taken on the way: read after the last reduction, another warp might have replaced it
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         z = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
@@ -38,10 +39,8 @@ def _cross_entropy_kernel(
             z = tl.where(v < V, soft_cap(z, softcap), float("-inf"))
         new_top = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
+        chosen += tl.sum(tl.where(v == label, z, 0.0), 0)
         top = new_top
-    chosen = tl.load(logits + row * V + label).to(tl.float32)
-    if SOFTCAP:
-        chosen = soft_cap(chosen, softcap)
     tl.store(nll + row, top + tl.log(total) - chosen)
     if GRADIENT:
         for start in range(0, V, BLOCK):
@@ -268,7 +267,8 @@ def _partial_statistics(
     N, D = hidden.shape
     V = weight.shape[0]
     assert V < 2**24, "indices are kept in fp32"
-    block_n, block_v = 64, 64
+    # In fp32 no tensor core holds the logits, and larger tiles would not fit the registers.
+    block_n, block_v, block_d = (64, 64, 64) if hidden.dtype.itemsize == 2 else (64, 32, 32)
     # Enough programs for a GPU also when there are few tokens
     splits = max(1, min(16, 256 // -(-N // block_n)))
     per_split = -(-V // (splits * block_v)) * block_v
@@ -277,7 +277,7 @@ def _partial_statistics(
     _partial_statistics_kernel[(-(-N // block_n), splits)](
         hidden.contiguous(), weight.contiguous(), labels.to(torch.int32), out, N, V, D, per_split,
         temperature,
-        softcap or 1.0, SOFTCAP=softcap is not None, BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_D=64,
+        softcap or 1.0, SOFTCAP=softcap is not None, BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_D=block_d,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

@@ -388,7 +388,7 @@ def _nf4_matmul_kernel(
             w = _nf4_tile(packed, absmax_codes, nested, offset, code, dynamic, n, k_half, N, K, BLOCK_K)
             inside = (m[:, None] < M) & (n[None, :] < N)
             g = tl.load(x + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0)
-            total += tl.dot(g, w.to(g.dtype))
+            total += tl.dot(g, w.to(g.dtype), input_precision="ieee")
         at = m[:, None].to(tl.int64) * K + k[None, :]
         tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
     else:
@@ -401,7 +401,7 @@ def _nf4_matmul_kernel(
             k = start + tl.arange(0, BLOCK_K)
             inside = (m[:, None] < M) & (k[None, :] < K)
             a = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
-            total += tl.dot(a, tl.trans(w).to(a.dtype))
+            total += tl.dot(a, tl.trans(w).to(a.dtype), input_precision="ieee")
         at = m[:, None].to(tl.int64) * N + n[None, :]
         tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
@@ -426,7 +426,7 @@ def _int8_matmul_kernel(
             s = tl.load(scale + n, mask=n < N, other=0.0)
             inside = (m[:, None] < M) & (n[None, :] < N)
             g = tl.load(x + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0)
-            total += tl.dot(g, (w.to(tl.float32) * s[:, None]).to(g.dtype))
+            total += tl.dot(g, (w.to(tl.float32) * s[:, None]).to(g.dtype), input_precision="ieee")
         at = m[:, None].to(tl.int64) * K + k[None, :]
         tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
     else:
@@ -441,7 +441,7 @@ def _int8_matmul_kernel(
             )
             inside = (m[:, None] < M) & (k[None, :] < K)
             a = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
-            total += tl.dot(a, w.to(a.dtype))
+            total += tl.dot(a, w.to(a.dtype), input_precision="ieee")
         total *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
         at = m[:, None].to(tl.int64) * N + n[None, :]
         tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
@@ -461,7 +461,8 @@ def _frozen_product(kind: str, x: Tensor, stored: tuple[Tensor, ...], input_grad
     N, K = stored[0].shape[0], stored[0].shape[1] * (2 if kind == "nf4" else 1)
     M, x = x.shape[0], x.contiguous()
     y = torch.empty(M, K if input_gradient else N, dtype=x.dtype, device=x.device)
-    block_m, block_n, block_k = (64, 64, 64)
+    # In fp32 no tensor core holds the sums, and larger tiles would not fit the registers.
+    block_m = block_n = block_k = 64 if x.dtype.itemsize == 2 else 32
     columns = -(-K // block_k) if input_gradient else -(-N // block_n)
     how = dict(INPUT_GRADIENT=input_gradient, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
     grid = (-(-M // block_m), columns)

@@ -1,10 +1,16 @@
 """The loss and the log-probabilities against naive fp64, in value and gradient."""
 
+import ast
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import losses
+from conftest import ROOT
 
 
 def naive_loss(hidden, weight, labels, softcap=None):
@@ -176,3 +182,30 @@ def test_a_sharded_vocabulary_gives_every_rank_the_whole_result(tmp_path):
     )
     done = run_program(script, str(ROOT), ranks=2)
     assert done.stdout.count("same on rank") == 2, done.stderr
+
+
+@pytest.mark.parametrize("softcap", [False, True])
+def test_the_cross_entropy_kernel_reads_no_logit_that_another_warp_may_have_replaced(softcap):
+    """Its gradients replace the logits. A row's elements are read by the threads that write them, in
+    vectors; a single one, read by all after the last reduction, would race with those writes."""
+    program = f"""
+import os, re
+os.environ.pop("TRITON_INTERPRET", None)
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import losses
+names = dict(logits="*bf16", labels="*i64", nll="*fp32", V="i32", softcap="fp32")
+constants = dict(SOFTCAP={softcap}, GRADIENT=True, BLOCK=4096)
+source = ASTSource(losses._cross_entropy_kernel, names | dict.fromkeys(constants, "constexpr"), constants,
+                   {{(i,): [["tt.divisibility", 16]] for i in range(4)}})
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8))
+print(sorted(set(re.findall(r"ld\\.global[.\\w:]*", made.asm["ptx"]))))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment,
+                          cwd=ROOT)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]
+    loads = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    assert [load for load in loads if ".v" in load] and [load for load in loads if load.endswith("64")]
+    assert not [load for load in loads if load.endswith("16") and ".v" not in load], loads
