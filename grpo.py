@@ -12,6 +12,7 @@ divided by what the whole step holds, over all micro-batches and ranks, so it do
 is cut.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -792,6 +793,11 @@ def serve(argv: list[str]) -> None:
             file=sys.stderr, flush=True,
         )  # fmt: skip
     print(" ".join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
+    if config.vllm_python is None and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vllm_python", None, f"is unset, and {sys.executable} has no vLLM: `pip install 'vllm==0.32.*'` "
+            "into it or into a venv of its own, and set vllm_python to that one's Python",
+        )  # fmt: skip
     try:
         os.execvpe(command[0], command, {**os.environ, **environment})  # noqa: S606
     except OSError as error:

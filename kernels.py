@@ -456,7 +456,7 @@ def attention_blocks(E: int, part: str, instruction: str) -> dict[str, int]:
     }[part][wide]  # fmt: skip
     # mma.sync takes its operands from registers, which leaves less room for the sums.
     m, n, warps, stages = {
-        "wgmma": {("dkv", 128): (64, 64, 8, 2) if wide == E else (64, 32, 8, 2)},
+        "wgmma": {("dkv", 128): (64, 64, 8, 2) if wide == E else (32, 64, 8, 2)},
         "mma.sync": {("forward", 64): (128, 64, 8, 2), ("forward", 128): (128, 32, 8, 2),
                      ("dq", 64): (64, 64, 8, 2), ("dkv", 64): (64, 64, 8, 2),
                      ("dkv", 128): (32, 64, 8, 2), ("dkv", 256): (32, 32, 8, 2)},
@@ -724,7 +724,7 @@ def _decode_attention_triton(q, k, v, visible, scale: float, softcap: float | No
         q.contiguous(), k, v, visible.to(torch.uint8).contiguous(), out, top, total, S, *k.stride()[:3],
         per_split, scale, softcap or 1.0, G=H // K, E=E, SOFTCAP=softcap is not None,
         BLOCK_G=max(16, 1 << (H // K - 1).bit_length()), BLOCK_S=64,
-        BLOCK_E=max(16, 1 << (E - 1).bit_length()), num_warps=4 if H // K <= 32 else 8, num_stages=2,
+        BLOCK_E=max(16, 1 << (E - 1).bit_length()), num_warps=4, num_stages=2,
     )  # fmt: skip
     shrink = (top - top.amax(-1, keepdim=True)).exp()
     return ((out * shrink[..., None]).sum(2) / (total * shrink).sum(-1, keepdim=True)).to(q.dtype)
@@ -740,7 +740,7 @@ def decode_attention(
     """
     B, H, E = q.shape
     K = k.shape[1]
-    if _fits_triton_attention(q):
+    if _fits_triton_attention(q) and H // K <= 32:  # more query heads do not fit the registers
         return _decode_attention_triton(q, k, v, visible, scale, softcap)
     out = _masked(q.view(B, K, H // K, E), k, v, visible[:, None, None, :], scale, softcap)
     return out.reshape(B, H, E)

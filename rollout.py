@@ -26,7 +26,7 @@ from dist import World
 from generation import generate
 from model import Transformer
 from tokenizer import BadRow, Tokenizer
-from vllm_client import Completion, VllmEngine
+from vllm_client import MEMORY, Completion, VllmEngine
 
 
 @dataclass
@@ -65,7 +65,7 @@ class RolloutOptions:
     vllm_sync_method: Literal["auto", "file", "nccl", "adapter"] = "auto"
     """adapter: only the LoRA adapter. file: safetensors through vllm_sync_directory. nccl: GPU to GPU. auto:
     adapter for LoRA, file for servers on this host, else nccl."""
-    vllm_sync_directory: str = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"  # noqa: S108 - random names
+    vllm_sync_directory: str = MEMORY
     """Where weights for servers are put for a moment: memory of this host, or a shared file system."""
     vllm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the server computes in; auto: bfloat16 with bf16: true, else float32."""
@@ -74,6 +74,8 @@ class RolloutOptions:
     vllm_probe_tolerance: float | None = None
     """Largest mean difference of log-probs between server and trainer after a sync; unset: 1e-3 where both
     are fp32, else 0.1."""
+    vllm_allow_missing_servers: bool = False
+    """Go on with the servers that answer where others do not within vllm_timeout."""
     async_prefetch: bool = False
     """vllm: sample the next batch while this one trains; it is one update more off policy."""
     vllm_python: str | None = None

@@ -2,6 +2,8 @@
 are put into a running server, with a probe that shows whether they arrived. The server's end: vllm_worker.py.
 """
 
+import concurrent.futures
+import contextlib
 import importlib
 import math
 import os
@@ -9,6 +11,7 @@ import random
 import secrets
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +50,14 @@ class Completion:
 # ------------------------------------------------------------------------------------------------------------
 # vLLM servers
 # ------------------------------------------------------------------------------------------------------------
+
+
+# Everything that a request leaves out, a server may fill from the checkpoint's generation_config.json.
+NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+           "frequency_penalty": 0.0}  # fmt: skip
+THREADS_A_SERVER = 64
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"  # noqa: S108 - names in it are random
+PROBE_ANSWER = 16  # tokens that the probe lets a server sample
 
 
 class ServerLost(Exception):
@@ -101,6 +112,15 @@ class Server:
             raise EngineError(f"{self.url}/v1/models: no list of models; is it a vLLM server?")
         return {str(e["id"]): e for e in answer["data"] if isinstance(e, dict) and "id" in e}
 
+    def abort(self) -> None:
+        """End all that is in flight: its blocks would keep the prefix cache from being emptied."""
+        self.ask("POST", "/abort_requests", {})
+
+    def reset_prefix_cache(self) -> bool:
+        """Whether it is empty now: a server answers 200 also where requests hold blocks."""
+        answer = self.ask("POST", "/reset_prefix_cache")
+        return not (isinstance(answer, dict) and answer.get("success") is False)
+
     def version(self) -> str:
         answer = self.ask("GET", "/weight_info")
         return str(answer.get("weight_version")) if isinstance(answer, dict) else "unknown"
@@ -130,9 +150,7 @@ class VllmEngine:
         self.adapter: str | None = None  # name of the adapter that they serve
         self.method = options.vllm_sync_method
         if self.method == "auto":
-            hosts = {urlparse(url).hostname for url in options.vllm_server_base_url}
-            here = hosts <= {"127.0.0.1", "localhost", "::1"}
-            self.method = "adapter" if options.adapter else "file" if here else "nccl"
+            self.method = sync_method(options)
         grown = max(tokenizer.new_ids, default=-1) >= model.arch.checkpoint_vocab_size
         if grown and (model.token_rows is not None or options.adapter is None):
             raise ConfigError(
@@ -148,13 +166,18 @@ class VllmEngine:
             )
         self._transfers: list[Any] = []  # NCCL: one sender a server
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if world.main else None
-        self._requests = ThreadPoolExecutor(64, thread_name_prefix="vllm") if world.main else None
+        threads = THREADS_A_SERVER * len(self.servers)
+        self._requests = ThreadPoolExecutor(threads, thread_name_prefix="vllm") if world.main else None
+        self.longest = max((len(p.ids) for p in prompts), default=0)
         self._pending: Future | None = None
         self.gap_told = False
         room = dist.from_main(self._meet, world)
-        # Also where there are few, short prompts
-        text = [token for p in prompts[:16] for token in p.ids] * 64
-        self.probe = text[: 64 if room is None else min(64, room - 1)]
+        # Also where there are few, short prompts; beyond 128 tokens, which are a block of a prefix cache
+        text = [token for p in prompts[:16] for token in p.ids] * 160
+        self.probe = text[: 160 if room is None else max(1, min(160, room - PROBE_ANSWER))]
+        # What the trainer gave the probe at the first sync and the last: where it moved, the server must too
+        self._earlier: dict[str, torch.Tensor] = {}
+        self._floor = math.inf  # smallest difference of a probe so far
 
     # -- before the first step -------------------------------------------------------------------------------
 
@@ -170,11 +193,12 @@ class VllmEngine:
                     "start it with `python grpo.py serve`, or set vllm_model_name"
                 )
             room = served[self.name].get("max_model_len")
-            need = (self.options.max_prompt_length or 0) + self.options.max_completion_length
+            need = self.longest + self.options.max_completion_length
             if room is not None and room < need:
                 raise EngineError(
-                    f"{server.url}: takes {room} tokens, max_prompt_length + max_completion_length is {need}"
-                    f"; start it with --max-model-len {need}"
+                    f"{server.url}: takes {room} tokens; the longest prompt has {self.longest}, "
+                    f"max_completion_length is {self.options.max_completion_length}: start it with "
+                    f"--max-model-len {need}, or lower max_prompt_length"
                 )
             rooms += [room] if room is not None else []
             server.version()  # 404 without the development routes
@@ -185,6 +209,13 @@ class VllmEngine:
         told = False
         while lost := [server.url for server in self.servers if not server.healthy()]:
             if time.monotonic() > deadline:
+                living = [server for server in self.servers if server.url not in lost]
+                if living and self.options.vllm_allow_missing_servers:
+                    log.warning("%s: no answer for %g s (vllm_timeout); the run goes on with %s",
+                                ", ".join(lost), self.options.vllm_timeout,
+                                ", ".join(server.url for server in living))  # fmt: skip
+                    self.servers = living
+                    return
                 raise EngineError(
                     f"{lost[0]}: no healthy answer for {self.options.vllm_timeout:g} s (vllm_timeout); is "
                     "the server running? `python grpo.py serve` starts it"
@@ -245,31 +276,57 @@ class VllmEngine:
         limits = limits or [self.options.max_completion_length] * len(prompts)
         temperature = self.options.temperature if temperature is None else temperature
         groups: list[list[Completion]] = [[] for _ in prompts]
+        different = n if temperature > 0 else 1  # greedy completions are one, and vLLM refuses several
+        over = threading.Event()  # this attempt: what still arrives belongs to nobody
 
         def one(i: int) -> None:
             server = self.servers[i % len(self.servers)]
-            body = {
-                "model": self.adapter or self.name, "prompt": prompts[i], "n": n, "max_tokens": limits[i],
-                "temperature": temperature, "logprobs": 0, "return_token_ids": True,
-                "stop_token_ids": self.stop_ids, "skip_special_tokens": False,
-                "seed": random.Random(repr((seed, i))).getrandbits(31),
-            }  # fmt: skip
+            drawn = random.Random(repr((seed, i))).getrandbits(31)
+            body = self._body(prompts[i], different, limits[i], temperature, drawn)
+            if over.is_set():
+                return
             answer = server.ask("POST", "/v1/completions", body)
-            groups[i] = read_completions(
-                answer, n, limits[i], server.url, prompts[i], self.model.arch.vocab_size
+            made = read_completions(
+                answer, different, limits[i], server.url, prompts[i], self.model.arch.vocab_size
             )
-            if on_group is not None:
+            groups[i] = made * (n // different)
+            if on_group is not None and not over.is_set():
                 on_group(i, groups[i])
 
+        asked: list[Future] = []
         try:
             self._check_versions()
             assert self._requests is not None
-            for done in [self._requests.submit(one, i) for i in range(len(prompts))]:
+            asked = [self._requests.submit(one, i) for i in range(len(prompts))]
+            for done in concurrent.futures.as_completed(asked):
                 done.result()
             self._check_versions()  # a server that was restarted in between sampled from other weights
         except (StaleServer, ServerLost) as problem:
             return "stale", str(problem)  # a lost server may come back with other weights: send them again
+        finally:
+            over.set()
+            self._end(asked)
         return "ok", groups
+
+    def _end(self, asked: list[Future]) -> None:
+        """No request outlives its attempt: it would hold blocks of old weights, and report to the next."""
+        if running := [one for one in asked if not one.done() and not one.cancel()]:
+            for server in self.servers:
+                with contextlib.suppress(ServerLost, EngineError):
+                    server.abort()
+            concurrent.futures.wait(running)
+
+    def _body(
+        self, prompt: list[int], n: int, limit: int, temperature: float, seed: int | None
+    ) -> dict[str, Any]:
+        """A request that leaves nothing to the server's defaults. The salt keeps keys and values that other
+        weights made out of it."""
+        return {
+            "model": self.adapter or self.name, "prompt": prompt, "n": n, "max_tokens": limit,
+            "temperature": temperature, **NEUTRAL, "logprobs": 0, "return_token_ids": True,
+            "stop_token_ids": self.stop_ids, "skip_special_tokens": False, "seed": seed,
+            "cache_salt": self._version_name(),
+        }  # fmt: skip
 
     def _check_versions(self) -> None:
         for server in self.servers:
@@ -318,7 +375,14 @@ class VllmEngine:
 
         def settle() -> None:
             for server in self.servers:
-                server.ask("POST", "/reset_prefix_cache")
+                for _ in range(20):
+                    if server.reset_prefix_cache():
+                        break
+                    server.abort()
+                    time.sleep(0.1)
+                else:
+                    log.warning("%s: requests of others hold its prefix cache, which could not be emptied; "
+                                "this run does not read what they left", server.url)  # fmt: skip
                 server.set_version(self._version_name())
 
         self._on_main(settle)
@@ -439,44 +503,89 @@ class VllmEngine:
         Raises EngineError with both numbers where it is beyond the tolerance: a stale, wrong or corrupted
         server answers 200 like any other.
         """
-        ids = torch.tensor([self.probe], device=self.world.device)
         training = self.model.training
         self.model.eval()
+        scored = dist.from_main(self._ask_probe, self.world)
+        if isinstance(scored, str):
+            raise ServerLost(scored)
         with without_gradients(self.model):
-            hidden, _ = self.model.hidden_states(ids)
-            ours = linear_logprobs(
-                hidden[0, :-1], self.model.head_weight, ids[0, 1:], softcap=self.model.arch.final_softcap
-            ).logprobs.float().cpu()  # fmt: skip
+            ours = self._trainer_logprobs(self.probe, 1.0)
+            sampled = [
+                self._trainer_logprobs(self.probe + answer, self.options.temperature)[len(self.probe) - 1 :]
+                for _, _, answer, _ in scored
+            ]
         self.model.train(training)
         both_exact = self._server_dtype() == torch.float32 and not self.options.bf16
         allowed = self.options.vllm_probe_tolerance
         allowed = (1e-3 if both_exact else 0.1) if allowed is None else allowed
-
-        def compare() -> float:
-            worst = 0.0
-            for server in self.servers:
-                theirs = torch.tensor(self._score(server))
-                gap = (theirs - ours).abs().mean().item()
-                if not gap <= allowed:  # also where it is NaN
+        worst = 0.0
+        for i, (url, prompt, _, drawn) in enumerate(scored):
+            theirs = torch.tensor(prompt)
+            gap = (theirs - ours).abs().mean().item()
+            where = f"{url}: after the sync of step {step}"
+            if not gap <= allowed:  # also where it is NaN
+                raise EngineError(
+                    f"{where} the probe has mean log-prob {theirs.mean():.4f} on the server, "
+                    f"{ours.mean():.4f} in the trainer (mean difference {gap:.2g}, allowed {allowed:g}: "
+                    "vllm_probe_tolerance): it does not have these weights; start it with "
+                    "`python grpo.py serve`"
+                )
+            for since, earlier in self._earlier.items():
+                moved = (ours - earlier).abs().mean().item()
+                if moved > 4 * self._floor and gap > moved / 2:
                     raise EngineError(
-                        f"{server.url}: after the sync of step {step} the probe has mean log-prob "
-                        f"{theirs.mean():.4f} on the server, {ours.mean():.4f} in the trainer "
-                        f"(mean difference {gap:.2g}, allowed {allowed:g}: vllm_probe_tolerance): it does "
-                        "not have these weights; start it with `python grpo.py serve`"
+                        f"{where} the probe differs by {gap:.2g} in mean log-prob from the trainer's, whose "
+                        f"own moved by {moved:.2g} since the {since}: the server has not all of the weights; "
+                        "start it with `python grpo.py serve`"
                     )
-                worst = max(worst, gap)
-            return worst
-
-        worst = self._on_main(compare)
+            off = (torch.tensor(drawn) - sampled[i]).abs().mean().item()
+            if not off <= max(allowed, 4 * gap):
+                raise EngineError(
+                    f"{where} the tokens that it samples have log-probs that differ by {off:.2g} from the "
+                    f"trainer's (allowed {max(allowed, 4 * gap):.2g}), while those of a prompt agree: other "
+                    "settings of sampling (--logprobs-mode must be processed_logprobs) or stale keys in its "
+                    "prefix cache; start it with `python grpo.py serve`"
+                )
+            worst = max(worst, gap)
+        self._floor = min(self._floor, worst)
+        self._earlier = {"first": self._earlier.get("first", ours), "last": ours}
         if not self.gap_told:
             self.gap_told = True
             what = "both in fp32" if both_exact else "of precision: a constant offset of the sampling ratios"
             log.info("probe: server and trainer differ by %.2g in log-prob, %s", worst, what)
         return worst
 
+    def _trainer_logprobs(self, tokens: list[int], temperature: float) -> torch.Tensor:
+        """log π of tokens[1:] in the trainer: [len − 1], fp32 on the CPU."""
+        ids = torch.tensor([tokens], device=self.world.device)
+        hidden, _ = self.model.hidden_states(ids)
+        return linear_logprobs(
+            hidden[0, :-1], self.model.head_weight, ids[0, 1:], temperature=temperature,
+            softcap=self.model.arch.final_softcap,
+        ).logprobs.float().cpu()  # fmt: skip
+
+    def _ask_probe(self) -> list[tuple[str, list[float], list[int], list[float]]] | str:
+        """By server: its address, log-probs of the probe, and tokens that it sampled after the probe with the
+        run's own settings, with their log-probs. It samples twice, so that the probe comes from its prefix
+        cache. Why not, where a server was lost."""
+        made = []
+        try:
+            for server in self.servers:
+                scored = self._score(server)
+                body = self._body(self.probe, 1, PROBE_ANSWER, self.options.temperature, 1)
+                for _ in range(2):
+                    answer = server.ask("POST", "/v1/completions", body)
+                (drawn,) = read_completions(
+                    answer, 1, PROBE_ANSWER, server.url, self.probe, self.model.arch.vocab_size
+                )
+                known = [x if x is not None else math.nan for x in drawn.logprobs]
+                made.append((server.url, scored, drawn.ids, known))
+        except ServerLost as problem:
+            return str(problem)
+        return made
+
     def _score(self, server: Server) -> list[float]:
-        body = {"model": self.adapter or self.name, "prompt": self.probe, "max_tokens": 1, "temperature": 1.0,
-                "prompt_logprobs": 0}  # fmt: skip
+        body = {**self._body(self.probe, 1, 1, 1.0, None), "prompt_logprobs": 0}
         answer = server.ask("POST", "/v1/completions", body)
         try:
             given = answer["choices"][0]["prompt_logprobs"][1:]
@@ -488,6 +597,16 @@ class VllmEngine:
             raise EngineError(
                 f"{server.url}: scored the probe in a form that is not understood: {error!r}"
             ) from None
+
+
+def sync_method(options: Any) -> str:
+    """What vllm_sync_method: auto means: what is written to memory of this host can be read here only."""
+    if options.vllm_sync_method != "auto":
+        return options.vllm_sync_method
+    hosts = {urlparse(url).hostname for url in options.vllm_server_base_url}
+    if hosts <= {"127.0.0.1", "localhost", "::1"} or options.vllm_sync_directory != MEMORY:
+        return "adapter" if options.adapter else "file"
+    return "nccl"
 
 
 def _free_port() -> int:
@@ -552,7 +671,7 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
         options.vllm_python or sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", model, "--served-model-name", options.vllm_model_name or options.base_model,
         "--host", where.hostname or "127.0.0.1", "--port", str(where.port or 8000), "--dtype", dtype,
-        "--logprobs-mode", "processed_logprobs", "--seed", str(options.seed),
+        "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--seed", str(options.seed),
         "--worker-extension-cls", "vllm_worker.WeightReceiver",
     ]  # fmt: skip
     longest = options.vllm_max_model_len
@@ -560,7 +679,8 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
         longest = options.max_prompt_length + options.max_completion_length
     if longest is not None:
         command += ["--max-model-len", str(longest)]
-    if options.adapter:
+    method = sync_method(options)
+    if method == "adapter":
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         most = max(options.lora_r, len(options.tokens) + len(options.special_tokens) + 2)  # a rank a new row
         most = most if options.tokens or options.special_tokens else options.lora_r
@@ -569,9 +689,10 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
     if gpu:
         command += ["--gpu-memory-utilization", str(options.vllm_gpu_memory_utilization)]
         command += ["--tensor-parallel-size", str(options.vllm_tensor_parallel_size)]
-        if options.vllm_sync_method in ("auto", "nccl") and not options.adapter:
+        if method == "nccl":
             command += ["--weight-transfer-config", '{"backend": "nccl"}']
     else:
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
-        command += ["--enforce-eager"]
+        # A request with a seed whose prompt is read in two parts ends vLLM's engine on CPUs.
+        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
     return environment, command

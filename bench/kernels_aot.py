@@ -139,14 +139,13 @@ def cases(target: str) -> dict[str, dict]:
     widths = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)  # 16-bit only: in fp32 torch's attention is taken
     for E in widths:
         wide = 1 << (E - 1).bit_length()
-        for group in (1, 4, 32, 64) if E in (64, 128, 256) else (4,):
+        for group in (1, 4, 32) if E in (64, 128, 256) else (4,):
             for cap in (False, True):
                 found[f"decode_attention E {E}, {group} heads a key{', cap' * cap}"] = case(
                     kernels._decode_attention_kernel,
                     "*bf16 *bf16 *bf16 *u8 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 fp32 fp32",
                     dict(G=group, E=E, SOFTCAP=cap, BLOCK_G=max(16, group), BLOCK_S=64, BLOCK_E=wide),
                     flops=4 * 64 * H * E * T, bytes_=4 * 64 * K * E * T, stages=2, dots=False,
-                    warps=4 if group <= 32 else 8,
                 )  # fmt: skip
     for E in widths:
         for window, cap in ((0, False), (4096, False), (0, True), (4096, True)):

@@ -36,7 +36,6 @@ OTHERS = {  # what else takes another way on a GPU
     "sft bf16 adamw_8bit": ["optimizer=adamw_8bit"],
     "sft bf16 recomputed": ["gradient_checkpointing=true"],
     "grpo bf16 moved reference": ["ref_model_sync_steps=1"],
-    "structured bf16 offloaded feature network": ["offload_feature_network=true"],
     "grpo bf16 deterministic": ["deterministic=true"],
 }
 CELLS = [

@@ -4,10 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_vllm import FakeVllm
 
-from config import ConfigError
+from config import ConfigError, parse_config
+from data import Prompt
 from dist import World
-from vllm_client import VllmEngine
+from grpo import Config
+from tokenizer import Tokenizer
+from vllm_client import MEMORY, EngineError, VllmEngine, sync_method
+from weights import load_pretrained
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
@@ -16,7 +21,8 @@ def engine_for(new_ids, base_rows, adapter, trains_rows):
     """An engine whose model has new tokens; no server is asked before the refusal."""
     options = SimpleNamespace(
         vllm_model_name=None, base_model="base", vllm_server_base_url=["http://127.0.0.1:9"], vllm_timeout=1,
-        vllm_sync_method="auto", adapter=adapter, tokens=["<a>"], vllm_wait_timeout=0,
+        vllm_sync_method="auto", adapter=adapter, tokens=["<a>"], vllm_sync_directory=MEMORY,
+        vllm_allow_missing_servers=False,
     )  # fmt: skip
     model = SimpleNamespace(
         arch=SimpleNamespace(checkpoint_vocab_size=base_rows),
@@ -37,3 +43,135 @@ def test_tokens_within_the_rows_of_the_server_are_no_reason_to_refuse():
     """The reserved rows of a padded vocabulary can be trained and served."""
     with pytest.raises(Exception, match=r"127\.0\.0\.1:9"):  # it asks the server, which is not there
         engine_for([98, 99], 100, "lora", True)
+
+
+@pytest.fixture
+def start(small_checkpoint, tmp_path):
+    """An engine and its server, which has the faults that are asked for: start(options, **faults)."""
+    made, small_checkpoint = [], small_checkpoint[0]
+
+    def begin(*options: str, prompts=((5, 6, 7), (8, 9), (10, 11, 12, 13)), servers=(), **faults):
+        fake = FakeVllm(small_checkpoint, "policy", **faults)
+        made.append(fake)
+        config = parse_config(
+            Config,
+            ["datasets=[{path: x, type: chat}]", f"base_model={small_checkpoint}", "rollout_engine=vllm",
+             "vllm_model_name=policy", f"vllm_server_base_url=[{', '.join([fake.url, *servers])}]",
+             "num_generations=2", "micro_batch_size=2", "max_completion_length=4", "reward_funcs=[length]",
+             f"vllm_sync_directory={tmp_path}", "vllm_timeout=30", *options],
+        )  # fmt: skip
+        model = load_pretrained(str(small_checkpoint), dtype=torch.float32)
+        asked = [Prompt(list(ids), "", {}, f"row {i}") for i, ids in enumerate(prompts)]
+        engine = VllmEngine(model, config, Tokenizer.load(small_checkpoint), WORLD, asked)
+        return engine, fake
+
+    yield begin
+    for fake in made:
+        fake.close()
+
+
+def nudge(engine: VllmEngine, by: float) -> None:
+    """A step of Adam at this learning rate, in a random direction."""
+    with torch.no_grad():
+        for p in engine.model.parameters():
+            p.add_(by * torch.randn_like(p).sign())
+
+
+def test_a_request_leaves_nothing_to_the_servers_defaults_and_names_its_weights(start):
+    """vLLM fills what is missing from the checkpoint's generation_config.json."""
+    engine, fake = start()
+    engine.sync(0)
+    engine.generate([[5, 6, 7]], 2, seed=(1,))
+    neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+               "frequency_penalty": 0.0}  # fmt: skip
+    assert len(fake.bodies) >= 3 and all(neutral.items() <= body.items() for body in fake.bodies)
+    salts = {body["cache_salt"] for body in fake.bodies}
+    nudge(engine, 1e-3)
+    engine.sync(1)
+    assert len(salts) == 1 and fake.bodies[-1]["cache_salt"] not in salts
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-4])
+def test_a_server_that_ignores_weights_is_found_at_its_first_step_also_where_it_is_small(rate, start):
+    engine, _ = start(ignores_weights=True)
+    engine.sync(0)
+    nudge(engine, rate)
+    with pytest.raises(
+        EngineError, match=r"moved by .*has not all of the weights|does not have these weights"
+    ):
+        engine.sync(1)
+
+
+def test_a_server_that_takes_weights_is_believed_however_small_the_step(start):
+    engine, _ = start()
+    for step in range(5):
+        engine.sync(step)
+        nudge(engine, 1e-7)
+
+
+def test_log_probs_before_temperature_are_found_before_anything_is_sampled(start):
+    """--logprobs-mode raw_logprobs at a temperature of 0.7; those of a prompt agree."""
+    engine, _ = start("temperature=0.7", raw_logprobs=True)
+    with pytest.raises(EngineError, match="processed_logprobs"):
+        engine.sync(0)
+
+
+def test_a_prefix_cache_that_is_held_is_asked_for_again_and_what_holds_it_ended(start):
+    engine, fake = start(cache_is_held=2)
+    engine.sync(0)
+    assert fake.asked.count("/reset_prefix_cache") == 3 and fake.aborted.is_set()
+
+
+def test_no_request_outlives_its_attempt(start):
+    """A prompt fails at once, its siblings would run on: they are ended before the batch is asked for again,
+    and only the second attempt reports."""
+    prompts = [[8, 9], [5, 6, 7], [10, 11, 12, 13]]
+    engine, fake = start()
+    engine.sync(0)
+    fake.faults["fails_once"] = [8, 9]
+    fake.aborted.clear()
+    reports: list[tuple[int, bool]] = []
+
+    def on_group(i, group):
+        reports.append((i, fake.aborted.is_set()))
+
+    groups = engine.generate(prompts, 2, seed=(1,), on_group=on_group)
+    assert fake.aborted.is_set() and not fake.overlap
+    assert sorted(reports) == [(0, True), (1, True), (2, True)] and all(len(g) == 2 for g in groups)
+
+
+def test_greedy_completions_are_asked_for_once(start):
+    engine, fake = start()
+    engine.sync(0)
+    (group,) = engine.generate([[5, 6, 7]], 3, seed=(1,), temperature=0.0)
+    assert len(group) == 3 and group[0].ids == group[2].ids and fake.bodies[-1]["n"] == 1
+
+
+def test_room_is_for_the_longest_prompt_that_was_read(start):
+    """vLLM shortens completions to what is left, in silence."""
+    with pytest.raises(EngineError, match=r"longest prompt has 30.*--max-model-len 34"):
+        start(prompts=[[5] * 30], max_model_len=32)
+
+
+def test_a_dead_server_beside_a_living_one(start):
+    """9 is a port that nothing listens on."""
+    dead = "http://127.0.0.1:9"
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1:9: no healthy answer"):
+        start("vllm_timeout=1", servers=[dead])
+    engine, _ = start("vllm_timeout=1", "vllm_allow_missing_servers=true", servers=[dead])
+    engine.sync(0)
+    assert len(engine.generate([[5, 6, 7], [8]], 2, seed=(1,))) == 2
+
+
+@pytest.mark.parametrize(
+    "adapter, url, directory, way",
+    [
+        (None, "http://127.0.0.1:1", MEMORY, "file"), ("lora", "http://localhost:1", MEMORY, "adapter"),
+        (None, "http://other:1", MEMORY, "nccl"), ("lora", "http://other:1", MEMORY, "nccl"),
+        ("lora", "http://other:1", "/shared", "adapter"), (None, "http://other:1", "/shared", "file"),
+    ],
+)  # fmt: skip
+def test_memory_of_this_host_is_no_way_to_another(adapter, url, directory, way):
+    options = SimpleNamespace(vllm_sync_method="auto", vllm_server_base_url=[url], adapter=adapter,
+                              vllm_sync_directory=directory)  # fmt: skip
+    assert sync_method(options) == way
