@@ -226,9 +226,8 @@ class Checkpointer:
     def __init__(self, directory: Path, world: World, options: CheckpointOptions):
         self.directory, self.world, self.options = directory, world, options
         self._pending: Future | None = None
-        self._group: Any = td.new_group(
-            backend="gloo"
-        )  # collectives of a background save never mix with the loop's own
+        # Collectives of a background save never mix with the loop's own
+        self._group: Any = td.new_group(backend="gloo", timeout=world.timeout)
         if world.main:
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in directory.glob(".step-*"):  # of a run that was killed while saving

@@ -4,6 +4,8 @@ One process and many are the same program: `python sft.py` is a world of one. Wi
 block; no rank ever holds a whole full-precision model.
 """
 
+import contextlib
+import itertools
 import logging
 import math
 import os
@@ -13,7 +15,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -139,6 +141,7 @@ class World:
     local_rank: int
     device: torch.device
     mesh: DeviceMesh | None = None  # over which parameters are sharded; None for one process
+    timeout: timedelta | None = None  # of a collective; None: torch's own
 
     @property
     def main(self) -> bool:
@@ -167,7 +170,8 @@ def init(options: DistOptions) -> World:
             td.init_process_group(backend, timeout=timeout)
         else:
             td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=timeout)
-    world = World(rank, size, local_rank, device)
+    timeout = timedelta(minutes=options.gpu_timeout_minutes)
+    world = World(rank, size, local_rank, device, timeout=timeout)
     shard = options.hsdp_shard_size
     if shard is not None and (shard < 1 or size % shard):
         raise ConfigError("hsdp_shard_size", shard, f"must divide the {size} processes")
@@ -206,19 +210,21 @@ def gather(value: T, world: World) -> list[T]:
     return values
 
 
-def from_main(work: Callable[[], T], world: World) -> T:
-    """The result of `work()` on rank 0, on every rank. Its error stops all of them."""
+def from_main(work: Callable[[], T], world: World, long: bool = False) -> T:
+    """The result of `work()` on rank 0, on every rank. Its error stops all of them. `long` work may take
+    longer than the limit of a collective (gpu_timeout_minutes)."""
     if world.size == 1:
         return work()
     told: list[Any] = [None, None, None]  # result, error's class, its message
     error: Exception | None = None
-    if world.main:
-        try:
-            told[0] = work()
-        except Exception as caught:  # told to the others, then raised here
-            error = caught
-            plain = isinstance(caught, BallastError) and type(caught).__init__ is BallastError.__init__
-            told = [None, type(caught) if plain else BallastError, str(caught)]
+    with long_work(world) if long else contextlib.nullcontext():
+        if world.main:
+            try:
+                told[0] = work()
+            except Exception as caught:  # told to the others, then raised here
+                error = caught
+                plain = isinstance(caught, BallastError) and type(caught).__init__ is BallastError.__init__
+                told = [None, type(caught) if plain else BallastError, str(caught)]
     td.broadcast_object_list(told, src=0)
     if error is not None:
         raise error
@@ -227,19 +233,45 @@ def from_main(work: Callable[[], T], world: World) -> T:
     return told[0]
 
 
+_long_works = itertools.count()
+
+
+@contextlib.contextmanager
+def long_work(world: World) -> Iterator[None]:
+    """Around what rank 0 does alone and the others then hear of by a collective: they wait for its end
+    without the limit of a collective, but for its beginning with it, so that a rank 0 that never comes is
+    noticed."""
+    if world.size == 1:
+        yield
+        return
+    store, name = td.distributed_c10d._get_default_store(), f"ballast-long-{next(_long_works)}"
+    if world.main:
+        store.set(f"{name}-begun", "")
+        try:
+            yield
+        finally:
+            store.set(f"{name}-done", "")
+        return
+    with contextlib.suppress(td.DistStoreError):  # the collective that follows says who is missing
+        store.wait([f"{name}-begun"], world.timeout or timedelta(minutes=30))
+        store.wait([f"{name}-done"], timedelta(days=30))
+    yield
+
+
 def main_first(work: Callable[[], T], world: World) -> T:
-    """`work()` on rank 0, then on the others, which find what it left on disk. Its error stops all of
-    them."""
+    """`work()` on rank 0, however long it takes, then on the others, which find what it left on disk. Its
+    error stops all of them."""
     if world.size == 1:
         return work()
     failure: list[str | None] = [None]
     result: T | None = None
     error: Exception | None = None
-    if world.main:
-        try:
-            result = work()
-        except Exception as caught:  # told to the others, then raised here
-            failure, error = [str(caught)], caught
+    with long_work(world):
+        if world.main:
+            try:
+                result = work()
+            except Exception as caught:  # told to the others, then raised here
+                failure, error = [str(caught)], caught
     td.broadcast_object_list(failure, src=0)
     if error is not None:
         raise error

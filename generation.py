@@ -64,16 +64,12 @@ def sampling_logprobs(
 
 
 def sample(logprobs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token a row [B] from log-probabilities [B, V], by inverting the cumulative distribution: one
-    uniform a row."""
-    cumulative = logprobs.exp().cumsum(-1)
-    total = cumulative[:, -1:]
-    uniform = torch.rand(
-        logprobs.shape[0], 1, generator=generator, device=logprobs.device, dtype=cumulative.dtype
-    )
-    # Strictly below the total: otherwise rounding could pick the last token even where its probability is 0.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    """One token a row [B] from log-probabilities [B, V]: the one whose exponential clock, of rate π, rings
+    first (Gumbel-max). A cumulative sum would be another pass, and has no deterministic form on GPUs. A token
+    of probability 0 is never drawn."""
+    clocks = torch.empty_like(logprobs).exponential_(generator=generator)
+    clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)
+    return (logprobs.exp() / clocks).argmax(-1)
 
 
 @forward_only

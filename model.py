@@ -357,7 +357,9 @@ class Experts(nn.Module):
         # Tokens sorted by expert: every expert's rows are one contiguous block of a grouped matrix product.
         order = experts.flatten().argsort(stable=True)
         token = order // self.arch.experts_per_token
-        ends = torch.bincount(experts.flatten(), minlength=self.arch.num_experts).cumsum(0)
+        # How many choices are of expert x or before it; bincount would make the host wait for the GPU.
+        which = torch.arange(self.arch.num_experts, device=x.device)
+        ends = torch.searchsorted(experts.flatten()[order], which, right=True)
         gate_up, down = as_dtype(self.gate_up_proj, x.dtype), as_dtype(self.down_proj, x.dtype)
         gate, up = _grouped(x[token], gate_up, ends).chunk(2, -1)
         out = _grouped(_activate(gate, up, self.arch.activation), down, ends)
@@ -595,21 +597,23 @@ class Transformer(nn.Module):
         return stored + sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length: float) -> float:
-        """Training FLOPs a token (forward and backward) in documents of mean length `length`: 6 a weight that
-        multiplies, 12·E·H·length/2 a layer for causal attention (PaLM, arXiv 2204.02311, appendix B)."""
+        """Training FLOPs a token (forward and backward) in documents of mean length `length`: 6 a trained
+        weight that multiplies, 4 a frozen one, whose own gradient is not made, and 12·E·H·length/2 a layer
+        for causal attention (PaLM, arXiv 2204.02311, appendix B)."""
         arch = self.arch
-        used = 0.0
+        flops = 0.0
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2 or "embed_tokens" in name or "lora_" in name:
+            if parameter.dim() < 2 or "embed_tokens" in name:
                 continue
             share = arch.experts_per_token / arch.num_experts if parameter.dim() == 3 else 1.0
-            used += share * parameter.numel()
-        used += sum(
+            flops += (6 if parameter.requires_grad else 4) * share * parameter.numel()
+        flops += 4 * sum(
             m.in_features * m.out_features for m in block_linears(self).values() if m.kind is not None
         )
         if arch.tied:
-            used += arch.vocab_size * arch.hidden_size
-        return 6 * used + 6 * arch.num_layers * arch.num_heads * arch.head_dim * length
+            trained = self.embed_tokens.weight.requires_grad
+            flops += (6 if trained else 4) * arch.vocab_size * arch.hidden_size
+        return flops + 6 * arch.num_layers * arch.num_heads * arch.head_dim * length
 
 
 def count_positions(document_ids: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ class VllmEngine:
         self.longest = max((len(p.ids) for p in prompts), default=0)
         self._pending: Future | None = None
         self.gap_told = False
-        room = dist.from_main(self._meet, world)
+        room = dist.from_main(self._meet, world, long=True)
         # Also where there are few, short prompts; beyond 128 tokens, which are a block of a prefix cache
         text = [token for p in prompts[:16] for token in p.ids] * 160
         self.probe = text[: 160 if room is None else max(1, min(160, room - PROBE_ANSWER))]
@@ -257,14 +257,14 @@ class VllmEngine:
         attempt = first
         losses = 0
         while True:
-            state, result = dist.from_main(attempt, self.world)
+            state, result = dist.from_main(attempt, self.world, long=True)
             if state == "ok":
                 return result
             losses += 1
             log.warning("%s", result)
             if losses > 5:
                 raise EngineError(f"{result}; five attempts in a row failed; see the server's log")
-            dist.from_main(self._wait_until_healthy, self.world)
+            dist.from_main(self._wait_until_healthy, self.world, long=True)
             self._send_until_it_works(self.now)
 
             def attempt() -> tuple[str, Any]:
@@ -362,7 +362,7 @@ class VllmEngine:
             except ServerLost as problem:
                 last = str(problem)
                 log.warning("%s (sync %d)", last, tries + 1)
-                dist.from_main(self._wait_until_healthy, self.world)
+                dist.from_main(self._wait_until_healthy, self.world, long=True)
         raise EngineError(
             f"step {step}: the weights could not be sent in five attempts: {last}; was the server started "
             "with `python grpo.py serve`?"
@@ -404,7 +404,7 @@ class VllmEngine:
             except ServerLost as problem:
                 return "lost", str(problem)
 
-        state, result = dist.from_main(guarded, self.world)
+        state, result = dist.from_main(guarded, self.world, long=True)
         if state == "lost":
             raise ServerLost(result)
         return result

@@ -51,3 +51,11 @@ def test_after_passes_without_gradients_the_parameters_are_the_masters(ranks, sm
     done = run_program(ROOT / "tests" / "masters.py", str(small_checkpoint[0]), ranks=ranks)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.count("masters after") == 5
+
+
+def test_what_rank_0_does_alone_for_long_is_waited_for():
+    """Sampling and the tokenising of a large data set take longer than a collective may."""
+    done = run_program(ROOT / "tests" / "long_work.py", ranks=2)
+    output = done.stdout + done.stderr
+    assert "rank 0 has both" in output and "rank 1 has both" in output, output[-2000:]
+    assert done.returncode != 0 and "no limit" not in done.stdout.split("rank 1")[1]

@@ -111,3 +111,13 @@ def test_a_new_conversation_forgets_the_one_before(small_checkpoint, monkeypatch
     generation.chat([str(small_checkpoint[0])])
     first, again, longer = prompts
     assert first == again and longer[: len(first)] == first and len(longer) > 2 * len(first)
+
+
+def test_samples_follow_their_distribution_and_never_what_has_no_probability():
+    logprobs = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.0, 1.0, 0.0, 0.0]]).log()
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.stack([generation.sample(logprobs, generator) for _ in range(20_000)])
+    share = torch.bincount(drawn[:, 0], minlength=4) / len(drawn)
+    # Four standard errors of a share of 0.5
+    assert (share - logprobs[0].exp()).abs().max() < 4 * (0.25 / len(drawn)) ** 0.5
+    assert share[3] == 0 and (drawn[:, 1] == 1).all()

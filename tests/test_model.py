@@ -5,8 +5,9 @@ import torch
 
 import model as ballast
 from conftest import FAMILIES, ids
+from families import Architecture
 from generation import generate
-from weights import load_pretrained, save_pretrained
+from weights import apply_lora, load_pretrained, save_pretrained
 
 T = 40
 
@@ -135,3 +136,19 @@ def test_recomputed_activations_give_the_same_gradients(reentrant, references):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_a_frozen_weight_costs_four_flops_a_token_and_a_trained_one_six():
+    arch = Architecture.from_config({
+        "architectures": ["Qwen3ForCausalLM"], "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128,
+        "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True, "rope_theta": 1e4,
+        "max_position_embeddings": 64, "attention_bias": False,
+    })  # fmt: skip
+    attention = 6 * 1 * 4 * 16 * 10  # documents of 10 tokens
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, the three of the MLP
+    model = ballast.Transformer(arch)
+    assert model.flops_per_token(10) == 6 * (layer + 100 * 64) + attention
+    apply_lora(model, ballast.ModelOptions(adapter="lora", lora_r=4))
+    lora = 4 * sum(sum(shape) for shape in [(64, 64), (64, 32), (64, 32), (64, 64)] + [(64, 128)] * 3)
+    assert model.flops_per_token(10) == 4 * (layer + 100 * 64) + 6 * lora + attention
