@@ -170,6 +170,11 @@ def init(options: DistOptions) -> World:
             td.init_process_group(backend, timeout=timeout)
         else:
             td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if cuda and not options.bf16 and rank == 0:
+        log.warning(
+            "bf16: false on a GPU: all is computed in fp32, and attention takes a form whose memory grows "
+            "with the square of the length; set bf16: true unless this is meant"
+        )
     timeout = timedelta(minutes=options.gpu_timeout_minutes)
     world = World(rank, size, local_rank, device, timeout=timeout)
     shard = options.hsdp_shard_size
