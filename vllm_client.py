@@ -31,6 +31,7 @@ from health import log
 from losses import linear_logprobs
 from model import Transformer, without_gradients
 from tokenizer import Tokenizer
+from vllm_worker import checksum, read_tensors
 from weights import iterate_weights, save_adapter, save_pretrained
 
 
@@ -424,8 +425,10 @@ class VllmEngine:
             save_pretrained(self.model, folder, dtype=self._server_dtype(), merge=merge, main=self.world.main)
 
             def load() -> int:
+                sent = {name: checksum(tensor) for name, tensor in read_tensors(folder)}
                 for server in self.servers:
-                    self._load_file(server, folder)
+                    for worker in self._load_file(server, folder):
+                        compare_received(sent, worker, server.url, step)
                 return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
             return self._on_main(load)
@@ -433,8 +436,8 @@ class VllmEngine:
             if self.world.main:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _load_file(self, server: Server, folder: Path) -> None:
-        server.remote_call("ballast_load_weights", str(folder))
+    def _load_file(self, server: Server, folder: Path) -> list:
+        return server.remote_call("ballast_load_weights", str(folder))
 
     def _send_adapter(self, step: int) -> int:
         """The adapter under a new name (a cached prefix of the old one can then never be taken for its own),
@@ -607,6 +610,27 @@ def sync_method(options: Any) -> str:
     if hosts <= {"127.0.0.1", "localhost", "::1"} or options.vllm_sync_directory != MEMORY:
         return "adapter" if options.adapter else "file"
     return "nccl"
+
+
+def compare_received(sent: dict[str, list[int]], worker: Any, url: str, step: int) -> None:
+    """EngineError where a worker of the server has not received what was sent, tensor by tensor, or has
+    parameters that no tensor went to. `worker` is what ballast_load_weights answered."""
+    where = f"{url}: in the sync of step {step}"
+    try:
+        received, missing = worker["received"], worker["missing"]
+    except (TypeError, KeyError):
+        raise EngineError(f"{where} its worker answered in a form that is not understood; start it with "
+                          "`python grpo.py serve` of this version") from None  # fmt: skip
+    wrong = sorted(name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name))
+    if wrong:
+        raise EngineError(
+            f"{where} {len(wrong)} of {len(sent)} tensors did not arrive as they were sent, the first is "
+            f"{wrong[0]}; is vllm_sync_directory a file system that both see at once?"
+        )
+    if missing:
+        raise EngineError(
+            f"{where} {len(missing)} of its parameters got no weights, the first is {missing[0]}"
+        )
 
 
 def _free_port() -> int:

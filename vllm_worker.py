@@ -3,13 +3,14 @@ safetensors files. It runs in the server's environment, which may lack the train
 safetensors and vLLM are imported.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None:
     # vLLM's CPU build prepacks linear weights for oneDNN when a model is loaded and empties the plain ones:
     # what is loaded later never reaches the packed copies. Imported before the model loads, this keeps them
     # plain.
@@ -18,20 +19,34 @@ if not torch.cuda.is_available():
     vllm._custom_ops._supports_onednn = False
 
 
+def read_tensors(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, tensor) of directory/*.safetensors."""
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def checksum(tensor: torch.Tensor) -> list[int]:
+    """[sum of the elements' bits, shape …]: another by a single changed bit."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return [int(tensor.contiguous().view(bits).sum(dtype=torch.int64)), *tensor.shape]
+
+
 class WeightReceiver:
     """Methods of vLLM's worker, called through /collective_rpc. Arguments are strings."""
 
-    def ballast_load_weights(self, directory: str) -> int:
-        """Load every tensor of directory/*.safetensors under its Hugging Face name; returns how many."""
-        count = 0
+    def ballast_load_weights(self, directory: str) -> dict:
+        """Load every tensor of directory/*.safetensors. `received`: the checksum of each by name; `missing`:
+        parameters of the model that no tensor went to."""
+        received: dict[str, list[int]] = {}
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal count
-            for path in sorted(Path(directory).glob("*.safetensors")):
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118
-                        count += 1
-                        yield name, file.get_tensor(name)
+            for name, tensor in read_tensors(directory):
+                received[name] = checksum(tensor)
+                yield name, tensor
 
-        self.model_runner.get_model().load_weights(tensors())  # type: ignore[attr-defined]
-        return count
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        loaded = model.load_weights(tensors())
+        held = {name for name, _ in model.named_parameters()}
+        return {"received": received, "missing": sorted(held - loaded) if loaded else []}

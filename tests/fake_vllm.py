@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from vllm_worker import checksum, read_tensors
 from weights import load_pretrained
 
 
 class FakeVllm:
     """`faults` may hold: ignores_weights, raw_logprobs, cache_is_held (a number of times), fails_once (a
-    prompt's first token)."""
+    prompt), and of tensors, by name, loses, corrupts and leaves_out."""
 
     def __init__(self, checkpoint: Path, name: str, max_model_len: int = 512, **faults: Any):
         self.model = load_pretrained(str(checkpoint), dtype=torch.float32).eval()
@@ -80,7 +81,13 @@ class FakeVllm:
             case "/collective_rpc":
                 if not self.faults.get("ignores_weights"):
                     self.model = load_pretrained(body["args"][0], dtype=torch.float32).eval()
-                return 200, {"results": [0]}
+                received = {name: checksum(tensor) for name, tensor in read_tensors(body["args"][0])}
+                for name in self.faults.get("loses", ()):
+                    del received[name]
+                for name in self.faults.get("corrupts", ()):
+                    received[name][0] += 1
+                missing = self.faults.get("leaves_out", [])
+                return 200, {"results": [{"received": received, "missing": missing}]}
             case "/v1/completions":
                 self.bodies.append(body)
                 with self.lock:

@@ -12,6 +12,7 @@ from dist import World
 from grpo import Config
 from tokenizer import Tokenizer
 from vllm_client import MEMORY, EngineError, VllmEngine, sync_method
+from vllm_worker import checksum
 from weights import load_pretrained
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -161,6 +162,23 @@ def test_a_dead_server_beside_a_living_one(start):
     engine, _ = start("vllm_timeout=1", "vllm_allow_missing_servers=true", servers=[dead])
     engine.sync(0)
     assert len(engine.generate([[5, 6, 7], [8]], 2, seed=(1,))) == 2
+
+
+@pytest.mark.parametrize("fault", ["loses", "corrupts", "leaves_out"])
+def test_a_tensor_that_does_not_arrive_is_named(fault, start):
+    """However little it moved: each is compared by its checksum."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    engine, _ = start(**{fault: [name]})
+    with pytest.raises(EngineError, match=f"1 of .*{name}"):
+        engine.sync(0)
+
+
+def test_a_checksum_sees_one_bit():
+    tensor = torch.randn(7, 5).to(torch.bfloat16)
+    changed = tensor.clone()
+    changed.view(torch.int16)[3, 2] ^= 1
+    assert checksum(tensor) == checksum(tensor.clone()) != checksum(changed)
+    assert checksum(tensor) != checksum(tensor.T)
 
 
 @pytest.mark.parametrize(
