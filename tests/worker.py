@@ -140,6 +140,7 @@ def silent_sync(way: str) -> None:
         if way == "reload_weights":
             how = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             server.ask("POST", "/collective_rpc", how)
+        return []  # no worker says what it received
 
     vllm_client.VllmEngine._load_file = reload
 
