@@ -401,6 +401,12 @@ def build_model(
     It is made on the meta device, where it costs nothing; once it is sharded each rank gives storage to its
     own rows and reads only those from the checkpoint.
     """
+    stored = [k for k in ("load_in_4bit", "load_in_8bit", "fp8_frozen") if getattr(config, k)]
+    if config.fsdp_cpu_offload and stored:
+        raise ConfigError(
+            stored[0], True, "cannot go with fsdp_cpu_offload, which moves parameters only: quantised "
+            "weights are needed on the GPU all the time; leave one of the two out",
+        )  # fmt: skip
     before = adapter_token_rows(config.lora_model_dir) if config.adapter and config.lora_model_dir else []
     rows = sorted({*before, *new_tokens})
     if config.adapter and rows:

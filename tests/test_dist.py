@@ -1,9 +1,14 @@
 """Schedules, and ranks that compute the same as one process (all meshes and recipes: test_reliability.py)."""
 
 import pytest
+import torch
 
+import dist
+import sft
+from config import ConfigError, parse_config
 from conftest import ROOT, arguments, metrics, run_ok, run_program
-from dist import OptimizerOptions, learning_rate
+from dist import OptimizerOptions, World, learning_rate
+from weights import read_architecture
 
 
 def test_the_schedules_have_their_textbook_values():
@@ -59,3 +64,16 @@ def test_what_rank_0_does_alone_for_long_is_waited_for():
     output = done.stdout + done.stderr
     assert "rank 0 has both" in output and "rank 1 has both" in output, output[-2000:]
     assert done.returncode != 0 and "no limit" not in done.stdout.split("rank 1")[1]
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_weights_are_not_offloaded(key, small_checkpoint):
+    """They are buffers: left on the CPU they would meet tensors of the GPU."""
+    config = parse_config(
+        sft.Config,
+        ["datasets=[{path: x, type: chat}]", f"base_model={small_checkpoint[0]}", "adapter=qlora",
+         f"{key}=true", "fsdp_cpu_offload=true"],
+    )  # fmt: skip
+    arch = read_architecture(small_checkpoint[0])
+    with pytest.raises(ConfigError, match=f"{key}.*fsdp_cpu_offload"):
+        dist.build_model(arch, small_checkpoint[0], config, World(0, 1, 0, torch.device("cpu")))
