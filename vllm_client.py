@@ -172,7 +172,8 @@ class VllmEngine:
         self.longest = max((len(p.ids) for p in prompts), default=0)
         self._pending: Future | None = None
         self.gap_told = False
-        room = dist.from_main(self._meet, world, long=True)
+        self._wait_until_healthy()
+        room = dist.from_main(self._meet, world)
         # Also where there are few, short prompts; beyond 128 tokens, which are a block of a prefix cache
         text = [token for p in prompts[:16] for token in p.ids] * 160
         self.probe = text[: 160 if room is None else max(1, min(160, room - PROBE_ANSWER))]
@@ -183,9 +184,8 @@ class VllmEngine:
     # -- before the first step -------------------------------------------------------------------------------
 
     def _meet(self) -> int | None:
-        """Wait for every server, and compare its model with the config's. The most tokens that all take."""
+        """Compare every server's model with the config's. The most tokens that all take."""
         rooms = []
-        self._wait_until_healthy()
         for server in self.servers:
             served = server.models()
             if self.name not in served:
@@ -206,6 +206,12 @@ class VllmEngine:
         return min(rooms, default=None)
 
     def _wait_until_healthy(self) -> None:
+        """Every rank goes on with the same servers. A collective."""
+        living = dist.from_main(self._living, self.world, long=True)
+        self.servers = [server for server in self.servers if server.url in living]
+
+    def _living(self) -> list[str]:
+        """The servers that answer, once all do, or those that do after vllm_timeout where that is allowed."""
         deadline, pause = time.monotonic() + self.options.vllm_timeout, 0.5
         told = False
         while lost := [server.url for server in self.servers if not server.healthy()]:
@@ -215,8 +221,7 @@ class VllmEngine:
                     log.warning("%s: no answer for %g s (vllm_timeout); the run goes on with %s",
                                 ", ".join(lost), self.options.vllm_timeout,
                                 ", ".join(server.url for server in living))  # fmt: skip
-                    self.servers = living
-                    return
+                    return [server.url for server in living]
                 raise EngineError(
                     f"{lost[0]}: no healthy answer for {self.options.vllm_timeout:g} s (vllm_timeout); is "
                     "the server running? `python grpo.py serve` starts it"
@@ -226,6 +231,7 @@ class VllmEngine:
                 told = True
             time.sleep(min(pause, max(0.1, deadline - time.monotonic())))
             pause = min(pause * 1.5, 10.0)
+        return [server.url for server in self.servers]
 
     # -- sampling --------------------------------------------------------------------------------------------
 
@@ -265,7 +271,7 @@ class VllmEngine:
             log.warning("%s", result)
             if losses > 5:
                 raise EngineError(f"{result}; five attempts in a row failed; see the server's log")
-            dist.from_main(self._wait_until_healthy, self.world, long=True)
+            self._wait_until_healthy()
             self._send_until_it_works(self.now)
 
             def attempt() -> tuple[str, Any]:
@@ -363,7 +369,7 @@ class VllmEngine:
             except ServerLost as problem:
                 last = str(problem)
                 log.warning("%s (sync %d)", last, tries + 1)
-                dist.from_main(self._wait_until_healthy, self.world, long=True)
+                self._wait_until_healthy()
         raise EngineError(
             f"step {step}: the weights could not be sent in five attempts: {last}; was the server started "
             "with `python grpo.py serve`?"
@@ -506,11 +512,9 @@ class VllmEngine:
         Raises EngineError with both numbers where it is beyond the tolerance: a stale, wrong or corrupted
         server answers 200 like any other.
         """
+        scored = self._on_main(self._ask_probe)
         training = self.model.training
         self.model.eval()
-        scored = dist.from_main(self._ask_probe, self.world)
-        if isinstance(scored, str):
-            raise ServerLost(scored)
         with without_gradients(self.model):
             ours = self._trainer_logprobs(self.probe, 1.0)
             sampled = [
@@ -521,42 +525,53 @@ class VllmEngine:
         both_exact = self._server_dtype() == torch.float32 and not self.options.bf16
         allowed = self.options.vllm_probe_tolerance
         allowed = (1e-3 if both_exact else 0.1) if allowed is None else allowed
-        worst = 0.0
-        for i, (url, prompt, _, drawn) in enumerate(scored):
-            theirs = torch.tensor(prompt)
-            gap = (theirs - ours).abs().mean().item()
-            where = f"{url}: after the sync of step {step}"
-            if not gap <= allowed:  # also where it is NaN
-                raise EngineError(
-                    f"{where} the probe has mean log-prob {theirs.mean():.4f} on the server, "
-                    f"{ours.mean():.4f} in the trainer (mean difference {gap:.2g}, allowed {allowed:g}: "
-                    "vllm_probe_tolerance): it does not have these weights; start it with "
-                    "`python grpo.py serve`"
-                )
-            for since, earlier in self._earlier.items():
-                moved = (ours - earlier).abs().mean().item()
-                if moved > 4 * self._floor and gap > moved / 2:
-                    raise EngineError(
-                        f"{where} the probe differs by {gap:.2g} in mean log-prob from the trainer's, whose "
-                        f"own moved by {moved:.2g} since the {since}: the server has not all of the weights; "
-                        "start it with `python grpo.py serve`"
-                    )
-            off = (torch.tensor(drawn) - sampled[i]).abs().mean().item()
-            if not off <= max(allowed, 4 * gap):
-                raise EngineError(
-                    f"{where} the tokens that it samples have log-probs that differ by {off:.2g} from the "
-                    f"trainer's (allowed {max(allowed, 4 * gap):.2g}), while those of a prompt agree: other "
-                    "settings of sampling (--logprobs-mode must be processed_logprobs) or stale keys in its "
-                    "prefix cache; start it with `python grpo.py serve`"
-                )
-            worst = max(worst, gap)
-        self._floor = min(self._floor, worst)
-        self._earlier = {"first": self._earlier.get("first", ours), "last": ours}
+
+        def judge() -> float:  # on one rank: at the edge of a bound two might not agree
+            pairs = zip(scored, sampled, strict=True)
+            worst = max(self._judge(server, ours, own, allowed, step) for server, own in pairs)
+            self._floor = min(self._floor, worst)
+            self._earlier = {"first": self._earlier.get("first", ours), "last": ours}
+            return worst
+
+        worst = dist.from_main(judge, self.world)
         if not self.gap_told:
             self.gap_told = True
             what = "both in fp32" if both_exact else "of precision: a constant offset of the sampling ratios"
             log.info("probe: server and trainer differ by %.2g in log-prob, %s", worst, what)
         return worst
+
+    def _judge(
+        self, server: tuple, ours: torch.Tensor, own: torch.Tensor, allowed: float, step: int
+    ) -> float:
+        """Mean |difference| of one server's probe (as `_ask_probe` has it) from the trainer's log-probs
+        `ours`. EngineError where it is too large, or that from `own`, of the tokens that it sampled."""
+        url, prompt, _, drawn = server
+        theirs = torch.tensor(prompt)
+        gap = (theirs - ours).abs().mean().item()
+        where = f"{url}: after the sync of step {step}"
+        if not gap <= allowed:  # also where it is NaN
+            raise EngineError(
+                f"{where} the probe has mean log-prob {theirs.mean():.4f} on the server, {ours.mean():.4f} "
+                f"in the trainer (mean difference {gap:.2g}, allowed {allowed:g}: vllm_probe_tolerance): it "
+                "does not have these weights; start it with `python grpo.py serve`"
+            )
+        for since, earlier in self._earlier.items():
+            moved = (ours - earlier).abs().mean().item()
+            if moved > 4 * self._floor and gap > moved / 2:
+                raise EngineError(
+                    f"{where} the probe differs by {gap:.2g} in mean log-prob from the trainer's, whose "
+                    f"own moved by {moved:.2g} since the {since}: the server has not all of the weights; start "
+                    "it with `python grpo.py serve`"
+                )
+        off, most = (torch.tensor(drawn) - own).abs().mean().item(), max(allowed, 4 * gap)
+        if not off <= most:
+            raise EngineError(
+                f"{where} the tokens that it samples have log-probs that differ by {off:.2g} from the "
+                f"trainer's (allowed {most:.2g}), while those of a prompt agree: other settings of sampling "
+                "(--logprobs-mode must be processed_logprobs) or stale keys in its prefix cache; start it "
+                "with `python grpo.py serve`"
+            )
+        return gap
 
     def _trainer_logprobs(self, tokens: list[int], temperature: float) -> torch.Tensor:
         """log π of tokens[1:] in the trainer: [len − 1], fp32 on the CPU."""
@@ -567,24 +582,21 @@ class VllmEngine:
             softcap=self.model.arch.final_softcap,
         ).logprobs.float().cpu()  # fmt: skip
 
-    def _ask_probe(self) -> list[tuple[str, list[float], list[int], list[float]]] | str:
+    def _ask_probe(self) -> list[tuple[str, list[float], list[int], list[float]]]:
         """By server: its address, log-probs of the probe, and tokens that it sampled after the probe with the
         run's own settings, with their log-probs. It samples twice, so that the probe comes from its prefix
-        cache. Why not, where a server was lost."""
+        cache."""
         made = []
-        try:
-            for server in self.servers:
-                scored = self._score(server)
-                body = self._body(self.probe, 1, PROBE_ANSWER, self.options.temperature, 1)
-                for _ in range(2):
-                    answer = server.ask("POST", "/v1/completions", body)
-                (drawn,) = read_completions(
-                    answer, 1, PROBE_ANSWER, server.url, self.probe, self.model.arch.vocab_size
-                )
-                known = [x if x is not None else math.nan for x in drawn.logprobs]
-                made.append((server.url, scored, drawn.ids, known))
-        except ServerLost as problem:
-            return str(problem)
+        for server in self.servers:
+            scored = self._score(server)
+            body = self._body(self.probe, 1, PROBE_ANSWER, self.options.temperature, 1)
+            for _ in range(2):
+                answer = server.ask("POST", "/v1/completions", body)
+            (drawn,) = read_completions(
+                answer, 1, PROBE_ANSWER, server.url, self.probe, self.model.arch.vocab_size
+            )
+            known = [x if x is not None else math.nan for x in drawn.logprobs]
+            made.append((server.url, scored, drawn.ids, known))
         return made
 
     def _score(self, server: Server) -> list[float]:

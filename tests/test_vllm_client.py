@@ -11,7 +11,7 @@ from data import Prompt
 from dist import World
 from grpo import Config
 from tokenizer import Tokenizer
-from vllm_client import MEMORY, EngineError, VllmEngine, sync_method
+from vllm_client import MEMORY, EngineError, ServerLost, VllmEngine, sync_method
 from vllm_worker import checksum
 from weights import load_pretrained
 
@@ -193,3 +193,20 @@ def test_memory_of_this_host_is_no_way_to_another(adapter, url, directory, way):
     options = SimpleNamespace(vllm_sync_method="auto", vllm_server_base_url=[url], adapter=adapter,
                               vllm_sync_directory=directory)  # fmt: skip
     assert sync_method(options) == way
+
+
+def test_a_server_that_is_lost_during_the_probe_leaves_the_model_in_training(start, monkeypatch):
+    """Dropout would stay off for the rest of the run."""
+    engine, _ = start()
+    engine.model.train()
+    ask, lost = engine._ask_probe, [True]
+
+    def once():
+        if lost:
+            lost.clear()
+            raise ServerLost("gone for a moment")
+        return ask()
+
+    monkeypatch.setattr(engine, "_ask_probe", once)
+    engine.sync(0)
+    assert engine.model.training and engine.sent == 0 and not lost
