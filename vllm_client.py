@@ -560,8 +560,8 @@ class VllmEngine:
             if moved > 4 * self._floor and gap > moved / 2:
                 raise EngineError(
                     f"{where} the probe differs by {gap:.2g} in mean log-prob from the trainer's, whose "
-                    f"own moved by {moved:.2g} since the {since}: the server has not all of the weights; start "
-                    "it with `python grpo.py serve`"
+                    f"own moved by {moved:.2g} since the {since}: the server has not all of the weights; "
+                    "start it with `python grpo.py serve`"
                 )
         off, most = (torch.tensor(drawn) - own).abs().mean().item(), max(allowed, 4 * gap)
         if not off <= most:
