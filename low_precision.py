@@ -6,6 +6,7 @@ public function takes that on a GPU (`KERNELS` overrides, as in kernels.py)."""
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportIndexIssue=false
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -518,8 +519,21 @@ def frozen_linear(x: Tensor, kind: str, stored: tuple[Tensor, ...], bias: Tensor
 # ------------------------------------------------------------------------------------------------------------
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SLICE = 1 << 22  # elements that are updated at once: their fp32 copies take 32 bytes each
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _slices(count: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + SLICE, count)) for begin in range(0, count, SLICE))
+
+
+def _blocks(part: slice) -> slice:
+    """The blocks of 256 of a slice, which begins at one."""
+    return slice(part.start // NESTED_BLOCK, -(-part.stop // NESTED_BLOCK))
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -544,46 +558,71 @@ class AdamW8bit(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                p, g = _local(parameter), _local(parameter.grad).float()
+                weights, gradients = _local(parameter).view(-1), _local(parameter.grad).reshape(-1)
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.zeros(())
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = self._pack(torch.zeros_like(p, dtype=torch.float32), name)
+                    for name in MOMENTS:
+                        state[name] = self._pack(torch.zeros_like(_local(parameter)), name)
                 state["step"] += 1
-                m = self._unpack(state["exp_avg"], "exp_avg").lerp_(g, 1 - beta1)
-                v = (
-                    self._unpack(state["exp_avg_sq"], "exp_avg_sq")
-                    .mul_(beta2)
-                    .addcmul_(g, g, value=1 - beta2)
-                )
                 t = state["step"].item()
-                denominator = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.addcdiv_((m / (1 - beta1**t)).to(p.dtype), denominator.to(p.dtype), value=-group["lr"])
-                state["exp_avg"], state["exp_avg_sq"] = self._pack(m, "exp_avg"), self._pack(v, "exp_avg_sq")
+                for part in _slices(weights.numel()):
+                    p, g = weights[part], gradients[part].float()
+                    m = self._unpack(state["exp_avg"], "exp_avg", part).lerp_(g, 1 - beta1)
+                    v = self._unpack(state["exp_avg_sq"], "exp_avg_sq", part)
+                    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                    denominator = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.addcdiv_((m / (1 - beta1**t)).to(p.dtype), denominator.to(p.dtype), value=-group["lr"])
+                    self._store(state["exp_avg"], "exp_avg", part, m)
+                    self._store(state["exp_avg_sq"], "exp_avg_sq", part, v)
+
+    @classmethod
+    def _pack(cls, x: Tensor, name: str, device: torch.device | None = None):
+        """The moment x [...] as it is kept on `device` (unset: where x is): fp32, or (codes, absmax)."""
+        device = device or x.device
+        if x.numel() < 4096:
+            return x.to(device, torch.float32)
+        packed = (
+            torch.empty(x.shape, dtype=torch.uint8, device=device),
+            torch.empty(-(-x.numel() // NESTED_BLOCK), device=device),
+        )
+        for part in _slices(x.numel()):
+            cls._store(packed, name, part, x.reshape(-1)[part].to(device))
+        return packed
 
     @staticmethod
-    def _pack(x: Tensor, name: str):
-        if x.numel() < 4096:
-            return x
+    def _store(packed, name: str, part: slice, values: Tensor) -> None:
+        if isinstance(packed, Tensor):
+            packed.view(-1)[part] = values
+            return
         # The signed code has 1 but not −1: scaled by the extreme value itself, sign and all, that value is
         # kept exactly, and quantising the dequantised moments gives the same codes.
-        return quantize_blockwise(x, dynamic_code(name == "exp_avg", x.device), signed_scale=True)
+        code = dynamic_code(name == "exp_avg", values.device)
+        codes, absmax = quantize_blockwise(values, code, signed_scale=True)
+        packed[0].view(-1)[part], packed[1][_blocks(part)] = codes, absmax
 
     @staticmethod
-    def _unpack(state, name: str) -> Tensor:
-        if isinstance(state, Tensor):
-            return state
-        codes, scale = state
-        return dequantize_blockwise(codes, scale, dynamic_code(name == "exp_avg", codes.device))
+    def _unpack(packed, name: str, part: slice) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed.view(-1)[part].clone()
+        codes, absmax = packed[0].view(-1)[part], packed[1][_blocks(part)]
+        return dequantize_blockwise(codes, absmax, dynamic_code(name == "exp_avg", codes.device))
+
+    def _dequantized(self, packed, name: str) -> Tensor:
+        """The whole moment in fp32, in host memory: a save must not need what 8 bits have saved."""
+        first = packed if isinstance(packed, Tensor) else packed[0]
+        moment = torch.empty(first.shape, device="cpu")
+        for part in _slices(first.numel()):
+            moment.view(-1)[part] = self._unpack(packed, name, part).cpu()
+        return moment
 
     def state_dict(self) -> dict:
         held, whole = self.state, {}
         for parameter, state in held.items():
             whole[parameter] = {"step": state["step"]}
-            for name in ("exp_avg", "exp_avg_sq"):
-                value = self._unpack(state[name], name)
+            for name in MOMENTS:
+                value = self._dequantized(state[name], name)
                 if isinstance(parameter, DTensor):
                     value = DTensor.from_local(
                         value, parameter.device_mesh, parameter.placements, shape=parameter.shape,
@@ -597,8 +636,13 @@ class AdamW8bit(torch.optim.Optimizer):
             self.state = held
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if name in state:
-                    state[name] = self._pack(_local(state[name]).float(), name)
+        saved = state_dict["state"]
+        steps = {k: {n: x for n, x in state.items() if n not in MOMENTS} for k, state in saved.items()}
+        super().load_state_dict({**state_dict, "state": steps})
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        ours = [parameter for group in self.param_groups for parameter in group["params"]]
+        for key, parameter in zip(keys, ours, strict=True):
+            for name in MOMENTS:
+                if name in saved.get(key, {}):
+                    moment = _local(saved[key][name])
+                    self.state[parameter][name] = self._pack(moment, name, _local(parameter).device)

@@ -173,6 +173,35 @@ def test_adamw_8bit_is_as_close_to_adamw_as_bitsandbytes_and_its_state_dict_goes
     assert error["ours"] < 1.1 * error["theirs"] and error["ours"] < 0.1 * (ends["exact"] - start).norm()
 
 
+def test_adamw_8bit_in_slices_gives_the_same_bits_and_only_ever_copies_a_slice(monkeypatch):
+    largest = 0
+    plain = low_precision.quantize_blockwise
+
+    def noted(x, *args, **kwargs):
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return plain(x, *args, **kwargs)
+
+    monkeypatch.setattr(low_precision, "quantize_blockwise", noted)
+    ends = []
+    for size in (1 << 22, 1024):
+        monkeypatch.setattr(low_precision, "SLICE", size)
+        largest = 0
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(77, 91, generator=generator))  # no multiple of a block
+        for half in range(2):
+            optimizer = low_precision.AdamW8bit([p], lr=1e-2)
+            if half:
+                optimizer.load_state_dict(state)
+            for _ in range(5):
+                p.grad = torch.randn(p.shape, generator=generator)
+                optimizer.step()
+            state = optimizer.state_dict()
+        ends.append((p.detach().clone(), state["state"][0]["exp_avg_sq"]))
+        assert largest == min(size, p.numel())
+    assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # In the recipe
 # ------------------------------------------------------------------------------------------------------------
