@@ -55,9 +55,9 @@ log = logging.getLogger("ballast")
 
 @dataclass
 class DistOptions:
-    bf16: bool = False
-    """Hidden states and products in bfloat16. Trained weights, their gradients and the optimiser stay in
-    fp32; frozen weights are bf16."""
+    bf16: bool | None = None
+    """Hidden states and products in bfloat16; unset: on a GPU that has it. Trained weights, their gradients
+    and the optimiser stay in fp32; frozen weights are bf16."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
     gradient_checkpointing_kwargs: dict = field(default_factory=dict)
@@ -75,6 +75,8 @@ class DistOptions:
     """A collective that waits longer stops the run: some rank died or took another path."""
 
     def check(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         if not 0 < self.gpu_timeout_minutes < math.inf:
             raise ConfigError("gpu_timeout_minutes", self.gpu_timeout_minutes, "must be above 0")
         check_at_least_one(self, "hsdp_shard_size")
@@ -147,6 +149,12 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    def devices(self, options: DistOptions) -> str:
+        """How many of what, and what they compute in."""
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else self.device.type
+        return f"{self.size} × {name} in {'bf16' if options.bf16 else 'fp32'}"
+
 
 def init(options: DistOptions) -> World:
     """Join the other processes (torchrun's environment) or be a world of one."""
@@ -170,11 +178,6 @@ def init(options: DistOptions) -> World:
             td.init_process_group(backend, timeout=timeout)
         else:
             td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=timeout)
-    if cuda and not options.bf16 and rank == 0:
-        log.warning(
-            "bf16: false on a GPU: all is computed in fp32, and attention takes a form whose memory grows "
-            "with the square of the length; set bf16: true unless this is meant"
-        )
     timeout = timedelta(minutes=options.gpu_timeout_minutes)
     world = World(rank, size, local_rank, device, timeout=timeout)
     shard = options.hsdp_shard_size
@@ -401,6 +404,11 @@ def build_model(
     It is made on the meta device, where it costs nothing; once it is sharded each rank gives storage to its
     own rows and reads only those from the checkpoint.
     """
+    if world.device.type == "cuda" and not config.bf16:
+        log.warning(
+            "bf16: false on a GPU: attention takes a form whose memory grows with the square of the length; "
+            "set bf16: true unless this is meant"
+        )
     stored = [k for k in ("load_in_4bit", "load_in_8bit", "fp8_frozen") if getattr(config, k)]
     if config.fsdp_cpu_offload and stored:
         raise ConfigError(

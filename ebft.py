@@ -72,7 +72,8 @@ from policy import (
 )
 from rollout import ReplayEngine, Rollout, as_rollouts, make_engine, play, write_rollouts
 from tokenizer import IGNORE, BadRow, Tokenizer
-from vllm_client import Completion, EngineError, VllmEngine
+from vllm_client import VllmEngine
+from vllm_server import Completion, EngineError
 from weights import base_of, read_architecture, resized
 
 
@@ -450,10 +451,10 @@ def strided(config: Config) -> None:
     optimizers = dist.make_optimizers(model, config)
     frozen = feature_network(arch, checkpoint, config, world)
     log.info(
-        "%s: %s parameters, %s trained; %s documents, %s held out; %d steps of %d documents on %d × %s",
+        "%s: %s parameters, %s trained; %s documents, %s held out; %d steps of %d documents on %s",
         arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
         f"{len(documents):,}",
-        f"{len(judged):,}", total_steps, a_step, world.size, world.device.type,
+        f"{len(judged):,}", total_steps, a_step, world.devices(config),
     )  # fmt: skip
 
     # 4. Resume.
@@ -723,11 +724,11 @@ def structured(config: Config) -> None:
         arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
     )
     log.info(
-        "%s: %s parameters, %s trained; %s prompts, %s held out; %d steps of %d completions on %d × %s, "
+        "%s: %s parameters, %s trained; %s prompts, %s held out; %d steps of %d completions on %s, "
         "%s rollouts",
         arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
         f"{len(prompts):,}" if replay is None else "recorded", f"{len(held_out):,}", total_steps, batch_size,
-        world.size, world.device.type, config.rollout_engine,
+        world.devices(config), config.rollout_engine,
     )  # fmt: skip
     report_kl(config)
     state: dict[str, Any] = {"num_tokens": 0, "eval_before": None, "identity": identity}

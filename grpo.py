@@ -69,7 +69,8 @@ from rollout import (
     write_rollouts,
 )
 from tokenizer import Tokenizer
-from vllm_client import Completion, EngineError, VllmEngine, server_command
+from vllm_client import VllmEngine
+from vllm_server import Completion, EngineError, server_command
 from weights import load_pretrained, read_architecture, resized
 
 
@@ -459,11 +460,11 @@ def main(config: Config) -> None:
         arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
     )
     log.info(
-        "%s: %s parameters, %s trained; %s prompts, %s held out; %d steps of %d completions on %d × %s, "
+        "%s: %s parameters, %s trained; %s prompts, %s held out; %d steps of %d completions on %s, "
         "%s rollouts",
         arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
         f"{len(prompts):,}" if replay is None else "recorded", f"{len(held_out):,}", total_steps,
-        batch_size // slices, world.size, world.device.type, config.rollout_engine,
+        batch_size // slices, world.devices(config), config.rollout_engine,
     )  # fmt: skip
 
     report_kl(config)

@@ -26,7 +26,8 @@ from dist import World
 from generation import generate
 from model import Transformer
 from tokenizer import BadRow, Tokenizer
-from vllm_client import MEMORY, Completion, VllmEngine
+from vllm_client import VllmEngine
+from vllm_server import MEMORY, Completion
 
 
 @dataclass
@@ -67,6 +68,8 @@ class RolloutOptions:
     adapter for LoRA, file for servers on this host, else nccl."""
     vllm_sync_directory: str = MEMORY
     """Where weights for servers are put for a moment: memory of this host, or a shared file system."""
+    vllm_sync_address: str | None = None
+    """nccl: the address of this host under which the servers reach it; unset: its own on the way to them."""
     vllm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the server computes in; auto: bfloat16 with bf16: true, else float32."""
     vllm_timeout: float = 600.0

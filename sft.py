@@ -199,10 +199,10 @@ def main(config: Config) -> None:
         arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
     )
     log.info(
-        "%s: %s parameters, %s trained; %s rows to train on, %s held out; %d steps of %d %s on %d × %s",
+        "%s: %s parameters, %s trained; %s rows to train on, %s held out; %d steps of %d %s on %s",
         arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
         f"{len(train_rows):,}", f"{len(held_out_rows):,}", total_steps, global_batch,
-        "packs" if config.sample_packing else "rows", world.size, world.device.type,
+        "packs" if config.sample_packing else "rows", world.devices(config),
     )  # fmt: skip
 
     stored = health.weight_bytes(model)

@@ -33,12 +33,19 @@ def checksum(tensor: torch.Tensor) -> list[int]:
     return [int(tensor.contiguous().view(bits).sum(dtype=torch.int64)), *tensor.shape]
 
 
+def group_of(name: str) -> str:
+    """The layer that a parameter is of, under Hugging Face's names as under vLLM's."""
+    index = next((part for part in name.split(".") if part.isdigit()), None)
+    return "the rest" if index is None else f"layer {index}"
+
+
 class WeightReceiver:
     """Methods of vLLM's worker, called through /collective_rpc. Arguments are strings."""
 
     def ballast_load_weights(self, directory: str) -> dict:
         """Load every tensor of directory/*.safetensors. `received`: the checksum of each by name; `missing`:
-        parameters of the model that no tensor went to."""
+        parameters of the model that no tensor went to; `held`: by layer, the sum of the bits that the model
+        then has."""
         received: dict[str, list[int]] = {}
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,6 +54,19 @@ class WeightReceiver:
                 yield name, tensor
 
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
-        loaded = model.load_weights(tensors())
-        held = {name for name, _ in model.named_parameters()}
-        return {"received": received, "missing": sorted(held - loaded) if loaded else []}
+        if torch.cuda.is_available():
+            # As vLLM's own engines load: the layouts that were made after the first load are made again.
+            from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
+            from vllm.model_executor.model_loader import reload  # pyright: ignore[reportMissingImports]
+
+            with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+                reload.initialize_layerwise_reload(model)
+                loaded = model.load_weights(tensors())
+                reload.finalize_layerwise_reload(model, self.model_runner.model_config)  # type: ignore[attr-defined]
+        else:
+            loaded = model.load_weights(tensors())
+        held: dict[str, int] = {}
+        for name, parameter in model.named_parameters():
+            held[group_of(name)] = held.get(group_of(name), 0) + checksum(parameter.detach())[0]
+        names = {name for name, _ in model.named_parameters()}
+        return {"received": received, "missing": sorted(names - loaded) if loaded else [], "held": held}

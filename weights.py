@@ -354,6 +354,25 @@ def iterate_weights(
         yield name, tensor.detach().to(dtype or tensor.dtype)
 
 
+def weight_shapes(model: Transformer) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of what `iterate_weights` gives, in its order, without gathering anything."""
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    for name, module in block_linears(model).items():
+        if module.kind is not None:
+            shapes.append((hf_name(name) + ".weight", (module.out_features, module.in_features)))
+    for name, parameter in model.named_parameters():
+        if of_adapter(name):
+            continue
+        if parameter.dim() == 3:
+            for e in range(model.arch.num_experts):
+                parts = hf_parts(name, model.arch, e)
+                halves = torch.empty(parameter.shape[1:], device="meta").chunk(len(parts))
+                shapes += [(part, tuple(half.shape)) for part, half in zip(parts, halves, strict=True)]
+        else:
+            shapes.append((_dense_hf_name(name, model.arch), tuple(parameter.shape)))
+    return shapes
+
+
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file that those may read who may read its folder: the library alone makes it its owner's,
     and a server of another user could not load it."""

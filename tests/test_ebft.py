@@ -29,7 +29,7 @@ from ebft import (
 )
 from rollout import Rollout, play
 from tokenizer import Tokenizer
-from vllm_client import Completion
+from vllm_server import Completion
 from weights import load_pretrained
 
 ALONE = dist.World(0, 1, 0, torch.device("cpu"))

@@ -186,12 +186,12 @@ def test_adamw_8bit_in_slices_gives_the_same_bits_and_only_ever_copies_a_slice(m
     ends = []
     for size in (1 << 22, 1024):
         monkeypatch.setattr(low_precision, "SLICE", size)
-        largest = 0
+        largest, state = 0, None
         generator = torch.Generator().manual_seed(0)
         p = torch.nn.Parameter(torch.randn(77, 91, generator=generator))  # no multiple of a block
-        for half in range(2):
+        for _ in range(2):
             optimizer = low_precision.AdamW8bit([p], lr=1e-2)
-            if half:
+            if state is not None:
                 optimizer.load_state_dict(state)
             for _ in range(5):
                 p.grad = torch.randn(p.shape, generator=generator)

@@ -11,7 +11,7 @@ from dist import World
 from policy import collate, token_logprobs
 from rollout import EmbeddedEngine, Rollout, play
 from tokenizer import Tokenizer
-from vllm_client import EngineError, read_completions
+from vllm_server import EngineError, read_completions
 from weights import load_pretrained
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

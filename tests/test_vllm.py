@@ -32,7 +32,8 @@ from generation import load_for_inference
 from grpo import Config
 from rollout import Prompt
 from tokenizer import Tokenizer
-from vllm_client import EngineError, VllmEngine
+from vllm_client import VllmEngine
+from vllm_server import EngineError
 from weights import load_pretrained
 
 pytestmark = pytest.mark.slow
