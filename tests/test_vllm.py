@@ -174,6 +174,24 @@ def test_ebft_takes_its_samples_from_the_server(server, setup, tmp_path):
     assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4 and rows[-1]["grad_norm"] > 0
 
 
+def test_buffers_of_weights_are_cut_as_vllm_cuts_them(vllm_python):
+    done = subprocess.run(
+        [vllm_python, str(ROOT / "tests" / "vllm_packing.py"), str(ROOT)], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_server_that_cannot_join_by_nccl_says_so_and_serves_on(server, setup, tmp_path):
+    """Its own answers to every call of the protocol: none of them may end it, or hold up the run."""
+    done = run_program(
+        ROOT / "tests" / "nccl_ranks.py", "--config", str(setup / "c.yaml"), "vllm_sync_method=nccl",
+        f"vllm_server_base_url=[{server.url}]", f"output_dir={tmp_path / 'a'}", timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2 and "could not be sent in five attempts" in done.stderr, done.stderr
+    assert "/init_weight_transfer_engine: 500" in done.stderr
+    grpo(setup, server.url, tmp_path / "b", "max_steps=1")
+
+
 def test_lora_can_send_merged_weights_and_leaves_its_base_as_it_was(server, setup, tmp_path):
     grpo(
         setup, server.url, tmp_path, "adapter=lora", "lora_r=8", "learning_rate=1e-2",
