@@ -62,6 +62,7 @@ from policy import (
     accumulate_gradients,
     can_share_prompts,
     cannot_share_prompts,
+    check_sampler,
     collate,
     completion_metrics,
     entropy_bonus,
@@ -858,6 +859,7 @@ def structured(config: Config) -> None:
             with health.profiled(step + 1, config, output_dir, world.rank, world.device):
                 # c. The policy's step, as in GRPO: this rank's micro-batches of the whole batch.
                 micro = [rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
+                check_sampler(engine, model, rollouts, micro, config, world, share)
                 with on_device(frozen if config.beta else None, config, world):
                     keep_logprobs(
                         model, frozen if config.beta else None, micro, config, world, share, old=False,

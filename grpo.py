@@ -50,6 +50,7 @@ from policy import (
     PolicyOptions,
     accumulate_gradients,
     can_share_prompts,
+    check_sampler,
     completion_metrics,
     entropy_bonus,
     keep_logprobs,
@@ -556,6 +557,8 @@ def main(config: Config) -> None:
                     rollouts, replaced = buffer.refill(rollouts, n)
                     batch_metrics["replayed_groups"] = float(replaced)
                 state["batch_metrics"] = batch_metrics  # every step that uses the batch reports them
+
+                check_sampler(engine, model, rollouts, micro_batches(rollouts), config, world, share)
 
                 # c. π_old of the whole batch, before the first update moves the weights it is of; and π_ref.
                 keep_logprobs(

@@ -24,7 +24,9 @@ from health import log
 from kernels import SharedPrompts
 from losses import linear_logprobs
 from model import Transformer, forward_only, load_balancing_loss, without_gradients
-from rollout import Rollout, RolloutOptions
+from rollout import Engine, Rollout, RolloutOptions
+from vllm_client import VllmEngine
+from vllm_server import EngineError
 from weights import base_of
 
 
@@ -546,6 +548,46 @@ def report_kl(options: Any) -> None:
         often = f"every {options.kl_steps} steps" if options.kl_steps else "never"
         log.info(
             "kl against the base model is measured %s: with beta 0 it costs a forward pass (kl_steps)", often
+        )
+
+
+def check_sampler(
+    engine: Engine, model: Transformer, rollouts: Sequence[Rollout], micro: Sequence[Sequence[Rollout]],
+    options: Any, world: World, share: bool,
+) -> None:  # fmt: skip
+    """EngineError where the first batch from a server was drawn from something else than the trainer's
+    weights give: a probe sees some tokens, this all that would be trained. Nothing at later batches, or where
+    the weights have moved since. A collective."""
+    if not isinstance(engine, VllmEngine) or engine.batch_agreed:
+        return
+    if any(r.weight_version != engine.now or r.step != engine.now for r in rollouts):
+        return
+    engine.batch_agreed = True
+    temperatures = [options.temperature] if options.temperature == 1 else [options.temperature, 1.0]
+    sums = [0.0] * (1 + len(temperatures))
+    for part in micro:
+        batch = collate(part, world.device, share)
+        if batch.sampling_logprobs is None:
+            continue
+        known = (batch.mask > 0) & batch.sampling_logprobs.isfinite()
+        sums[0] += float(known.sum())
+        for i, temperature in enumerate(temperatures, 1):
+            with without_gradients(model):
+                ours = token_logprobs(model, batch, temperature)[0]
+            sums[i] += torch.where(known, ours - batch.sampling_logprobs, 0.0).abs().sum().item()
+    count, *totals = dist.all_reduce(sums, world)
+    gap, *untempered = [total / max(count, 1.0) for total in totals]
+    named = f"the log-probs that the server gives to the {count:.0f} tokens of its first batch"
+    remedy = "start it with `python grpo.py serve`, which sets logprobs_mode and generation_config"
+    if untempered and untempered[0] < gap / 2 and gap > 1e-3:
+        raise EngineError(
+            f"{named} are those of temperature 1 (mean difference {untempered[0]:.2g}), not of "
+            f"{options.temperature:g} ({gap:.2g}): its logprobs_mode is raw_logprobs; {remedy}"
+        )
+    if not gap <= engine.tolerance():
+        raise EngineError(
+            f"{named} differ by {gap:.2g} on average from the trainer's (allowed {engine.tolerance():g}: "
+            f"vllm_probe_tolerance), though a probe agreed: it samples with other settings; {remedy}"
         )
 
 

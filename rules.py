@@ -196,8 +196,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "sampler_mismatch", ("sampling/sampling_logp_difference/mean",), "outside",
         "the sampler's log-probs are not the trainer's",
-        "stale or wrong weights on the server, another temperature there, or a precision that differs",
-        (("vllm_sync_interval", "lower it: sync more often", (0, 1)),
+        "the server's own settings (logprobs_mode, generation_config, another temperature), stale or wrong "
+        "weights there, or a precision that differs",
+        (("vllm_server_base_url", "start the server there with `python grpo.py serve`, which sets them"),
+         ("vllm_sync_interval", "lower it: sync more often", (0, 1)),
         ("vllm_dtype", "the same as the trainer's"),
          ("temperature", "one for sampler and trainer")),
         high=0.1, window=5,

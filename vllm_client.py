@@ -84,6 +84,7 @@ class VllmEngine:
         self.longest = max((len(p.ids) for p in prompts), default=0)
         self._pending: Future | None = None
         self.gap_told = False
+        self.batch_agreed = False  # whether a whole batch was compared (policy.check_sampler)
         self._wait_until_healthy()
         room = dist.from_main(self._meet, world)
         # Also where there are few, short prompts; beyond 128 tokens, which are a block of a prefix cache
@@ -334,6 +335,14 @@ class VllmEngine:
         name = self.options.vllm_dtype
         return getattr(torch, ("bfloat16" if self.options.bf16 else "float32") if name == "auto" else name)
 
+    def _both_exact(self) -> bool:
+        return self._server_dtype() == torch.float32 and not self.options.bf16
+
+    def tolerance(self) -> float:
+        """Mean difference of log-probs between server and trainer that passes."""
+        given = self.options.vllm_probe_tolerance
+        return (1e-3 if self._both_exact() else 0.1) if given is None else given
+
     def _folder(self, name: str) -> Path:
         return Path(self.options.vllm_sync_directory) / f"ballast-{self.run_id}-{name}"
 
@@ -444,9 +453,7 @@ class VllmEngine:
                 for _, _, answer, _ in scored
             ]
         self.model.train(training)
-        both_exact = self._server_dtype() == torch.float32 and not self.options.bf16
-        allowed = self.options.vllm_probe_tolerance
-        allowed = (1e-3 if both_exact else 0.1) if allowed is None else allowed
+        allowed = self.tolerance()
 
         def judge() -> float:  # on one rank: at the edge of a bound two might not agree
             pairs = zip(scored, sampled, strict=True)
@@ -458,7 +465,11 @@ class VllmEngine:
         worst = dist.from_main(judge, self.world)
         if not self.gap_told:
             self.gap_told = True
-            what = "both in fp32" if both_exact else "of precision: a constant offset of the sampling ratios"
+            what = (
+                "both in fp32"
+                if self._both_exact()
+                else "of precision: a constant offset of the sampling ratios"
+            )
             log.info("probe: server and trainer differ by %.2g in log-prob, %s", worst, what)
         return worst
 

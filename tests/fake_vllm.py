@@ -22,9 +22,10 @@ from weights import load_pretrained
 
 
 class FakeVllm:
-    """`faults` may hold: ignores_weights, raw_logprobs, cache_is_held (a number of times), fails_once (a
-    prompt), and of tensors, by name, loses, corrupts and leaves_out; `fails`: by route, how many requests are
-    answered 500, and after how many that are not; never_joins. `workers` share the server."""
+    """`faults` may hold: ignores_weights, raw_logprobs, raw_below (of prompts shorter than this),
+    cache_is_held (a number of times), fails_once (a prompt), and of tensors, by name, loses, corrupts and
+    leaves_out; `fails`: by route, how many requests are answered 500, and after how many that are not;
+    never_joins. `workers` share the server."""
 
     def __init__(
         self, checkpoint: Path, name: str, max_model_len: int = 512, workers: int = 1, **faults: Any
@@ -212,7 +213,8 @@ class FakeVllm:
                     int(torch.multinomial(tempered.exp(), 1, generator=generator))
                     if body["temperature"] else int(tempered.argmax())
                 )  # fmt: skip
-                reported = logits.log_softmax(-1) if self.faults.get("raw_logprobs") else tempered
+                raw = self.faults.get("raw_logprobs") or len(body["prompt"]) < self.faults.get("raw_below", 0)
+                reported = logits.log_softmax(-1) if raw else tempered
                 ids.append(token)
                 logprobs.append(reported[token].item())
             prompt = self.logits(body["prompt"]).log_softmax(-1)

@@ -7,6 +7,7 @@ import torch
 from fake_vllm import FakeVllm
 
 from config import ConfigError, parse_config
+from conftest import ROOT, metrics, run_program
 from data import Prompt
 from dist import World
 from grpo import Config
@@ -118,6 +119,31 @@ def test_log_probs_before_temperature_are_found_before_anything_is_sampled(start
     engine, _ = start("temperature=0.7", raw_logprobs=True)
     with pytest.raises(EngineError, match="processed_logprobs"):
         engine.sync(0)
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ebft"])
+def test_the_first_batch_must_agree_before_anything_is_trained_on_it(
+    recipe, small_checkpoint, task, tmp_path
+):
+    """A server that answers a probe well, and prompts with log-probs before temperature."""
+    for faults in ({}, {"raw_below": 100}):
+        fake = FakeVllm(small_checkpoint[0], "policy", **faults)
+        out = tmp_path / str(len(faults))
+        (task / "first.yaml").write_text("datasets: [{path: rows.jsonl, type: chat}]\n")
+        own = ["reward_funcs=[letters.spread]"] if recipe == "grpo" else []
+        done = run_program(
+            ROOT / f"{recipe}.py", "--config", str(task / "first.yaml"), f"base_model={small_checkpoint[0]}",
+            f"output_dir={out}", f"vllm_server_base_url=[{fake.url}]", "rollout_engine=vllm",
+            "vllm_model_name=policy", "num_generations=4", "micro_batch_size=8", "max_completion_length=6",
+            "max_steps=1", "temperature=0.7", f"vllm_sync_directory={tmp_path}", *own,
+        )  # fmt: skip
+        fake.close()
+        if not faults:
+            assert done.returncode == 0, done.stdout + done.stderr
+            continue
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "are those of temperature 1" in done.stderr and "raw_logprobs" in done.stderr
+        assert not metrics(out)
 
 
 def test_a_prefix_cache_that_is_held_is_asked_for_again_and_what_holds_it_ended(start):
