@@ -396,10 +396,11 @@ def shard(model: Transformer, options: DistOptions, world: World) -> Transformer
 
 def build_model(
     arch: Architecture, checkpoint: Path, config: Any, world: World, random_init: bool = False,
-    new_tokens: Sequence[int] = (),
+    new_tokens: Sequence[int] = (), frozen: bool = False,
 ) -> Transformer:  # fmt: skip
     """The model of a config, sharded, with its weights (loaded or random) and adapters, in training mode.
-    Beside adapters the rows of `new_tokens` are trained too.
+    Beside adapters the rows of `new_tokens` are trained too. `frozen`: a copy that is only read, in the
+    precision of the products (with fp8 its products begin from the same weights as the model's: fp32).
 
     It is made on the meta device, where it costs nothing; once it is sharded each rank gives storage to its
     own rows and reads only those from the checkpoint.
@@ -424,6 +425,8 @@ def build_model(
         if config.adapter:
             dtype = torch.bfloat16 if config.bf16 else torch.float32
             apply_lora(model.to(dtype), config, token_rows=rows)
+        elif frozen and config.bf16 and not config.fp8:
+            model.to(torch.bfloat16)
         set_precision(model, config)
     shard(model, config, world)
     model.to_empty(device="cpu" if config.fsdp_cpu_offload else world.device)
@@ -435,7 +438,7 @@ def build_model(
         initialize_lora(model, config.seed)
         if config.lora_model_dir:
             load_adapter(model, config.lora_model_dir)
-    return model.train()
+    return model.eval().requires_grad_(False) if frozen else model.train()
 
 
 # ------------------------------------------------------------------------------------------------------------

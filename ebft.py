@@ -348,7 +348,7 @@ def feature_network(
         return None
     away = config.offload_feature_network or config.fsdp_cpu_offload
     copied = replace(config, fsdp_cpu_offload=away)
-    return dist.build_model(arch, checkpoint, copied, world).eval().requires_grad_(False)
+    return dist.build_model(arch, checkpoint, copied, world, frozen=True)
 
 
 @contextmanager

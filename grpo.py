@@ -455,7 +455,9 @@ def main(config: Config) -> None:
     optimizers = dist.make_optimizers(model, config)
     reference = None  # LoRA: the model itself with its adapters off, no second copy
     if config.beta and not config.adapter:
-        reference = dist.build_model(arch, checkpoint, config, world).eval().requires_grad_(False)
+        moves = config.ref_model_sync_steps is not None  # by less than bf16 could hold
+        reference = dist.build_model(arch, checkpoint, config, world, frozen=not moves)
+        reference.eval().requires_grad_(False)
     share = can_share_prompts(model, config.share_prompts)
     aux_coef = (
         arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef

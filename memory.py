@@ -115,13 +115,13 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
     needs_copy = getattr(config, "beta", 0.0) or hasattr(config, "feature_layers")
     if hasattr(config, "num_generations") or hasattr(config, "feature_layers"):
         if needs_copy and not config.adapter and not getattr(config, "offload_feature_network", False):
-            copies = sum(p.numel() for p in model.parameters()) * 4
+            moves = getattr(config, "ref_model_sync_steps", None) is not None
+            each = 2 if config.bf16 and not config.fp8 and not moves else 4
+            copies = sum(p.numel() for p in model.parameters()) * each
         if getattr(config, "rollout_engine", "") == "embedded":
-            rows = min(
-                config.rollout_batch_size, config.micro_batch_size * config.gradient_accumulation_steps
-            )
             length = (config.max_prompt_length or 512) + config.max_completion_length
-            cache = rows * length * arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim * element
+            rows = config.micro_batch_size * config.gradient_accumulation_steps
+            cache = min(rows, config.rollout_batch_size or MOST_ROWS) * sampled_bytes(arch, config, length)
     if config.fsdp_cpu_offload:
         stored = gradients = state = 0
     return Estimate(
@@ -129,6 +129,31 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
         activations=kept, working=tokens * working, loss=loss, cache=cache, copies=copies // shards,
         naive_logits=judged * V * 8, tokens=tokens, accumulating=config.gradient_accumulation_steps > 1,
     )  # fmt: skip
+
+
+MOST_ROWS = 512  # that are sampled at once, however much memory there is
+
+
+def sampled_bytes(arch: Architecture, config: Any, length: int) -> int:
+    """Bytes that a sequence of so many tokens takes while it is sampled: keys and values, and its logits."""
+    element = 2 if config.bf16 else 4
+    kept = length * arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim * element
+    return kept + 4 * 4 * arch.vocab_size  # logits, log-probs, probabilities and clocks in fp32
+
+
+def left_for_sampling(arch: Architecture, config: Any, total: int, processes: int = 1) -> float:
+    """Bytes that weights, copies, gradients and optimiser will leave of nine tenths of a GPU with `total`.
+    Reckoned and not measured: the draws depend on how many sequences are sampled at once, and a resumed run
+    must find the same number."""
+    e = estimate(arch, config, processes)
+    return 0.9 * total - e.weights - e.copies - e.optimizer - e.gradients
+
+
+def rollout_rows(arch: Architecture, config: Any, length: int, left: float) -> int:
+    """How many sequences of `length` tokens are sampled at once in `left` bytes: a power of two, at least
+    1."""
+    fitting = max(1, int(left / sampled_bytes(arch, config, length)))
+    return min(MOST_ROWS, 1 << (fitting.bit_length() - 1))
 
 
 def layer_bytes(arch: Architecture, config: Any, length: int) -> tuple[int, int]:

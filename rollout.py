@@ -20,10 +20,12 @@ import torch
 
 import checkpoint
 import dist
+import memory
 from config import BallastError, ConfigError, DataError, check_at_least_one, import_attribute
 from data import Prompt
 from dist import World
 from generation import generate
+from health import log
 from model import Transformer
 from tokenizer import BadRow, Tokenizer
 from vllm_client import VllmEngine
@@ -50,8 +52,9 @@ class RolloutOptions:
     """Must stay 0 in training, for the same reason."""
     min_p: float = 0.0
     """Must stay 0 in training, for the same reason."""
-    rollout_batch_size: int = 512
-    """embedded: at most so many sequences at a time; bounds the key/value cache."""
+    rollout_batch_size: int | None = None
+    """embedded: at most so many sequences at a time; bounds the key/value cache. Unset: 512, or fewer where
+    the GPU's memory does not hold that many."""
     replay_path: str | None = None
     """replay: a JSONL file (or a directory of step-N.jsonl) of rollouts instead of sampling."""
     max_turns: int = 8
@@ -195,6 +198,8 @@ class EmbeddedEngine:
     def __init__(self, model: Transformer, options: Any, tokenizer: Tokenizer, world: World):
         self.model, self.options, self.world = model, options, world
         self.stop_ids = tokenizer.stop_ids
+        self._left: float | None = None  # bytes for sampling, once they were asked for
+        self._fewest = memory.MOST_ROWS
 
     def generate(
         self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], temperature: float | None = None,
@@ -205,7 +210,7 @@ class EmbeddedEngine:
         world = self.world
         limits = limits or [self.options.max_completion_length] * len(prompts)
         mine = list(range(world.rank, len(prompts), world.size))
-        at_once = max(1, self.options.rollout_batch_size // n)
+        at_once = max(1, self._rows(max(map(len, prompts)) + max(limits)) // n)
         most = math.ceil(len(prompts) / world.size)
         rounds = math.ceil(most / at_once)  # as many on every rank: each is a collective
         drawn = random.Random(repr((seed, world.rank))).getrandbits(62)
@@ -236,6 +241,22 @@ class EmbeddedEngine:
             for i, group in enumerate(groups):
                 on_group(i, group)
         return groups
+
+    def _rows(self, length: int) -> int:
+        """Sequences of this length that are sampled at once."""
+        if self.options.rollout_batch_size is not None:
+            return self.options.rollout_batch_size
+        if self.world.device.type != "cuda":
+            return memory.MOST_ROWS
+        arch, world = self.model.arch, self.world
+        if self._left is None:
+            total = torch.cuda.get_device_properties(world.device).total_memory
+            self._left = memory.left_for_sampling(arch, self.options, total, world.size)
+        rows = memory.rollout_rows(arch, self.options, length, self._left)
+        if rows < self._fewest:
+            self._fewest = rows
+            log.info("sampling %d sequences of up to %d tokens at once, as memory allows", rows, length)
+        return rows
 
     def sync(self, step: int, due: bool = False) -> dict[str, float]:
         return {}

@@ -66,6 +66,26 @@ def test_what_rank_0_does_alone_for_long_is_waited_for():
     assert done.returncode != 0 and "no limit" not in done.stdout.split("rank 1")[1]
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe", "gemma2"])
+@pytest.mark.parametrize("more", [[], ["fp8=true"]])
+def test_a_frozen_copy_takes_half_the_memory_and_computes_the_same_bits(family, more, references):
+    """As the reference of beta, and as the feature network: at the first step kl is exactly 0."""
+    checkpoint = references(family)[1]
+    config = parse_config(
+        sft.Config, ["datasets=[{path: x, type: chat}]", f"base_model={checkpoint}", "bf16=true", *more]
+    )
+    arch = read_architecture(checkpoint)
+    alone = World(0, 1, 0, torch.device("cpu"))
+    model, frozen = (dist.build_model(arch, checkpoint, config, alone, frozen=f) for f in (False, True))
+    kinds = {p.dtype for p in frozen.parameters()}
+    assert kinds == ({torch.float32} if more else {torch.bfloat16}) and not frozen.training
+    assert not any(p.requires_grad for p in frozen.parameters())
+    ids = torch.randint(0, 64, (1, 50))
+    with torch.no_grad():
+        a, b = (m.eval().hidden_states(ids)[0] for m in (model, frozen))
+    assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
 def test_quantised_weights_are_not_offloaded(key, small_checkpoint):
     """They are buffers: left on the CPU they would meet tensors of the GPU."""

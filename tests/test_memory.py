@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import dist
+import grpo
 import health
 import memory
 from batches import Batch
+from config import parse_config
 from conftest import ROOT, run_program
 from dist import World
 from families import Architecture
@@ -101,6 +103,26 @@ def test_an_estimate_in_bf16_is_the_same_each_time_and_falls_with_every_process_
     peaks = [peak(processes) for processes in (1, 2, 4, 8, 64)]
     assert peaks == sorted(peaks, reverse=True)
     assert [peak(8) for _ in range(3)] == [peaks[3]] * 3
+
+
+def test_as_many_sequences_are_sampled_at_once_as_a_gpu_has_room_for():
+    """Qwen3-0.6B by hand: 114,688 bytes of keys and values a token (28 layers · 2 · 8 heads · 128 · 2), 2.43
+    MB of logits a sequence. AdamW in full: 596 M parameters · 16 bytes = 9.54 GB."""
+    arch = Architecture.from_config(
+        json.loads((ROOT / "tests" / "real_configs.json").read_text())["Qwen3-0.6B"]
+    )
+    config = parse_config(
+        grpo.Config,
+        ["base_model=x", "datasets=[{path: x, type: chat}]", "reward_funcs=[length]", "bf16=true",
+         "num_generations=8"],
+    )  # fmt: skip
+    assert memory.sampled_bytes(arch, config, 768) == 768 * 114_688 + 16 * 151_936
+    left = memory.left_for_sampling(arch, config, 80 * 2**30)
+    assert left == pytest.approx(0.9 * 80 * 2**30 - 16 * 596_049_920, rel=1e-3)
+    rows = [memory.rollout_rows(arch, config, length, left) for length in (100, 768, 4096, 10**6)]
+    assert rows == [512, 512, 128, 1]
+    assert memory.rollout_rows(arch, config, 768, left / 3) == 128
+    assert memory.rollout_rows(arch, config, 768, -1.0) == 1
 
 
 def test_the_ladder_saves_more_at_each_rung_and_names_values_of_now():
