@@ -5,6 +5,9 @@
     python bench/gpu.py sft                SFT end to end, shapes of Qwen3-0.6B, random weights: tokens/s, MFU
     python bench/gpu.py --small            small shapes; runs on a CPU too, where the figures mean nothing
 
+Ten minutes on a GPU: `pytest -m gpu 2>&1 | tee gpu-tests.txt`, then `python bench/gpu.py`, which writes what
+it prints to gpu-DEVICE.txt too. Send both files back: they go into bench/README.md with the device's name.
+
 A row: milliseconds, TFLOP/s or GB/s counted from the shapes, the share of the roofline (the device's
 published peaks if they are known, else a large bf16 product and a large copy, measured first), the relative
 error against fp32, and the time relative to ours. Liger, flex_attention, torch.compile and cuBLAS take part
@@ -12,6 +15,8 @@ where they run; one that cannot says why.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -20,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.nn.functional as F
@@ -355,11 +361,14 @@ def sft(small: bool) -> None:
             for i in range(rows):
                 words = " ".join(str((i * 7919 + j * 104729) % 10007) for j in range(20 if small else 250))
                 file.write(json.dumps({"text": words}) + "\n")
+        # random_init has the tokenizer's rows; padded to the model's own, head and loss are its size too.
+        own = [
+            "random_init=true",
+            "tokenizer_vocab_size=400",
+            f"pad_vocab_to_multiple_of={shape['vocab_size']}",
+        ]
         runs = {
-            "bf16": ["random_init=true", "tokenizer_vocab_size=400"],
-            "fp8": ["random_init=true", "tokenizer_vocab_size=400", "fp8=true"],
-            "checkpointing": [
-                "random_init=true", "tokenizer_vocab_size=400", "gradient_checkpointing=true"],
+            "bf16": own, "fp8": [*own, "fp8=true"], "checkpointing": [*own, "gradient_checkpointing=true"],
             "lora": ["adapter=lora", "lora_r=16"],  # on what the first run saved
         }  # fmt: skip
         for label, options in runs.items():
@@ -374,11 +383,30 @@ def sft(small: bool) -> None:
             if done.returncode:
                 print(f"{label:<16}failed: {(done.stdout + done.stderr).strip().splitlines()[-1][:120]}")
                 continue
+            saved = base if label == "lora" else directory / label / "final"
+            vocabulary = json.loads((saved / "config.json").read_text())["vocab_size"]
+            if vocabulary != shape["vocab_size"]:
+                sys.exit(
+                    f"{label}: trained with {vocabulary} tokens, not {shape['vocab_size']}: not the model"
+                )
             lines = (directory / label / "metrics.jsonl").read_text().splitlines()
             last = [json.loads(line) for line in lines if "tokens_per_second" in line][-1]
             mfu = f", MFU {last['mfu']:.1%}" if "mfu" in last else ""
             print(f"{label:<16}{last['tokens_per_second']:>12,.0f} tokens/s, "
                   f"{last['memory/max_alloc']:.1f} GiB{mfu}", flush=True)  # fmt: skip
+
+
+class Both(io.TextIOBase):
+    """A stream that writes to two."""
+
+    def __init__(self, *streams: IO[str]):
+        self.streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self.streams:
+            stream.write(text)
+            stream.flush()
+        return len(text)
 
 
 def main() -> None:
@@ -388,10 +416,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if DEVICE.type == "cpu" and not arguments.small:
         sys.exit("no GPU is visible to torch; `--small` runs the same code on the CPU")
-    if arguments.names != ["sft"]:
-        kernels_table(arguments.names, arguments.small)
-    if not arguments.names or "sft" in arguments.names:
-        sft(arguments.small)
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    report = Path(f"gpu-{name.replace(' ', '-')}.txt")
+    with report.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(Both(sys.stdout, file)):
+        if arguments.names != ["sft"]:
+            kernels_table(arguments.names, arguments.small)
+        if not arguments.names or "sft" in arguments.names:
+            sft(arguments.small)
+    print(f"\nwritten to {report}: send it back, with what `pytest -m gpu` printed")
 
 
 if __name__ == "__main__":
