@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import logging
 import math
 import random
 import re
@@ -28,8 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from batches import Dataset, Encoded, pack, settle
-from config import (
+from run.config import (
     ConfigError,
     DataError,
     check_at_least_one,
@@ -39,10 +37,11 @@ from config import (
     run_command,
     shown,
 )
-from rows import Row, locate, read_rows
-from tokenizer import IGNORE, REASONING, BadRow, Tokenizer
-
-log = logging.getLogger("ballast")
+from run.log import log
+from text.packing import Dataset, Encoded, pack, settle
+from text.rows import Row, locate, read_rows
+from text.templates import BadRow
+from text.tokenizer import IGNORE, REASONING, Tokenizer
 
 
 @dataclass

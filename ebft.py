@@ -23,9 +23,20 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import dist
-import health
-from batches import LoopOptions, PromptOrder, settle_intervals, split_held_out, weights_of, with_weights
-from blocks import (
+from checkpoints import building
+from checkpoints.adapters import base_of
+from checkpoints.families import Architecture
+from checkpoints.saving import Checkpointer, CheckpointOptions, save_final
+from checkpoints.weights import read_architecture, resized
+from data import EncodingOptions, Prompt, RowOptions, load_tokenizer, prepare, read_prompts
+from dist import DistOptions, OptimizerOptions
+from health import memory, monitor
+from health.forensics import ForensicOptions, Forensics
+from health.monitor import LogOptions, MetricLogger
+from kernels import SharedPrompts
+from model import ModelOptions, Transformer, forward_only, load_balancing_loss, without_gradients
+from numerics.losses import TokenStatistics, linear_cross_entropy, linear_logprobs
+from rollouts.blocks import (
     BlockOptions,
     BlockPass,
     Document,
@@ -35,27 +46,9 @@ from blocks import (
     sample_blocks,
     write_blocks,
 )
-from checkpoint import Checkpointer, CheckpointOptions, save_final
-from config import (
-    ConfigError,
-    DataError,
-    check_at_least_one,
-    check_every_part,
-    check_ranges,
-    option_names,
-    parse_config,
-    refuse_unread,
-    resolve_checkpoint,
-)
-from data import EncodingOptions, Prompt, RowOptions, load_tokenizer, prepare, read_prompts
-from dist import DistOptions, OptimizerOptions
-from families import Architecture
-from forensics import ForensicOptions, Forensics
-from health import LogOptions, MetricLogger, log
-from kernels import SharedPrompts
-from losses import TokenStatistics, linear_cross_entropy, linear_logprobs
-from model import ModelOptions, Transformer, forward_only, load_balancing_loss, without_gradients
-from policy import (
+from rollouts.engines import ReplayEngine, as_rollouts, make_engine
+from rollouts.environments import play
+from rollouts.policy import (
     PolicyBatch,
     PolicyOptions,
     Tally,
@@ -71,11 +64,25 @@ from policy import (
     report_kl,
     token_logprobs,
 )
-from rollout import ReplayEngine, Rollout, as_rollouts, make_engine, play, write_rollouts
-from tokenizer import IGNORE, BadRow, Tokenizer
-from vllm_client import VllmEngine
-from vllm_server import Completion, EngineError
-from weights import base_of, read_architecture, resized
+from rollouts.rollout import Rollout, write_rollouts
+from rollouts.vllm_client import VllmEngine
+from rollouts.vllm_server import Completion, EngineError
+from run.config import (
+    ConfigError,
+    DataError,
+    check_at_least_one,
+    check_every_part,
+    check_ranges,
+    option_names,
+    parse_config,
+    refuse_unread,
+    resolve_checkpoint,
+)
+from run.log import log, start_log
+from run.loop import run
+from text.packing import LoopOptions, PromptOrder, settle_intervals, split_held_out, weights_of, with_weights
+from text.templates import BadRow
+from text.tokenizer import IGNORE, Tokenizer
 
 
 @dataclass
@@ -348,7 +355,7 @@ def feature_network(
         return None
     away = config.offload_feature_network or config.fsdp_cpu_offload
     copied = replace(config, fsdp_cpu_offload=away)
-    return dist.build_model(arch, checkpoint, copied, world, frozen=True)
+    return building.build_model(arch, checkpoint, copied, world, frozen=True)
 
 
 @contextmanager
@@ -383,7 +390,7 @@ def strided(config: Config) -> None:
     # 1. Set up.
     output_dir, directory = Path(config.output_dir), Path(config.config_directory)
     world = dist.init(config)
-    health.start_log(output_dir, world.main)
+    start_log(output_dir, world.main)
     dist.seed_everything(config.seed, world.rank)
     interrupt = dist.Interrupt()
 
@@ -445,7 +452,7 @@ def strided(config: Config) -> None:
     # 3. Model, optimiser, and the frozen network of the features: with LoRA the model without its adapters.
     size = max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, size, config.pad_vocab_to_multiple_of)
-    model = dist.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
+    model = building.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
     if reason := cannot_share_prompts(model):
         raise ConfigError("base_model", config.base_model, f"cannot be trained in blocks: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -554,7 +561,7 @@ def strided(config: Config) -> None:
         rollout_tokens = blocks * config.n_samples_per_prompt * config.generate_max_len
         counted = max(1, sum(d.trained_tokens for d in chosen))
 
-        with health.profiled(step + 1, config, output_dir, world.rank, world.device):
+        with monitor.profiled(step + 1, config, output_dir, world.rank, world.device):
             # b. Samples of every block, their energy, and advantages over the siblings of a block.
             tally, drawn, losses = Tally(), [], []
             for k, part in enumerate(parts):
@@ -607,7 +614,7 @@ def strided(config: Config) -> None:
             "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
             "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(skipped),
             "step_time": seconds(), **watch.metrics(),
-            "epoch": step * a_step / order.epoch_size, **health.memory(world.device), **raced,
+            "epoch": step * a_step / order.epoch_size, **memory.peak_memory(world.device), **raced,
         }  # fmt: skip
         write_blocks(output_dir / "rollouts", step - 1, parts, drawn, places, world)
         logger.advance()
@@ -637,8 +644,8 @@ def strided(config: Config) -> None:
     final = save_final(model, tokenizer, config, world)
     logger.close()
     if judged:
-        health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
-    health.say_saved(final)
+        monitor.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
+    monitor.say_saved(final)
     dist.finish()
 
 
@@ -648,7 +655,7 @@ def structured(config: Config) -> None:
     # 1. Set up.
     output_dir, directory = Path(config.output_dir), Path(config.config_directory)
     world = dist.init(config)
-    health.start_log(output_dir, world.main)
+    start_log(output_dir, world.main)
     dist.seed_everything(config.seed, world.rank)
     interrupt = dist.Interrupt()
     n, mb, accumulation = config.num_generations, config.micro_batch_size, config.gradient_accumulation_steps
@@ -714,7 +721,7 @@ def structured(config: Config) -> None:
     # 3. Model, optimiser, the frozen network of the features (and of kl), engine.
     size = max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, size, config.pad_vocab_to_multiple_of)
-    model = dist.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
+    model = building.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
     if reason := cannot_share_prompts(model):
         raise ConfigError("base_model", config.base_model, f"cannot give features: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -856,7 +863,7 @@ def structured(config: Config) -> None:
                 write_rollouts(output_dir / "rollouts", step, rollouts, tokenizer)
             took["features"] = seconds()
 
-            with health.profiled(step + 1, config, output_dir, world.rank, world.device):
+            with monitor.profiled(step + 1, config, output_dir, world.rank, world.device):
                 # c. The policy's step, as in GRPO: this rank's micro-batches of the whole batch.
                 micro = [rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
                 check_sampler(engine, model, rollouts, micro, config, world, share)
@@ -897,7 +904,7 @@ def structured(config: Config) -> None:
                 "skipped_micro_batches": float(skipped), "step_time": sum(took.values()),
                 "weight_version_lag": float(step - 1 - min(r.weight_version for r in rollouts)),
                 **{f"step_time/{k}": v for k, v in took.items()}, **watch.metrics(),
-                **health.memory(world.device), **raced,
+                **memory.peak_memory(world.device), **raced,
             }  # fmt: skip
             logger.advance()
             stopping = logger.stopping(interrupt.signal, step, world)
@@ -941,8 +948,8 @@ def structured(config: Config) -> None:
     final = save_final(model, tokenizer, config, world)
     logger.close()
     if held_out:
-        health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
-    health.say_saved(final)
+        monitor.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
+    monitor.say_saved(final)
     dist.finish()
 
 
@@ -1125,7 +1132,7 @@ def show_blocks(part: list[Document], drawn: tuple[Tensor, Tensor, Tensor], toke
 
 def cli() -> None:
     """torchrun ebft.py, or ballast-ebft where the package is installed."""
-    health.run(
+    run(
         main,
         lambda: parse_config(
             Config, sys.argv[1:], description=" ".join((__doc__ or "").split("\n\n")[0].split())

@@ -29,24 +29,18 @@ import torch
 from torch import Tensor
 
 import dist
-import health
-from batches import LoopOptions, PromptOrder, settle_intervals, split_held_out, weights_of, with_weights
-from checkpoint import Checkpointer, CheckpointOptions, save_final
-from config import (
-    BallastError,
-    ConfigError,
-    check_at_least_one,
-    check_every_part,
-    check_ranges,
-    parse_config,
-    resolve_checkpoint,
-)
+from checkpoints import building
+from checkpoints.saving import Checkpointer, CheckpointOptions, save_final
+from checkpoints.weights import load_pretrained, read_architecture, resized
 from data import DataOptions, Prompt, load_tokenizer, read_prompts
 from dist import DistOptions, OptimizerOptions, World
-from forensics import ForensicOptions, Forensics
-from health import LogOptions, MetricLogger, log
+from health import memory, monitor
+from health.forensics import ForensicOptions, Forensics
+from health.monitor import LogOptions, MetricLogger
 from model import ModelOptions
-from policy import (
+from rollouts.engines import EmbeddedEngine, ReplayEngine, as_rollouts, make_engine
+from rollouts.environments import load_environment, play
+from rollouts.policy import (
     PolicyOptions,
     accumulate_gradients,
     can_share_prompts,
@@ -57,22 +51,23 @@ from policy import (
     measures_kl,
     report_kl,
 )
-from rewards import RewardError, RewardOptions, Scorer
-from rollout import (
-    EmbeddedEngine,
-    Engine,
-    ReplayEngine,
-    Rollout,
-    as_rollouts,
-    load_environment,
-    make_engine,
-    play,
-    write_rollouts,
+from rollouts.rewards import RewardError, RewardOptions, Scorer
+from rollouts.rollout import Engine, Rollout, write_rollouts
+from rollouts.vllm_client import VllmEngine
+from rollouts.vllm_server import Completion, EngineError, server_command
+from run.config import (
+    BallastError,
+    ConfigError,
+    check_at_least_one,
+    check_every_part,
+    check_ranges,
+    parse_config,
+    resolve_checkpoint,
 )
-from tokenizer import Tokenizer
-from vllm_client import VllmEngine
-from vllm_server import Completion, EngineError, server_command
-from weights import load_pretrained, read_architecture, resized
+from run.log import _Console, log, start_log
+from run.loop import run
+from text.packing import LoopOptions, PromptOrder, settle_intervals, split_held_out, weights_of, with_weights
+from text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -395,7 +390,7 @@ def main(config: Config) -> None:
     # 1. Set up.
     output_dir, directory = Path(config.output_dir), Path(config.config_directory)
     world = dist.init(config)
-    health.start_log(output_dir, world.main)
+    start_log(output_dir, world.main)
     dist.seed_everything(config.seed, world.rank)
     interrupt = dist.Interrupt()
     batch_size, n = generation_batch_size(config, world.size), config.num_generations
@@ -450,13 +445,13 @@ def main(config: Config) -> None:
     # 3. Model, optimiser, reference, engine.
     rows = max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, rows, config.pad_vocab_to_multiple_of)
-    model = dist.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
+    model = building.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = dist.make_optimizers(model, config)
     reference = None  # LoRA: the model itself with its adapters off, no second copy
     if config.beta and not config.adapter:
         moves = config.ref_model_sync_steps is not None  # by less than bf16 could hold
-        reference = dist.build_model(arch, checkpoint, config, world, frozen=not moves)
+        reference = building.build_model(arch, checkpoint, config, world, frozen=not moves)
         reference.eval().requires_grad_(False)
     share = can_share_prompts(model, config.share_prompts)
     aux_coef = (
@@ -577,7 +572,7 @@ def main(config: Config) -> None:
 
             # d. Loss and backward, over this rank's micro-batches: policy_loss in policy.py.
             bonus = entropy_bonus(config, state.get("entropy", 0.0))
-            with health.profiled(step + 1, config, output_dir, world.rank, world.device):
+            with monitor.profiled(step + 1, config, output_dir, world.rank, world.device):
                 tally, losses, skipped = accumulate_gradients(
                     model, in_step, micro, config, world, share, watch, step=step + 1, reused=updates > 1,
                     bonus=bonus,
@@ -612,7 +607,7 @@ def main(config: Config) -> None:
                 "skipped_micro_batches": float(skipped), "entropy_coef": bonus,
                 "epoch": order.size * (generation + 1) / order.epoch_size if replay is None else 0.0,
                 "step_time": sum(took.values()), **{f"step_time/{k}": v for k, v in took.items()},
-                **sync_metrics, **watch.metrics(), **health.memory(world.device), **raced,
+                **sync_metrics, **watch.metrics(), **memory.peak_memory(world.device), **raced,
             }  # fmt: skip
             logger.advance()
             stopping = logger.stopping(interrupt.signal, step, world)
@@ -652,8 +647,8 @@ def main(config: Config) -> None:
     final = save_final(model, tokenizer, config, world)
     logger.close()
     if judge is not None:
-        health.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
-    health.say_saved(final)
+        monitor.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
+    monitor.say_saved(final)
     dist.finish()
 
 
@@ -694,7 +689,7 @@ def show_completions(rollouts: list[Rollout], tokenizer: Tokenizer, logger: Metr
             r.advantage,
         )
     if logger.main and logger.wandb is not None:
-        import wandb
+        import wandb  # a run without it does not wait for it
 
         names = list(rollouts[0].rewards)
         table = wandb.Table(columns=["step", "prompt", "completion", *names, "advantage"])
@@ -739,7 +734,7 @@ class TestConfig(Config):
 def test_rewards(argv: list[str]) -> int:
     """Score sample completions outside training, and show what the functions get."""
     config = parse_config(TestConfig, argv, description="Score sample completions outside training.")
-    log.addHandler(health._Console(20))
+    log.addHandler(_Console(20))
     log.setLevel(20)
     directory = Path(config.config_directory)
     checkpoint = resolve_checkpoint(config.base_model, config.base_model_revision, directory)
@@ -813,11 +808,11 @@ def serve(argv: list[str]) -> None:
 def cli() -> None:
     """torchrun grpo.py, or ballast-grpo where the package is installed."""
     if sys.argv[1:2] == ["test-rewards"]:
-        health.run(lambda argv: sys.exit(test_rewards(argv)), lambda: sys.argv[2:])
+        run(lambda argv: sys.exit(test_rewards(argv)), lambda: sys.argv[2:])
     elif sys.argv[1:2] == ["serve"]:
-        health.run(serve, lambda: sys.argv[2:])
+        run(serve, lambda: sys.argv[2:])
     else:
-        health.run(
+        run(
             main, lambda: parse_config(Config, description=" ".join((__doc__ or "").split("\n\n")[0].split()))
         )
 

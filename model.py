@@ -3,12 +3,15 @@
 Shapes: B batch, T positions, D model width, H query heads, K key/value heads, E head width, F feed-forward
 width, V vocabulary, X experts, N = B·T tokens. Parameter names are Hugging Face's without the leading
 `model.`.
+
+    python model.py chat DIR              talk to a checkpoint
 """
 
 import contextlib
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -21,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-import low_precision
-from config import ConfigError, check_at_least_one, check_ranges
-from families import Architecture
+from checkpoints.families import Architecture
+from numerics import low_precision
+from run.config import ConfigError, check_at_least_one, check_ranges, run_command
 
 
 @dataclass
@@ -780,3 +783,16 @@ class BlockCache:
         from_shared = weights[..., :N].transpose(0, 1).reshape(K, R * (H // K), N) @ shared_v
         out = from_shared.view(K, R, H // K, E).transpose(0, 1) + weights[..., N:] @ own_v
         return out.reshape(R, 1, H, E)
+
+
+def cli() -> None:
+    """python model.py chat DIR, or ballast-model where the package is installed."""
+    from rollouts.generation import chat  # it stands on this module
+
+    if sys.argv[1:2] != ["chat"]:
+        sys.exit("usage: model.py chat DIR [--temperature 0.7] [--max-new-tokens 512]")
+    run_command(lambda: chat(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    cli()

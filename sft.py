@@ -21,10 +21,18 @@ import numpy as np
 from torch import Tensor
 
 import dist
-import health
-from batches import Batch, Batches, Dataset, LoopOptions, settle_intervals, split_held_out, weights_of
-from checkpoint import Checkpointer, CheckpointOptions, save_final
-from config import (
+from checkpoints import building
+from checkpoints.saving import Checkpointer, CheckpointOptions, save_final
+from checkpoints.weights import read_architecture, resized
+from data import RowOptions, ScratchOptions, load_tokenizer, prepare, report_rows, trained_tokenizer
+from dist import DistOptions, OptimizerOptions, World
+from health import memory, monitor
+from health.forensics import ForensicOptions, Forensics
+from health.monitor import LogOptions, MetricLogger
+from model import ModelOptions, Transformer, forward_only, load_balancing_loss
+from numerics.losses import linear_cross_entropy
+from rollouts.generation import generate
+from run.config import (
     ConfigError,
     check_at_least_one,
     check_every_part,
@@ -32,15 +40,10 @@ from config import (
     parse_config,
     resolve_checkpoint,
 )
-from data import RowOptions, ScratchOptions, load_tokenizer, prepare, report_rows, trained_tokenizer
-from dist import DistOptions, OptimizerOptions, World
-from forensics import ForensicOptions, Forensics
-from generation import generate
-from health import LogOptions, MetricLogger, log
-from losses import linear_cross_entropy
-from model import ModelOptions, Transformer, forward_only, load_balancing_loss
-from tokenizer import IGNORE, Tokenizer
-from weights import read_architecture, resized
+from run.log import log, start_log
+from run.loop import run
+from text.packing import Batch, Batches, Dataset, LoopOptions, settle_intervals, split_held_out, weights_of
+from text.tokenizer import IGNORE, Tokenizer
 
 
 @dataclass
@@ -142,7 +145,7 @@ def main(config: Config) -> None:
     # 1. Set up.
     output_dir, directory = Path(config.output_dir), Path(config.config_directory)
     world = dist.init(config)
-    health.start_log(output_dir, world.main)
+    start_log(output_dir, world.main)
     dist.seed_everything(config.seed, world.rank)
     interrupt = dist.Interrupt()
     since_start = dist.Timer()
@@ -192,7 +195,7 @@ def main(config: Config) -> None:
     rows = tokenizer.vocab_size if config.random_init else max(arch.vocab_size, tokenizer.vocab_size)
     arch = resized(arch, rows, config.pad_vocab_to_multiple_of)
     check_ids(dataset, arch.vocab_size)
-    model = dist.build_model(arch, checkpoint, config, world, config.random_init, tokenizer.new_ids)
+    model = building.build_model(arch, checkpoint, config, world, config.random_init, tokenizer.new_ids)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = dist.make_optimizers(model, config)
     aux_coef = (
@@ -205,9 +208,9 @@ def main(config: Config) -> None:
         "packs" if config.sample_packing else "rows", world.devices(config),
     )  # fmt: skip
 
-    stored = health.weight_bytes(model)
+    stored = memory.weight_bytes(model)
     each = stored / model.count_parameters()
-    log.info("memory of a process: weights %s, %.2f bytes a parameter of the model", health.gib(stored), each)
+    log.info("memory of a process: weights %s, %.2f bytes a parameter of the model", memory.gib(stored), each)
 
     # 4. Resume.
     state = {"num_tokens": 0, "eval_before": None, "identity": identity}
@@ -219,7 +222,7 @@ def main(config: Config) -> None:
     if len(held_out_rows) and state["eval_before"] is None:
         state["eval_before"] = evaluate(model, eval_order, config, world)["eval/loss"]
         log.info("held-out loss before training: %.4f", state["eval_before"])
-    peak = health.peak_flops(world.device)
+    peak = memory.peak_flops(world.device)
     watch = Forensics(model, config, world, tokenizer)
 
     def micro_loss(batch: Batch, tokens: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -237,7 +240,7 @@ def main(config: Config) -> None:
     seconds = dist.Timer()
     while step < total_steps:
         raced = dist.begin_step(step + 1, world)
-        with health.profiled(step + 1, config, output_dir, world.rank, world.device):
+        with monitor.profiled(step + 1, config, output_dir, world.rank, world.device):
             # a. The rows of this step, the same on every rank; this rank's micro-batches; and the tokens that
             # all of them train together.
             units = order.units(step)
@@ -267,10 +270,10 @@ def main(config: Config) -> None:
         step += 1
         if first_step:
             first_step = False
-            states, measured = health.optimizer_bytes(optimizers), health.memory(world.device)
+            states, measured = memory.optimizer_bytes(optimizers), memory.peak_memory(world.device)
             log.info(
                 "memory of a process: optimiser %s (%s), peak %.2f GiB after the first step",
-                health.gib(states), config.optimizer, measured["memory/max_alloc"],
+                memory.gib(states), config.optimizer, measured["memory/max_alloc"],
             )  # fmt: skip
 
         # d. Sums over ranks, and whether any of them was asked to stop.
@@ -293,7 +296,7 @@ def main(config: Config) -> None:
             "trained_token_share": trained_tokens / max(1, sums["tokens"] - sums["documents"]),
             "step_time": sums["seconds"],
             "step_time/data_share": waited / sums["seconds"],
-            **health.memory(world.device),
+            **memory.peak_memory(world.device),
             **raced,
         }
         if healthy:
@@ -361,7 +364,7 @@ def main(config: Config) -> None:
         )
     if config.eval_answers:
         log.info("held-out answers    %.1f %% right (greedy, %d rows)", 100 * accuracy, len(chosen))
-    health.say_saved(final)
+    monitor.say_saved(final)
     dist.finish()
 
 
@@ -397,7 +400,7 @@ def run_identity(config: Config, global_batch: int, dataset: Dataset) -> dict:
 
 def cli() -> None:
     """torchrun sft.py, or ballast-sft where the package is installed."""
-    health.run(
+    run(
         main,
         lambda: parse_config(
             Config, sys.argv[1:], description=" ".join((__doc__ or "").split("\n\n")[0].split())

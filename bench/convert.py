@@ -2,9 +2,9 @@
 
     python bench/convert.py DIRECTORY [--show]      --show: every refusal and everything that was lost
 
-parses: `health.py convert` wrote a config that its recipe reads, with nothing lost, or with losses that the
-result names. refused: with the reason. failed: neither, which is a defect. Files that are no config of a
-training run (deployment, accelerate, datasets) are listed as such.
+parses: `python -m health convert` wrote a config that its recipe reads, with nothing lost, or with losses
+that the result names. refused: with the reason. failed: neither, which is a defect. Files that are no config
+of a training run (deployment, accelerate, datasets) are listed as such.
 """
 
 import argparse
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ebft
 import grpo
 import sft
-from config import BallastError, parse_config
-from migrate import CHANGED, NAMES, NESTED, STEERS, convert_file
+from health.convert import CHANGED, NAMES, NESTED, STEERS, convert_file
+from run.config import BallastError, parse_config
 
 RECIPES = {"sft": sft.Config, "grpo": grpo.Config, "ebft": ebft.Config}
 

@@ -27,8 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import drill
-from rules import MEASURED
+from health import drill
+from health.rules import MEASURED
 
 RECIPES = ("sft", "grpo", "ebft")
 STEPS = {"sft": 48, "grpo": 16, "ebft": 16}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import drill
+from health import drill
 
 BASES = ("sft", "grpo", "ebft", "strided")
 

@@ -74,9 +74,9 @@ def x_like(common, spread: float, direction):
 def network():
     import torch
 
-    from families import Architecture
+    from checkpoints.families import Architecture
+    from checkpoints.weights import initialize
     from model import Transformer
-    from weights import initialize
 
     arch = Architecture.from_config({
         "architectures": ["Qwen3ForCausalLM"], "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 6,
@@ -94,7 +94,8 @@ def network():
 def document(length: int, stride: int):
     import torch
 
-    from ebft import Document, block_anchors
+    from ebft import block_anchors
+    from rollouts.blocks import Document
 
     ids = torch.randint(8192, (length,), generator=torch.Generator().manual_seed(1)).tolist()
     return Document(ids, block_anchors(length, 8, G, stride), [True] * length, "one")
@@ -102,8 +103,8 @@ def document(length: int, stride: int):
 
 def blocks_loss(model, part, tokens, weights):
     """Σ weight · log p over the blocks' tokens [blocks · N, G], in one pass."""
-    from ebft import BlockPass
-    from losses import linear_logprobs
+    from numerics.losses import linear_logprobs
+    from rollouts.blocks import BlockPass
 
     batch = BlockPass.make(part, tokens)
     hidden, _ = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
@@ -118,10 +119,11 @@ def speed(length: int, stride: int, rounds: int) -> dict:
     """Medians of seconds for sampling, features and training, on both sides, taking turns."""
     import torch
 
-    from ebft import BlockPass, Config, block_features, group_features, sample_blocks
-    from generation import generate
-    from policy import collate, token_logprobs
-    from rollout import Rollout
+    from ebft import Config, block_features, group_features
+    from rollouts.blocks import BlockPass, sample_blocks
+    from rollouts.generation import generate
+    from rollouts.policy import collate, token_logprobs
+    from rollouts.rollout import Rollout
 
     model, frozen = network(), network()
     one = document(length, stride)

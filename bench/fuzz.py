@@ -39,26 +39,18 @@ import torch
 import yaml
 from safetensors import safe_open
 
-import drill
 import ebft
 import grpo
-import health
 import sft
-from config import BallastError, parse_config
+from checkpoints.adapters import apply_lora, load_adapter, read_adapter_options, save_adapter
+from checkpoints.weights import initialize, load_weights, read_architecture
 from data import RowOptions, encode_dataset, read_prompts
-from forensics import replay
+from health import drill, report
+from health.forensics import replay
 from model import Transformer
-from rollout import ReplayEngine
-from tokenizer import Tokenizer
-from weights import (
-    apply_lora,
-    initialize,
-    load_adapter,
-    load_weights,
-    read_adapter_options,
-    read_architecture,
-    save_adapter,
-)
+from rollouts.engines import ReplayEngine
+from run.config import BallastError, parse_config
+from text.tokenizer import Tokenizer
 
 PATIENCE = 20  # seconds for one case
 ROOM = 1 << 30  # bytes that all cases together may add to the process
@@ -440,7 +432,7 @@ def metrics(bench: Bench, rng: random.Random, place: Path) -> Case:
         raw = broken(b"Step,loss,grad_norm\n" + b"".join(b"%d,1.5,0.3\n" % n for n in range(1, 9)), rng)
     (place / name).write_bytes(raw)
     (place / "config.yaml").write_bytes(either(bench.configs[0][1], rng, yaml.safe_dump))
-    case.read = lambda: health.judge(*health.read_history(place / name))
+    case.read = lambda: report.judge(*report.read_history(place / name))
     case.names = [name, "config.yaml", "health"]
     return case
 

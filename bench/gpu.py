@@ -34,9 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402
-import losses  # noqa: E402
-import low_precision  # noqa: E402
-from health import peak_flops  # noqa: E402
+from health.memory import peak_flops  # noqa: E402
+from numerics import losses, low_precision  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "B200": 8e12, "L40S": 0.864e12}  # bytes/s

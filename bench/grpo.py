@@ -127,8 +127,8 @@ def generate_ours(directory: Path) -> float:
     import torch
 
     sys.path.insert(0, str(ROOT))
-    from generation import generate
-    from weights import load_pretrained
+    from checkpoints.weights import load_pretrained
+    from rollouts.generation import generate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_pretrained(str(directory), dtype=torch.float32, device=device)

@@ -27,8 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
-import losses
-import low_precision
+from numerics import losses, low_precision
 
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32), "89": GPUTarget("cuda", 89, 32), "90": GPUTarget("cuda", 90, 32),

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-import drill
+from health import drill
 
 RECIPES = ("sft", "grpo", "ebft")
 SMALLER = {"sft": {"micro_batch_size": 8, "eval_steps": 200}, "grpo": {"micro_batch_size": 16},

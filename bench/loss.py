@@ -25,7 +25,7 @@ def measure(side: str, tokens: int, width: int, vocabulary: int, steps: int) -> 
     import torch.nn.functional as F
 
     sys.path.insert(0, str(ROOT))
-    import losses
+    from numerics import losses
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

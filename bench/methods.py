@@ -28,13 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ebft  # noqa: E402
-from config import parse_config  # noqa: E402
+from checkpoints.weights import load_pretrained  # noqa: E402
 from data import read_prompts  # noqa: E402
-from generation import generate  # noqa: E402
-from policy import collate, token_logprobs  # noqa: E402
-from rollout import Rollout  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
-from weights import load_pretrained  # noqa: E402
+from rollouts.generation import generate  # noqa: E402
+from rollouts.policy import collate, token_logprobs  # noqa: E402
+from rollouts.rollout import Rollout  # noqa: E402
+from run.config import parse_config  # noqa: E402
+from text.tokenizer import Tokenizer  # noqa: E402
 
 TINY = ROOT / "configs" / "tiny"
 ROWS = (

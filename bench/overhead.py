@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import drill
+from health import drill
 
 CLOCK = """
 import dist, json, time

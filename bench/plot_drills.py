@@ -19,8 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import drill
-import rules
+from health import drill, rules
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GUIDE = DOCS / "stability.md"
@@ -98,7 +97,7 @@ def page(root: Path, drills: list[drill.Drill], seeds: list[int]) -> str:
         "Every drill in `drills/`: what it breaks and why that hurts, which rule (or error) named it first, "
         "the step on three seeds, what mends it, and the place in the code where it is prevented or "
         "caught. Made by `python bench/plot_drills.py` from the runs of `bench/drills.py`; "
-        "`python health.py drill NAME` shows one. The mechanisms and the pictures are in "
+        "`python -m health drill NAME` shows one. The mechanisms and the pictures are in "
         "[the guide](stability.md).", "",
     ]  # fmt: skip
     for theme in dict.fromkeys(re.findall(r"^## (\w+)$", GUIDE.read_text(encoding="utf-8"), re.M)):

@@ -24,12 +24,13 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import dist  # noqa: E402
-import health  # noqa: E402
-from batches import Batch  # noqa: E402
-from families import Architecture  # noqa: E402
-from memory import estimate  # noqa: E402
+from checkpoints import building  # noqa: E402
+from checkpoints.families import Architecture  # noqa: E402
+from health import memory  # noqa: E402
+from health.memory import estimate  # noqa: E402
 from model import Transformer  # noqa: E402
 from sft import Config, sft_loss  # noqa: E402
+from text.packing import Batch  # noqa: E402
 
 QWEN, LLAMA = {"model_type": "qwen2", "vocab_size": 151936}, {"model_type": "llama", "vocab_size": 128256}
 SHAPES = {  # hidden, feed-forward, layers, heads, key/value heads, head width, tied
@@ -120,7 +121,7 @@ def one_rank(changes: dict) -> None:
     config = small_config(**changes)
     arch = architecture(SMALL)
     world = dist.init(config)
-    model = dist.build_model(arch, Path("."), config, world, random_init=True)
+    model = building.build_model(arch, Path("."), config, world, random_init=True)
     optimizers = dist.make_optimizers(model, config)
     B, T = config.micro_batch_size, config.sequence_len
     ids = torch.randint(0, arch.vocab_size, (B, T))
@@ -132,7 +133,7 @@ def one_rank(changes: dict) -> None:
         dist.update(optimizers, 1e-4)
 
     step()
-    held = health.weight_bytes(model) + health.optimizer_bytes(optimizers)
+    held = memory.weight_bytes(model) + memory.optimizer_bytes(optimizers)
     seen = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with seen as profile:
         step()

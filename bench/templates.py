@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tokenizers
 import transformers
 
-from tokenizer import IGNORE, BadRow, Tokenizer
+from text.templates import BadRow
+from text.tokenizer import IGNORE, Tokenizer
 
 transformers.logging.set_verbosity_error()
 

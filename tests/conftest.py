@@ -20,7 +20,7 @@ import torch
 from programs import run_forked
 
 import grpo
-from tokenizer import IGNORE, Tokenizer
+from text.tokenizer import IGNORE, Tokenizer
 
 CORPUS = argparse.__file__  # text that no change of ours touches, for tokenizers
 ROOT = Path(__file__).resolve().parent.parent
@@ -359,7 +359,8 @@ def task(tmp_path_factory):
 def run_program(
     script: str | Path, *arguments: str, ranks: int = 1, timeout: int = 900, env: dict | None = None
 ):
-    """Run a script as a user would; with `ranks` > 1 under torchrun. Returns the finished process."""
+    """Run a script, or a module as by `python -m`, as a user would; with `ranks` > 1 under torchrun. Returns
+    the finished process."""
     if ranks == 1 and env is None:
         return run_forked(script, *arguments, timeout=timeout)
     launch = [sys.executable]

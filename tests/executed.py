@@ -23,7 +23,7 @@ def names_in(code: CodeType) -> set[str]:
 
 def main() -> None:
     sys.path.insert(0, ROOT)
-    from config import parse_config
+    from run.config import parse_config
 
     recipe = importlib.import_module(sys.argv[1])
     seen: set[CodeType] = set()

@@ -17,8 +17,8 @@ import torch
 from gloo_group import GlooGroup
 from safetensors.torch import save_file
 
-from vllm_worker import checksum, group_of, read_tensors
-from weights import load_pretrained
+from checkpoints.weights import load_pretrained
+from rollouts.vllm_worker import checksum, group_of, read_tensors
 
 
 class FakeVllm:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import dist
-from forensics import Forensics, NonFinite
-from weights import read_architecture
+from checkpoints import building
+from checkpoints.weights import read_architecture
+from health.forensics import Forensics, NonFinite
 
 NAMES = ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
 LENGTHS = [9, 7, 8]
@@ -133,7 +134,7 @@ def run_cases(checkpoint: str, out: str, **changes) -> list[str]:
     world = dist.init(config)
     torch.manual_seed(0)
     directory = Path(checkpoint)
-    model = dist.build_model(read_architecture(directory), directory, config, world)
+    model = building.build_model(read_architecture(directory), directory, config, world)
     before = {n: dist_local(p).clone() for n, p in model.named_parameters()}
     N = sum(LENGTHS)
     generator = torch.Generator().manual_seed(world.rank)

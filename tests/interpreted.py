@@ -19,8 +19,7 @@ from test_kernels import naive_attention  # noqa: E402
 from test_low_precision import fp8_step  # noqa: E402
 
 import kernels  # noqa: E402
-import losses  # noqa: E402
-import low_precision  # noqa: E402
+from numerics import losses, low_precision  # noqa: E402
 
 SHAPES = [(1, 1), (3, 128), (17, 300), (130, 257)]
 

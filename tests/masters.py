@@ -12,14 +12,15 @@ from torch.distributed.tensor import DTensor
 
 import dist
 import ebft
-import policy
-from batches import Batch
-from blocks import Document, sample_blocks
-from generation import generate
+from checkpoints import building
+from checkpoints.weights import iterate_weights, read_architecture
 from model import without_gradients
-from rollout import Rollout
+from rollouts import policy
+from rollouts.blocks import Document, sample_blocks
+from rollouts.generation import generate
+from rollouts.rollout import Rollout
 from sft import sft_loss
-from weights import iterate_weights, read_architecture
+from text.packing import Batch
 
 
 def main(checkpoint: str) -> None:
@@ -28,7 +29,7 @@ def main(checkpoint: str) -> None:
         base_model=checkpoint, datasets=[{"path": "x"}], bf16=True, fsdp_reshard_after_forward=False
     )
     arch = read_architecture(Path(checkpoint))
-    model = dist.build_model(arch, Path(checkpoint), config, world)
+    model = building.build_model(arch, Path(checkpoint), config, world)
     before = {name: (type(p), p.dtype, p.to_local().clone() if isinstance(p, DTensor) else p.clone())
               for name, p in model.named_parameters()}  # fmt: skip
     assert all(dtype == torch.float32 for _, dtype, _ in before.values())

@@ -15,8 +15,8 @@ import dist
 import ebft
 import grpo
 import sft
-from config import parse_config
 from dist import DistOptions
+from run.config import parse_config
 
 RECIPES = {"sft": sft, "grpo": grpo, "ebft": ebft}
 

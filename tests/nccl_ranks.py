@@ -9,13 +9,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gloo_group
 
 import grpo
-import health
-import nccl_transfer
-import vllm_client
-from config import parse_config
+from rollouts import nccl_transfer, vllm_client
+from run import loop
+from run.config import parse_config
 
 if __name__ == "__main__":
     nccl_transfer.BUFFER = 1 << 16  # many buffers
     nccl_transfer.join = gloo_group.join
     vllm_client.refuse_nccl = lambda options, device: None
-    health.run(grpo.main, lambda: parse_config(grpo.Config, sys.argv[1:]))
+    loop.run(grpo.main, lambda: parse_config(grpo.Config, sys.argv[1:]))

@@ -21,7 +21,18 @@ context = multiprocessing.get_context("forkserver")
 @functools.cache
 def _start_server() -> None:
     """With the paths of our modules: the server imports before it is told sys.path."""
-    context.set_forkserver_preload(["sft", "grpo", "ebft", "memory", "report", "programs"])
+    context.set_forkserver_preload(
+        [
+            "sft",
+            "grpo",
+            "ebft",
+            "health.convert",
+            "health.drill",
+            "health.options",
+            "health.report",
+            "programs",
+        ]
+    )
     with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
         multiprocessing.forkserver.ensure_running()
 
@@ -33,11 +44,16 @@ def _child(script: str, arguments: list[str], environment: dict[str, str], out: 
     os.environ.update(environment)
     sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
     os.chdir(ROOT)
-    runpy.run_path(script, run_name="__main__")
+    if script.endswith(".py"):
+        runpy.run_path(script, run_name="__main__")
+    else:
+        sys.path[0] = str(ROOT)
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 def run_forked(script: str | Path, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
-    """The finished run of a script of ours, as subprocess.run with text would give it."""
+    """The finished run of a script of ours, or of a module (python -m), as subprocess.run with text would
+    give it."""
     _start_server()
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")

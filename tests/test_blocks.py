@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import generation
-from blocks import BlockPass, Document, block_anchors, sample_blocks
+from checkpoints.weights import load_pretrained
 from ebft import Config, block_features, energy
-from losses import linear_logprobs
-from weights import load_pretrained
+from numerics.losses import linear_logprobs
+from rollouts import generation
+from rollouts.blocks import BlockPass, Document, block_anchors, sample_blocks
 
 
 def test_blocks_have_their_whole_truth_in_the_document():

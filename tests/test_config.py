@@ -12,10 +12,11 @@ from executed import names_in
 import ebft
 import grpo
 import sft
-import vllm_client
-from config import ConfigError, UnknownOption, options_page, parse_config
 from conftest import ROOT, metrics, run_program
-from health import recipe_config
+from health.__main__ import recipe_config
+from health.options import options_page
+from rollouts import nccl_transfer, vllm_client, vllm_server
+from run.config import ConfigError, UnknownOption, parse_config
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml")) + sorted((ROOT / "drills" / "base").glob("*.yaml"))
 
@@ -23,7 +24,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml")) + sorted((ROOT / "drills" /
 def test_the_page_of_options_is_up_to_date():
     page = options_page({"sft": sft.Config, "grpo": grpo.Config, "ebft": ebft.Config})
     assert page == (ROOT / "docs" / "configs.md").read_text(encoding="utf-8"), (
-        "run python config.py > docs/configs.md"
+        "run python -m health options > docs/configs.md"
     )
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) > 150 and not [row for row in rows if row.endswith("|  |")], (
@@ -232,7 +233,9 @@ def test_every_option_is_read_by_the_recipe_and_mode_that_takes_it(
         assert done.returncode == 0, done.stdout + done.stderr
         read |= set(json.loads(done.stdout.splitlines()[-1]))
     if kind in ("grpo", "structured"):  # no server is at hand: what its client and `serve` read counts
-        for owner in (vllm_client, *(c for c in vars(vllm_client).values() if inspect.isclass(c))):
+        modules = (vllm_client, vllm_server, nccl_transfer)
+        classes = [c for module in modules for c in vars(module).values() if inspect.isclass(c)]
+        for owner in (*modules, *classes):
             functions = [inspect.unwrap(f) for f in vars(owner).values() if inspect.isfunction(f)]
             read = read.union(*(names_in(f.__code__) for f in functions))
     refused = dict(zip(("strided", "structured"), ebft.options_by_mode(), strict=True)).get(kind, set())

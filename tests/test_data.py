@@ -5,8 +5,6 @@ import sys
 import pytest
 import torch
 
-from batches import Dataset
-from config import ConfigError, DataError
 from conftest import (
     CHATML_TOKENS,
     CONVERSATIONS,
@@ -32,7 +30,10 @@ from data import (
     turns_without_end,
     without_thinking,
 )
-from tokenizer import IGNORE, BadRow, Tokenizer
+from run.config import ConfigError, DataError
+from text.packing import Dataset
+from text.templates import BadRow
+from text.tokenizer import IGNORE, Tokenizer
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-import dist
 import sft
-from config import ConfigError, parse_config
+from checkpoints import building
+from checkpoints.weights import read_architecture
 from conftest import ROOT, arguments, metrics, run_ok, run_program
 from dist import OptimizerOptions, World, learning_rate
-from weights import read_architecture
+from run.config import ConfigError, parse_config
 
 
 def test_the_schedules_have_their_textbook_values():
@@ -76,7 +76,7 @@ def test_a_frozen_copy_takes_half_the_memory_and_computes_the_same_bits(family, 
     )
     arch = read_architecture(checkpoint)
     alone = World(0, 1, 0, torch.device("cpu"))
-    model, frozen = (dist.build_model(arch, checkpoint, config, alone, frozen=f) for f in (False, True))
+    model, frozen = (building.build_model(arch, checkpoint, config, alone, frozen=f) for f in (False, True))
     kinds = {p.dtype for p in frozen.parameters()}
     assert kinds == ({torch.float32} if more else {torch.bfloat16}) and not frozen.training
     assert not any(p.requires_grad for p in frozen.parameters())
@@ -96,4 +96,4 @@ def test_quantised_weights_are_not_offloaded(key, small_checkpoint):
     )  # fmt: skip
     arch = read_architecture(small_checkpoint[0])
     with pytest.raises(ConfigError, match=f"{key}.*fsdp_cpu_offload"):
-        dist.build_model(arch, small_checkpoint[0], config, World(0, 1, 0, torch.device("cpu")))
+        building.build_model(arch, small_checkpoint[0], config, World(0, 1, 0, torch.device("cpu")))

@@ -7,11 +7,17 @@ import re
 
 import pytest
 
-import drill
 from conftest import ROOT
+from health import drill
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md"]
-MODULES = "|".join(path.stem for path in ROOT.glob("*.py"))
+FOLDERS = ("numerics", "checkpoints", "text", "rollouts", "health", "run")
+FILES = {  # module → file
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in (*ROOT.glob("*.py"), *(p for folder in FOLDERS for p in (ROOT / folder).glob("*.py")))
+    if path.name != "__init__.py"
+}
+MODULES = "|".join(map(re.escape, FILES))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -30,7 +36,8 @@ def test_every_function_that_a_walk_names_exists(page):
     named = re.findall(rf"`((?:{MODULES})\.[A-Za-z_.]+)`", text)
     assert len(named) > 40
     for path in named:
-        module, *rest = path.split(".")
+        module = max((name for name in FILES if path.startswith(f"{name}.")), key=len)
+        rest = path.removeprefix(f"{module}.").split(".")
         found = importlib.import_module(module)
         for name in rest:
             assert hasattr(found, name), path
@@ -51,7 +58,7 @@ def test_the_guide_has_each_drill_and_a_picture_in_the_section_of_its_theme():
         assert (f"(stability-{title.lower()}.png)" in text) == (len(rules) > 1), title
 
 
-QUOTED = re.findall(r"```python\n# (\w+\.py): (\w+)\n(.*?)```", GUIDE, flags=re.S)
+QUOTED = re.findall(r"```python\n# ([\w/]+\.py): (\w+)\n(.*?)```", GUIDE, flags=re.S)
 
 
 @pytest.mark.parametrize("file, function, lines", QUOTED, ids=[q[1] for q in QUOTED])
@@ -73,15 +80,15 @@ def test_the_guide_quotes_code():
 
 def imports() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
     """module → ours that it imports at its top; and those that a function of it imports."""
-    ours = {path.stem for path in ROOT.glob("*.py")}
-    top: dict[str, set[str]] = {name: set() for name in ours}
-    within: dict[str, set[str]] = {name: set() for name in ours}
-    for name in ours:
-        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    top: dict[str, set[str]] = {name: set() for name in FILES}
+    within: dict[str, set[str]] = {name: set() for name in FILES}
+    for name, path in FILES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             named = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            named += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            (top if node in tree.body else within)[name].update(ours.intersection(named) - {name})
+            if isinstance(node, ast.ImportFrom) and node.module:
+                named += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+            (top if node in tree.body else within)[name].update(FILES.keys() & set(named) - {name})
     return top, within
 
 
@@ -89,16 +96,42 @@ def test_modules_import_downwards_and_never_a_recipe():
     top, within = imports()
     for name in top.keys() - {"sft", "grpo", "ebft"}:
         assert not (top[name] | within[name]) & {"sft", "grpo", "ebft"}, name
-    tuple(graphlib.TopologicalSorter(top).static_order())  # raises for a cycle
+    assert max(layers(top).values()) < 8
+
+
+def layers(top: dict[str, set[str]]) -> dict[str, int]:
+    """The floor of each module, above all that it imports. Raises for a circle."""
+    floor: dict[str, int] = {}
+    for name in graphlib.TopologicalSorter(top).static_order():
+        floor[name] = 1 + max((floor[x] for x in top[name]), default=-1)
+    return floor
+
+
+def test_the_root_holds_seven_modules_and_folders_do_nothing_when_they_are_imported():
+    assert {path.stem for path in ROOT.glob("*.py")} == {
+        "sft", "grpo", "ebft", "model", "kernels", "data", "dist",
+    }  # fmt: skip
+    assert all((ROOT / folder / "__init__.py").read_text() == "" for folder in FOLDERS)
+
+
+def test_an_import_inside_a_function_gives_its_reason():
+    for name, path in FILES.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        tree = ast.parse("\n".join(lines))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.Import | ast.ImportFrom):
+                        above = lines[inner.lineno - 2].strip()
+                        assert "#" in lines[inner.lineno - 1] or above.startswith(("#", "import", "from")), (
+                            f"{name}:{inner.lineno}"
+                        )
 
 
 def test_the_drawing_of_the_imports_is_up_to_date():
     """One line a layer: a module stands above everything that it imports."""
     text = (ROOT / "docs" / "internals.md").read_text(encoding="utf-8")
     drawn = [line.split() for line in text.split("```text\n")[1].split("```")[0].splitlines()]
-    layers: dict[str, int] = {}
-    top, _ = imports()
-    for name in graphlib.TopologicalSorter(top).static_order():
-        layers[name] = 1 + max((layers[x] for x in top[name]), default=-1)
-    rows = [sorted(n for n in layers if layers[n] == k) for k in sorted(set(layers.values()), reverse=True)]
+    floor = layers(imports()[0])
+    rows = [sorted(n for n in floor if floor[n] == k) for k in sorted(set(floor.values()), reverse=True)]
     assert [sorted(line) for line in drawn] == rows

@@ -4,10 +4,9 @@ are run by bench/drills.py, which .ci/run calls."""
 import pytest
 import yaml
 
-import drill
-import rules
-from conftest import ROOT, run_program
-from drill import Drill, Outcome
+from conftest import run_program
+from health import drill, rules
+from health.drill import Drill, Outcome
 
 NAMES = drill.names()
 
@@ -71,6 +70,6 @@ def test_two_drills_as_a_user_runs_them(tmp_path):
 
 def test_an_unknown_drill_is_one_line():
     for name in ("no_such", "base/sft"):  # a file that is there, but no drill
-        done = run_program(ROOT / "health.py", "drill", name)
+        done = run_program("health", "drill", name)
         assert done.returncode == 2 and done.stderr.startswith(f"error: drill: {name!r}")
         assert "Traceback" not in done.stderr

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import dist
-from blocks import read_blocks
-from config import DataError
+from checkpoints.weights import load_pretrained
 from conftest import ROOT, run_program
 from data import DataOptions, Prompt, read_prompts
 from ebft import (
@@ -27,10 +26,12 @@ from ebft import (
     true_completion,
     whiten,
 )
-from rollout import Rollout, play
-from tokenizer import Tokenizer
-from vllm_server import Completion
-from weights import load_pretrained
+from rollouts.blocks import read_blocks
+from rollouts.environments import play
+from rollouts.rollout import Rollout
+from rollouts.vllm_server import Completion
+from run.config import DataError
+from text.tokenizer import Tokenizer
 
 ALONE = dist.World(0, 1, 0, torch.device("cpu"))
 GOLDEN = json.loads((Path(__file__).parent / "ebft_golden.json").read_text())

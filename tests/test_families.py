@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from config import CheckpointError
+from checkpoints.families import Architecture
+from checkpoints.weights import load_pretrained
 from conftest import ROOT, ids
-from families import Architecture
-from weights import load_pretrained
+from run.config import CheckpointError
 
 
 def _changed(references, tmp_path, name="llama2", **changes):

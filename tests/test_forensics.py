@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dist
-import forensics
-import low_precision
+from checkpoints.weights import load_pretrained
 from conftest import ROOT, options, run_program
 from dist import World
-from forensics import Fault, Forensics, NonFinite, owners
+from health import forensics
+from health.forensics import Fault, Forensics, NonFinite, owners
 from kernels import SharedPrompts
-from policy import StepSize, collate, policy_loss, token_logprobs
-from rollout import Rollout
-from weights import load_pretrained
+from numerics import low_precision
+from rollouts.policy import StepSize, collate, policy_loss, token_logprobs
+from rollouts.rollout import Rollout
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -168,7 +168,7 @@ def test_a_broken_weight_is_found_and_the_incident_runs_again(small_checkpoint, 
     assert "Traceback" not in done.stderr and not (tmp_path / "out" / "final").exists()
     incident = tmp_path / "out" / "incidents" / "step-1"
     assert "What is" in (incident / "rows.txt").read_text()
-    again = run_program(ROOT / "health.py", "replay", str(incident))
+    again = run_program("health", "replay", str(incident))
     assert (
         again.returncode == 0 and "again: the forward pass of layers.1.mlp.up_proj makes it" in again.stdout
     )
@@ -200,7 +200,7 @@ def test_skipping_is_bounded(small_checkpoint, chat_file, tmp_path):
 
 
 def test_a_directory_that_is_no_incident_is_said_so(tmp_path):
-    done = run_program(ROOT / "health.py", "replay", str(tmp_path))
+    done = run_program("health", "replay", str(tmp_path))
     assert done.returncode == 2 and "is no incident that can be run again" in done.stderr
 
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import generation
+from checkpoints.weights import load_pretrained
 from conftest import ids
-from generation import generate, sampling_logprobs
-from weights import load_pretrained
+from rollouts import generation
+from rollouts.generation import generate, sampling_logprobs
 
 
 def test_greedy_generation_equals_transformers(references):

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import kernels
-import losses
-import low_precision
+from checkpoints.weights import load_pretrained
 from conftest import FAMILIES, ROOT, run_program
-from generation import generate
-from weights import load_pretrained
+from numerics import losses, low_precision
+from rollouts.generation import generate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,8 +140,8 @@ def test_deterministic_runs_on_the_device_give_the_same_bytes(small_checkpoint, 
 
 
 def test_completions_behind_one_copy_of_their_prompt_on_the_device_equal_the_cpu(references):
-    from policy import collate, token_logprobs
-    from rollout import Rollout
+    from rollouts.policy import collate, token_logprobs
+    from rollouts.rollout import Rollout
 
     directory = str(references("qwen3")[1])
     rollouts = [

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import grpo
-from config import ConfigError
+from checkpoints.weights import load_pretrained
 from conftest import GOLDEN, ROOT, embedded, golden, metrics, options, run_program
 from dist import World
 from grpo import group_advantages, reward_metrics, weighted_rewards
-from policy import PolicyOptions, StepSize, Tally, completion_metrics, policy_loss, tally_policy
-from rollout import Rollout
-from weights import load_pretrained
+from rollouts.policy import PolicyOptions, StepSize, Tally, completion_metrics, policy_loss, tally_policy
+from rollouts.rollout import Rollout
+from run.config import ConfigError
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -500,7 +500,7 @@ def test_a_server_that_is_not_there_ends_the_run_with_one_line(task, small_check
 def test_every_config_file_is_read_by_its_recipe(file):
     import ebft
     import sft
-    from config import parse_config
+    from run.config import parse_config
 
     text = file.read_text()
     recipe = grpo if "reward_funcs:" in text else ebft if "\nmode:" in text else sft

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import losses
 from conftest import ROOT
+from numerics import losses
 
 
 def naive_loss(hidden, weight, labels, softcap=None):

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import health
-import low_precision
 import model as model_module
+from checkpoints.weights import load_pretrained, load_weights, read_architecture
 from conftest import CHATML_TEMPLATE, CHATML_TOKENS, ROOT, make_reference, run_program, write_tokenizer
+from health import memory
 from model import ModelOptions
-from weights import load_pretrained, load_weights, read_architecture
+from numerics import low_precision
 
 
 def fp8_step(x):
@@ -167,7 +167,7 @@ def test_adamw_8bit_is_as_close_to_adamw_as_bitsandbytes_and_its_state_dict_goes
             optimizer.step()
         ends[name] = p.detach().clone()
         if name == "ours":
-            assert health.optimizer_bytes([optimizer]) / p.numel() < 2.04
+            assert memory.optimizer_bytes([optimizer]) / p.numel() < 2.04
     assert torch.equal(ends["ours"], ends["resumed"])
     error = {name: (ends[name] - ends["exact"]).norm() for name in ("ours", "theirs")}
     assert error["ours"] < 1.1 * error["theirs"] and error["ours"] < 0.1 * (ends["exact"] - start).norm()

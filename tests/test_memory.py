@@ -9,15 +9,16 @@ import torch
 
 import dist
 import grpo
-import health
-import memory
-from batches import Batch
-from config import parse_config
+from checkpoints import building
+from checkpoints.adapters import apply_lora, initialize_lora
+from checkpoints.families import Architecture
+from checkpoints.weights import initialize, read_architecture
 from conftest import ROOT, run_program
 from dist import World
-from families import Architecture
+from health import memory
+from run.config import parse_config
 from sft import Config, sft_loss
-from weights import apply_lora, initialize, initialize_lora, read_architecture
+from text.packing import Batch
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 TINY = json.loads((ROOT / "configs" / "tiny" / "config.json").read_text())
@@ -33,7 +34,7 @@ def measured_peak(arch: Architecture, config: Config) -> int:
     """Weights and optimiser, and the highest sum of allocations and frees of a second step."""
     config = dataclasses.replace(config)
     adapter, config.adapter = config.adapter, None
-    model = dist.build_model(arch, Path("."), config, ALONE, random_init=True)
+    model = building.build_model(arch, Path("."), config, ALONE, random_init=True)
     if adapter:
         apply_lora(model, dataclasses.replace(config, adapter=adapter))
         initialize(model, 0)
@@ -50,7 +51,7 @@ def measured_peak(arch: Architecture, config: Config) -> int:
         dist.update(optimizers, 1e-4)
 
     step()
-    before = health.weight_bytes(model) + health.optimizer_bytes(optimizers)
+    before = memory.weight_bytes(model) + memory.optimizer_bytes(optimizers)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:
@@ -137,10 +138,10 @@ def test_the_command_prints_a_table_for_each_recipe():
     for name, expected in (("sft", "activations"), ("grpo", "keys and values"), ("ebft", "frozen copy")):
         where = f"base_model={ROOT / 'configs' / 'tiny'}"
         config = ROOT / "configs" / "tiny" / f"{name}.yaml"
-        done = run_program(ROOT / "health.py", "memory", "--config", str(config), where, "processes=2")
+        done = run_program("health", "memory", "--config", str(config), where, "processes=2")
         assert done.returncode == 0, done.stderr
         assert "estimated peak of a process" in done.stdout and expected in done.stdout
-    done = run_program(ROOT / "health.py", "memory", "--config", str(config), "processes=no")
+    done = run_program("health", "memory", "--config", str(config), "processes=no")
     assert done.returncode == 2 and "processes" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import model as ballast
+from checkpoints.adapters import apply_lora
+from checkpoints.families import Architecture
+from checkpoints.weights import load_pretrained, save_pretrained
 from conftest import FAMILIES, ids
-from families import Architecture
-from generation import generate
-from weights import apply_lora, load_pretrained, save_pretrained
+from rollouts.generation import generate
 
 T = 40
 
@@ -117,7 +118,7 @@ def test_the_load_balancing_loss_equals_transformers(references):
     mask[1, 25:] = 0
     _, router_logits = model.hidden_states(ids())
     expected = load_balancing_loss_func(tuple(router_logits), 4, 2, mask)
-    got = ballast.load_balancing_loss(router_logits, model.arch, mask.flatten() == 1)
+    got = model.load_balancing_loss(router_logits, model.arch, mask.flatten() == 1)
     torch.testing.assert_close(got, expected)
 
 
@@ -131,7 +132,7 @@ def test_recomputed_activations_give_the_same_gradients(reentrant, references):
             block.checkpointing = checkpointing
         model.zero_grad()
         hidden, router_logits = model.hidden_states(ids())
-        (hidden.square().sum() + ballast.load_balancing_loss(router_logits, model.arch)).backward()
+        (hidden.square().sum() + model.load_balancing_loss(router_logits, model.arch)).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():

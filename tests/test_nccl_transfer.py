@@ -11,21 +11,20 @@ import torch
 from fake_vllm import FakeVllm
 from test_families import REAL, shrunk
 
-import dist
-import nccl_transfer
-import vllm_client
-from config import ConfigError, parse_config
+from checkpoints import building
+from checkpoints.families import Architecture
+from checkpoints.weights import iterate_weights, load_pretrained, read_architecture, weight_shapes
 from conftest import ROOT, make_reference, metrics, run_program
 from data import Prompt
 from dist import World
-from families import Architecture
 from grpo import Config
 from model import Transformer
-from nccl_transfer import NcclTransfer, address_towards, packed, refuse_nccl
-from tokenizer import Tokenizer
-from vllm_client import VllmEngine
-from vllm_server import EngineError
-from weights import iterate_weights, load_pretrained, read_architecture, weight_shapes
+from rollouts import nccl_transfer, vllm_client
+from rollouts.nccl_transfer import NcclTransfer, address_towards, packed, refuse_nccl
+from rollouts.vllm_client import VllmEngine
+from rollouts.vllm_server import EngineError
+from run.config import ConfigError, parse_config
+from text.tokenizer import Tokenizer
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
@@ -229,7 +228,7 @@ def test_names_and_shapes_of_quantised_layers_with_an_adapter(stored, tmp_path):
         [f"base_model={tmp_path}", "datasets=[{path: x, type: chat}]", "reward_funcs=[length]",
          "adapter=qlora", f"{stored}=true"],
     )  # fmt: skip
-    model = dist.build_model(read_architecture(tmp_path, []), tmp_path, config, WORLD)
+    model = building.build_model(read_architecture(tmp_path, []), tmp_path, config, WORLD)
     sent = [(name, tuple(tensor.shape)) for name, tensor in iterate_weights(model, merge=True)]
     assert weight_shapes(model) == sent
 

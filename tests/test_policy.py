@@ -6,10 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from config import ConfigError
 from conftest import GOLDEN, golden
 from dist import World
-from policy import PolicyOptions, StepSize, Tally, measures_kl, policy_loss, sampler_ratio, tally_policy
+from rollouts.policy import (
+    PolicyOptions,
+    StepSize,
+    Tally,
+    measures_kl,
+    policy_loss,
+    sampler_ratio,
+    tally_policy,
+)
+from run.config import ConfigError
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]
 
@@ -242,7 +250,7 @@ def test_the_effective_share_is_kish_s_over_the_whole_step(cut):
 def test_a_small_mismatch_over_long_completions_wastes_samples_and_the_rule_says_so():
     """64 completions of 8,192 tokens that differ by σ = 0.02 a token: the mean difference and the smallest
     ratio are both in their ranges, and the product keeps little of the batch."""
-    from rules import Doctor
+    from health.rules import Doctor
 
     generator = torch.Generator().manual_seed(0)
     old = torch.zeros(64, 8192)

@@ -11,9 +11,9 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from config import ConfigError, load_yaml, one_line, parse_config, shown
 from conftest import ROOT, arguments, embedded, metrics, run_ok, run_program
 from grpo import Config as GrpoConfig
+from run.config import ConfigError, load_yaml, one_line, parse_config, shown
 
 WORKER = ROOT / "tests" / "worker.py"
 # 37 rows in steps of 8: the last step of an epoch has 5, and with 4 ranks one has none. Adam's epsilon:
@@ -183,7 +183,7 @@ def test_tokens_are_never_written_down(small_checkpoint, chat_file, tmp_path):
     assert done.returncode == 2 and (out / "incidents" / "step-12").is_dir()
     assert "step-12" in (out / "report.html").read_text()  # drawn also where a run ends in an error
     made = subprocess.run(
-        [sys.executable, "health.py", "report", str(out)], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "health", "report", str(out)], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, **env},
     )  # fmt: skip
     assert made.returncode == 0, made.stderr

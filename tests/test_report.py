@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-import health
-import report
-from conftest import ROOT, run_program
+from conftest import run_program
+from health import report
+from run import loop
 
 EVIL = "<script>alert('x')</script>"
 
@@ -55,11 +55,11 @@ def test_runs_side_by_side(run, tmp_path):
     other.mkdir()
     rows = [{"step": i, "entropy": 0.3, "kl": 0.1} for i in range(1, 31)]
     (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run_program(ROOT / "health.py", "report", str(run), str(other), f"out={tmp_path / 'both.html'}")
+    done = run_program("health", "report", str(run), str(other), f"out={tmp_path / 'both.html'}")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "both.html").read_text()
     assert "well from beginning to end" in page and "entropy_collapse" in page and page.count("<svg") == 4
-    assert run_program(ROOT / "health.py", "report", str(tmp_path / "none")).returncode == 2
+    assert run_program("health", "report", str(tmp_path / "none")).returncode == 2
 
 
 def test_bands_are_the_pages_and_else_the_rules():
@@ -87,16 +87,16 @@ SEEN = {
 @pytest.mark.parametrize("message", SEEN, ids=[m[:40] for m in SEEN])
 def test_an_error_of_the_pages_table_is_answered(message):
     name, _, text = message.partition(": ")
-    said = health.explain_error(type(name, (RuntimeError,), {})(text))
+    said = loop.explain_error(type(name, (RuntimeError,), {})(text))
     assert said is not None and SEEN[message] in said and "\n" not in said
 
 
 def test_an_unknown_error_is_left_alone():
-    assert health.explain_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert loop.explain_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 def test_every_pattern_has_a_message_here():
-    for pattern, _, _ in health.ERRORS[:10]:
+    for pattern, _, _ in loop.ERRORS[:10]:
         assert any(re.search(pattern, m, re.IGNORECASE | re.DOTALL) for m in SEEN), pattern
 
 
@@ -111,7 +111,7 @@ def test_a_run_that_ended_in_an_error_is_not_called_well_until_it_has_gone_on(ru
     (run / "run.log").write_text(ended)
     page = report.render([run])
     assert "ended in an error" in page and "error: the disk is full" in page and "well from" not in page
-    done = run_program(ROOT / "health.py", "diagnose", str(run))
+    done = run_program("health", "diagnose", str(run))
     assert done.returncode == 1 and done.stdout == "ended in an error: the disk is full\n"
     (run / "run.log").write_text(ended + f"{stamp} INFO resuming\n")
     assert "well from beginning to end" in report.render([run])

@@ -3,14 +3,14 @@
 import pytest
 
 import grpo
-import rewards
-from batches import PromptOrder
-from config import ConfigError
 from conftest import options
 from grpo import pass_at_k
-from rewards import RewardError
-from rollout import Rollout
-from tokenizer import Tokenizer
+from rollouts import rewards
+from rollouts.rewards import RewardError
+from rollouts.rollout import Rollout
+from run.config import ConfigError
+from text.packing import PromptOrder
+from text.tokenizer import Tokenizer
 
 REWARDS = """
 import asyncio, time

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from config import ConfigError, DataError
 from conftest import with_hub, write
-from rows import read_rows
+from run.config import ConfigError, DataError
+from text.rows import read_rows
 
 
 def test_json_parquet_directories_and_slices_are_read(tokenizer, tmp_path):

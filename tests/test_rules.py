@@ -7,11 +7,10 @@ import pytest
 import yaml
 
 import grpo
-import health
-import rules
-from config import ConfigError, parse_config
 from conftest import falling, noisy
-from rules import RULES, Doctor, rules_of
+from health import monitor, rules
+from health.rules import RULES, Doctor, rules_of
+from run.config import ConfigError, parse_config
 
 CONFIG = {
     "learning_rate": 1e-3, "temperature": 0.6, "vllm_sync_interval": 4, "num_generations": 8, "beta": 0.0,
@@ -143,7 +142,7 @@ def test_a_learning_rate_that_is_not_the_schedules_is_found():
     for wrong, expected in ((1.0, []), (0.5, ["learning_rate_off_schedule"])):
         doctor = Doctor(config, total_steps=40)
         for step in range(1, 41):
-            rate = health.dist.learning_rate(step - 1, options, 40) * (wrong if step > 20 else 1.0)
+            rate = monitor.dist.learning_rate(step - 1, options, 40) * (wrong if step > 20 else 1.0)
             doctor.observe(step, {"train/learning_rate": rate})
         assert list(doctor.ever) == expected
 

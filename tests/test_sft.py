@@ -11,12 +11,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from config import ConfigError, parse_config
+from checkpoints.weights import load_pretrained
 from conftest import ROOT, arguments, metrics, run_ok, run_program
-from generation import load_for_inference
+from rollouts.generation import load_for_inference
+from run.config import ConfigError, parse_config
 from sft import Config
-from tokenizer import IGNORE, Tokenizer
-from weights import load_pretrained
+from text.tokenizer import IGNORE, Tokenizer
 
 WORKER = ROOT / "tests" / "worker.py"
 
@@ -107,7 +107,7 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
         assert all(key in row for row in rows[:12]), key
     assert "eval/loss" in rows[5] and "eval/loss" in rows[11] and "eval/accuracy" in rows[12]
     assert 0.5 < rows[0]["packing_efficiency"] <= 1 and 0 < rows[0]["trained_token_share"] < 1
-    assert "held-out loss" in done.stdout and f"generation.py chat {out}/final" in done.stdout
+    assert "held-out loss" in done.stdout and f"model.py chat {out}/final" in done.stdout
     assert "held-out loss" in (out / "run.log").read_text()
     assert yaml.safe_load((out / "config.yaml").read_text())["learning_rate"] == 1e-3
     first = (out / "config.yaml").read_text().splitlines()[0]
@@ -125,7 +125,7 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
     assert transformers.AutoTokenizer.from_pretrained(out / "final").chat_template
 
     chat = subprocess.run(
-        [sys.executable, str(ROOT / "generation.py"), "chat", str(out / "final"), "--max-new-tokens", "8"],
+        [sys.executable, str(ROOT / "model.py"), "chat", str(out / "final"), "--max-new-tokens", "8"],
         input="Hello\n\n", capture_output=True, text=True,
     )  # fmt: skip
     assert chat.returncode == 0 and chat.stdout.strip(), chat.stderr
@@ -162,7 +162,7 @@ def test_an_adapter_is_saved_as_peft_reads_it_and_can_be_gone_on_from(small_chec
     first, second = metrics(out), metrics(tmp_path / "more")
     assert second[0]["train/loss"] < first[0]["train/loss"]
     chat = subprocess.run(
-        [sys.executable, str(ROOT / "generation.py"), "chat", str(out / "final"), "--max-new-tokens", "4"],
+        [sys.executable, str(ROOT / "model.py"), "chat", str(out / "final"), "--max-new-tokens", "4"],
         input="Hello\n", capture_output=True, text=True,
     )  # fmt: skip
     assert chat.returncode == 0 and chat.stdout.strip(), chat.stderr

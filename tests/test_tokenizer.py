@@ -5,7 +5,6 @@ import resource
 
 import pytest
 
-from config import ConfigError
 from conftest import (
     CALL,
     CHATML_TOKENS,
@@ -19,7 +18,9 @@ from conftest import (
     write_tokenizer,
 )
 from data import DataOptions
-from tokenizer import IGNORE, BadRow, Tokenizer
+from run.config import ConfigError
+from text.templates import BadRow
+from text.tokenizer import IGNORE, Tokenizer
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -79,7 +80,7 @@ def test_reasoning_and_tool_calls_are_trained_where_the_template_shows_them(toke
 
 def test_generation_blocks_decide_where_the_template_has_them(tokenizer, tokenizer_directory):
     tok = tokenizer("chatml")
-    from tokenizer import CHATML
+    from text.templates import CHATML
 
     marked = Tokenizer(tok.core, tok.config, CHATML, tok.source)
     messages = CONVERSATIONS["system"]

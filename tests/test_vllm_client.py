@@ -6,16 +6,16 @@ import pytest
 import torch
 from fake_vllm import FakeVllm
 
-from config import ConfigError, parse_config
+from checkpoints.weights import load_pretrained
 from conftest import ROOT, metrics, run_program
 from data import Prompt
 from dist import World
 from grpo import Config
-from tokenizer import Tokenizer
-from vllm_client import VllmEngine
-from vllm_server import MEMORY, EngineError, ServerLost, sync_method
-from vllm_worker import checksum
-from weights import load_pretrained
+from rollouts.vllm_client import VllmEngine
+from rollouts.vllm_server import MEMORY, EngineError, ServerLost, sync_method
+from rollouts.vllm_worker import checksum
+from run.config import ConfigError, parse_config
+from text.tokenizer import Tokenizer
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import model as ballast
-import weights
-from config import CheckpointError, ConfigError
+from checkpoints import adapters, weights
+from checkpoints.weights import load_pretrained, save_pretrained
 from conftest import ids, make_reference, with_hub
 from model import ModelOptions
-from weights import load_pretrained, save_pretrained
+from run.config import CheckpointError, ConfigError
 
 
 def test_a_checkpoint_in_several_files_and_in_half_precision_loads(tmp_path):
@@ -157,14 +157,14 @@ def test_adapters_go_between_peft_and_here_and_merge_exactly(name, kwargs, refer
 
     base = load_pretrained(str(directory), dtype=torch.float32)
     before = base(ids())
-    model = weights.apply_lora(base, weights.read_adapter_options(tmp_path / "theirs", str(directory)))
-    weights.load_adapter(model, tmp_path / "theirs")
+    model = adapters.apply_lora(base, adapters.read_adapter_options(tmp_path / "theirs", str(directory)))
+    adapters.load_adapter(model, tmp_path / "theirs")
     assert (model.eval()(ids()) - expected).abs().max() < 1e-4
-    with weights.adapters_disabled(model):
+    with adapters.adapters_disabled(model):
         assert torch.equal(model(ids()), before)
     assert (model(ids()) - before).abs().max() > 1e-2
 
-    weights.save_adapter(model, tmp_path / "ours")
+    adapters.save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(directory), tmp_path / "ours"
     ).eval()
@@ -189,15 +189,15 @@ def test_target_modules_choose_the_layers_that_peft_chooses(targets, references,
               for n, _ in theirs.named_parameters() if ".lora_A" in n}  # fmt: skip
     model = load_pretrained(str(directory), dtype=torch.float32)
     options = ModelOptions(base_model=str(directory), adapter="lora", lora_r=4, lora_target_modules=targets)
-    weights.apply_lora(model, options)
-    assert set(weights.lora_modules(model)) == wanted
+    adapters.apply_lora(model, options)
+    assert set(adapters.lora_modules(model)) == wanted
     theirs.save_pretrained(tmp_path / "theirs")
     again = load_pretrained(str(directory), dtype=torch.float32)
-    weights.apply_lora(again, weights.read_adapter_options(tmp_path / "theirs", str(directory)))
-    weights.load_adapter(again, tmp_path / "theirs")
+    adapters.apply_lora(again, adapters.read_adapter_options(tmp_path / "theirs", str(directory)))
+    adapters.load_adapter(again, tmp_path / "theirs")
     with torch.no_grad():
         assert (again(ids()) - theirs(ids()).logits).abs().max() < 1e-4
-    weights.save_adapter(again, tmp_path / "ours")
+    adapters.save_adapter(again, tmp_path / "ours")
     import peft
 
     opened = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
@@ -214,7 +214,7 @@ def test_target_modules_that_match_nothing_say_what_there_is(targets, reason, re
     model = load_pretrained(str(references("qwen3")[1]), dtype=torch.float32)
     with pytest.raises(ConfigError, match=reason):
         options = ModelOptions(base_model="x", adapter="lora", lora_target_modules=targets)
-        weights.apply_lora(model, options)
+        adapters.apply_lora(model, options)
 
 
 def test_lora_trains_adapters_only_and_starts_as_the_base(references):
@@ -222,8 +222,8 @@ def test_lora_trains_adapters_only_and_starts_as_the_base(references):
     model = load_pretrained(str(directory), dtype=torch.float32)
     with torch.no_grad():
         before = model(ids())
-    weights.apply_lora(model, ModelOptions(base_model="x", adapter="lora", lora_r=3, lora_dropout=0.5))
-    weights.initialize_lora(model, seed=0)
+    adapters.apply_lora(model, ModelOptions(base_model="x", adapter="lora", lora_r=3, lora_dropout=0.5))
+    adapters.initialize_lora(model, seed=0)
     assert torch.equal(model.eval()(ids()), before)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     assert names and all("lora_" in n for n in names)
@@ -240,17 +240,17 @@ def test_lora_trains_adapters_only_and_starts_as_the_base(references):
     assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith("lora_B"))
     with pytest.raises(ConfigError, match="query_proj"):
         options = ModelOptions(base_model="x", adapter="lora", lora_target_modules=["query_proj"])
-        weights.apply_lora(load_pretrained(str(directory), dtype=torch.float32), options)
+        adapters.apply_lora(load_pretrained(str(directory), dtype=torch.float32), options)
 
 
 def test_an_adapter_of_an_unknown_kind_is_refused_by_name(tmp_path):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "use_dora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="use_dora"):
-        weights.read_adapter_options(tmp_path, "x")
+        adapters.read_adapter_options(tmp_path, "x")
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(CheckpointError, match="IA3"):
-        weights.read_adapter_options(tmp_path, "x")
+        adapters.read_adapter_options(tmp_path, "x")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -261,8 +261,8 @@ def test_an_adapter_of_an_unknown_kind_is_refused_by_name(tmp_path):
 def with_rows(directory, ids, options=None, vocab_size=0):
     model = load_pretrained(str(directory), dtype=torch.float32, vocab_size=vocab_size)
     options = options or ModelOptions(base_model=str(directory), adapter="lora", lora_r=4, lora_alpha=10)
-    weights.apply_lora(model, options, token_rows=ids)
-    weights.initialize_lora(model, 0)
+    adapters.apply_lora(model, options, token_rows=ids)
+    adapters.initialize_lora(model, 0)
     return model
 
 
@@ -288,7 +288,7 @@ def test_rows_of_new_tokens_go_between_peft_and_here_and_merge_exactly(name, ref
     with torch.no_grad():
         assert (ours(ids()) - load_pretrained(str(directory), dtype=torch.float32)(ids())).abs().max() < 1e-5
     shaken(ours)
-    weights.save_adapter(ours, tmp_path / "ours")
+    adapters.save_adapter(ours, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path / "ours").eval()
     save_pretrained(ours, tmp_path / "merged", merge=True)
     merged = load_pretrained(str(tmp_path / "merged"), dtype=torch.float32)
@@ -297,15 +297,15 @@ def test_rows_of_new_tokens_go_between_peft_and_here_and_merge_exactly(name, ref
         assert (expected - theirs(ids()).logits).abs().max() < 1e-4
         assert (expected - merged(ids())).abs().max() < 1e-4
         assert (expected - theirs.merge_and_unload()(ids()).logits).abs().max() < 1e-4
-    with weights.adapters_disabled(ours), torch.no_grad():
+    with adapters.adapters_disabled(ours), torch.no_grad():
         assert torch.equal(ours(ids()), load_pretrained(str(directory), dtype=torch.float32)(ids()))
     # What PEFT trained and saved
     rows = {"embed_tokens": NEW} if ours.arch.tied else {"embed_tokens": NEW, "lm_head": NEW}
     made = shaken(_peft(reference, target_modules="all-linear", trainable_token_indices=rows))
     made.save_pretrained(tmp_path / "theirs")
-    options = weights.read_adapter_options(tmp_path / "theirs", str(directory))
-    again = with_rows(directory, weights.adapter_token_rows(tmp_path / "theirs"), options)
-    weights.load_adapter(again, tmp_path / "theirs")
+    options = adapters.read_adapter_options(tmp_path / "theirs", str(directory))
+    again = with_rows(directory, adapters.adapter_token_rows(tmp_path / "theirs"), options)
+    adapters.load_adapter(again, tmp_path / "theirs")
     with torch.no_grad():
         assert (again(ids()) - made(ids()).logits).abs().max() < 1e-4
 
@@ -313,16 +313,16 @@ def test_rows_of_new_tokens_go_between_peft_and_here_and_merge_exactly(name, ref
 def test_rows_beyond_the_base_s_vocabulary_open_in_peft_which_grows_the_base(small_checkpoint, tmp_path):
     import peft
 
-    from generation import load_for_inference
-    from tokenizer import Tokenizer
+    from rollouts.generation import load_for_inference
+    from text.tokenizer import Tokenizer
 
     directory = small_checkpoint[0]
     tokenizer = Tokenizer.load(directory)
     tokenizer.core.add_tokens([f"<new{i}>" for i in range(520 - tokenizer.vocab_size)])
     new = list(range(510, 520))
     ours = shaken(with_rows(directory, new, vocab_size=520))
-    assert not weights.rows_are_served(ours)
-    weights.save_adapter(ours, tmp_path / "final")
+    assert not adapters.rows_are_served(ours)
+    adapters.save_adapter(ours, tmp_path / "final")
     tokenizer.save(tmp_path / "final")
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "final").eval()
     places = torch.tensor([[3, 519, 7, 511, 510, 9]])
@@ -336,7 +336,7 @@ def test_rows_beyond_the_base_s_vocabulary_open_in_peft_which_grows_the_base(sma
 @pytest.mark.parametrize("name", ["llama2", "llama3"])
 def test_only_the_rows_of_new_tokens_learn_and_with_the_gradient_that_the_whole_matrix_has(name, references):
     """Against full fine-tuning's gradient of embedding and head, in fp64, at the base's weights."""
-    from losses import linear_cross_entropy
+    from numerics.losses import linear_cross_entropy
 
     _, directory = references(name)
     whole = load_pretrained(str(directory), dtype=torch.float64).train()
@@ -360,14 +360,14 @@ def test_only_the_rows_of_new_tokens_learn_and_with_the_gradient_that_the_whole_
 
 def test_an_adapter_whose_rows_are_no_list_of_ids_is_refused(references, tmp_path):
     _, directory = references("llama2")
-    weights.save_adapter(with_rows(directory, NEW), tmp_path)
+    adapters.save_adapter(with_rows(directory, NEW), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for wrong in ({"embed_tokens": [1], "lm_head": [2]}, {"q_proj": [1]}, ["a"], {"embed_tokens": [-1]}, 3):
         (tmp_path / "adapter_config.json").write_text(
             json.dumps({**config, "trainable_token_indices": wrong})
         )
         with pytest.raises(CheckpointError, match="trainable_token_indices"):
-            weights.adapter_token_rows(tmp_path)
+            adapters.adapter_token_rows(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": [11]}))
     with pytest.raises(CheckpointError, match="not trained here"):
-        weights.load_adapter(with_rows(directory, []), tmp_path)
+        adapters.load_adapter(with_rows(directory, []), tmp_path)

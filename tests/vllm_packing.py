@@ -11,7 +11,7 @@ from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 sys.path.append(sys.argv[1])  # last: our module names are others' too
 sys.modules["config"] = sys.modules["vllm_server"] = MagicMock()  # they need what is not installed here
 
-from nccl_transfer import packed  # noqa: E402
+from rollouts.nccl_transfer import packed  # noqa: E402
 
 random.seed(0)
 for trial in range(300):

@@ -19,14 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.distributed.tensor import DTensor
 
-import checkpoint
 import dist
-import forensics
 import grpo
-import health
 import sft
-import vllm_client
-from config import parse_config
+from health import forensics
+from rollouts import vllm_client
+from run import files, loop
+from run.config import parse_config
 
 
 def gradients(file: str) -> None:
@@ -51,14 +50,14 @@ def gradients(file: str) -> None:
 
 
 def kill_in_save(step: str) -> None:
-    publish = checkpoint.publish
+    publish = files.publish
 
     def die(aside, final):
         if final.name == f"step-{step}":
             os.kill(os.getpid(), signal.SIGKILL)
         publish(aside, final)
 
-    checkpoint.publish = die
+    files.publish = die
 
 
 def last_rank(what_and_step: str) -> None:
@@ -158,4 +157,4 @@ if __name__ == "__main__":
         "poison": poison,
         "plain": lambda _: None,
     }[sys.argv[1]](sys.argv[2])
-    health.run(recipe.main, lambda: parse_config(recipe.Config, sys.argv[3:]))
+    loop.run(recipe.main, lambda: parse_config(recipe.Config, sys.argv[3:]))

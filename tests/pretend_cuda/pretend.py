@@ -233,8 +233,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
 
     torch.Generator = generator  # type: ignore[assignment, misc]
     import kernels
-    import losses
-    import low_precision
+    from numerics import losses, low_precision
 
     kernels._flex_attention = lambda: written_out  # it is compiled for the GPU that there is
     kernels._create_block_mask = lambda: lambda visible, B, H, T, S, device: SimpleNamespace(mask_mod=visible)
@@ -250,7 +249,7 @@ def main(runs: str, out: str) -> None:
     import grpo
     import model
     import sft
-    from config import parse_config
+    from run.config import parse_config
 
     install()
     if os.environ.get("PRETEND_MIXED"):  # a sabotage: work where the parameters of fsdp_cpu_offload rest

@@ -1,0 +1,319 @@
+"""LoRA: put into a model, loaded and saved as PEFT folders."""
+
+import contextlib
+import fnmatch
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from checkpoints.weights import hf_name, local_rows, read_json, write_tensors
+from model import Linear, ModelOptions, TokenRows, Transformer, block_linears, full_tensor
+from run.config import CheckpointError, ConfigError, shown
+
+
+def lora_modules(model: Transformer) -> dict[str, Linear]:
+    return {name: module for name, module in block_linears(model).items() if module.r}
+
+
+def _target_modules(linear: dict[str, Linear], wanted: list[str] | str | None) -> dict[str, Linear]:
+    """The linear layers that `lora_target_modules` names, in PEFT's ways
+    (tuners_utils.check_target_module_exists): a text is a regular expression for the whole of a full name,
+    an entry of a list the end of one."""
+    if wanted is None or wanted == "all-linear":
+        return linear
+    found: dict[str, Linear] = {}
+    for pattern in wanted if isinstance(wanted, list) else [wanted]:
+        try:
+            expression = re.compile(
+                pattern if isinstance(wanted, str) else r"(?s:.*\.)?" + fnmatch.translate(pattern)
+            )
+        except re.error as error:
+            problem = f"is no regular expression ({error}); give a list of names, e.g. [q_proj, v_proj]"
+            raise ConfigError("lora_target_modules", pattern, problem) from None
+        matched = {name: module for name, module in linear.items() if expression.fullmatch(hf_name(name))}
+        if not matched:
+            ends = sorted({name.rsplit(".", 1)[1] for name in linear})
+            problem = f"matches no linear layer; there are {', '.join(ends)}"
+            if isinstance(wanted, str):
+                problem += (
+                    ": a text is a regular expression for whole names, such as model.layers.0.mlp.up_proj"
+                )
+            raise ConfigError("lora_target_modules", pattern, problem)
+        found |= matched
+    return {name: module for name, module in linear.items() if name in found}
+
+
+def _names_for_peft(chosen: dict[str, Linear], linear: dict[str, Linear]) -> list[str]:
+    """The last parts of the names where these name just the chosen layers, else the full names."""
+    ends = {name.rsplit(".", 1)[1] for name in chosen}
+    short = all(name in chosen for name in linear if name.rsplit(".", 1)[1] in ends)
+    return sorted(ends) if short else sorted(hf_name(name) for name in chosen)
+
+
+def apply_lora(
+    model: Transformer,
+    options: ModelOptions,
+    dtype: torch.dtype = torch.float32,
+    token_rows: Sequence[int] = (),
+) -> Transformer:
+    """Freeze every weight and put adapters (in `dtype`) on the chosen linear layers, and on the rows of
+    `token_rows` in embedding and head; in place."""
+    wanted = options.lora_target_modules
+    if wanted and options.lora_target_linear:
+        raise ConfigError("lora_target_linear", True, "contradicts lora_target_modules; keep one of the two")
+    chosen = _target_modules(block_linears(model), wanted)
+    model.requires_grad_(False)
+    r = options.lora_r
+    scale = options.lora_alpha / (math.sqrt(r) if options.lora_use_rslora else r)
+    for module in chosen.values():
+        module.add_adapter(r, scale, options.lora_dropout, dtype)
+    arch = model.arch
+    if token_rows:
+        device = model.embed_tokens.weight.device
+        model.token_rows = TokenRows(list(token_rows), arch.hidden_size, arch.tied, dtype, device)
+    names = ("embed_tokens",) if arch.tied else ("embed_tokens", "lm_head")
+    trained = {name: sorted(token_rows) for name in names} if token_rows else None
+    model.adapter = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout, "use_rslora": options.lora_use_rslora, "bias": "none",
+        "target_modules": _names_for_peft(chosen, block_linears(model)),
+        "base_model_name_or_path": options.base_model, "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "modules_to_save": None, "trainable_token_indices": trained,
+    }  # fmt: skip
+    return model
+
+
+@torch.no_grad()
+def initialize_lora(model: Transformer, seed: int) -> None:
+    """A uniform in ±1/√in (the reference's Kaiming bound), B zero, rows of new tokens as they are: the
+    adapted model starts as the base model, whose weights must be there."""
+    for number, module in enumerate(lora_modules(model).values()):
+        local, begin = local_rows(module.lora_A)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        bound = module.in_features**-0.5
+        whole = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        local.copy_(whole[begin : begin + local.shape[0]])
+        local_rows(module.lora_B)[0].zero_()
+    if model.token_rows is not None:
+        rows = model.token_rows
+        for parameter, source in (
+            (rows.embedding, model.embed_tokens.weight), (rows.of_head, model._frozen_head),
+        ):  # fmt: skip
+            whole = full_tensor(source)  # sharded: a collective
+            local, begin = local_rows(parameter)
+            local.copy_(whole[rows.index(whole.device)[begin : begin + local.shape[0]]])
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: Transformer):
+    """Inside, the model is its base: the reference policy, without a second copy of the weights."""
+    modules: list[Any] = list(lora_modules(model).values())
+    modules += [] if model.token_rows is None else [model.token_rows]
+    before = [module.enabled for module in modules]
+    try:
+        for module in modules:
+            module.enabled = False
+        yield model
+    finally:
+        for module, enabled in zip(modules, before, strict=True):
+            module.enabled = enabled
+
+
+@contextlib.contextmanager
+def base_of(model: Transformer, copy: Transformer | None):
+    """The weights that training began with: a frozen copy, or with LoRA (no copy) the model without its
+    adapters."""
+    if copy is not None:
+        yield copy
+    else:
+        with adapters_disabled(model):
+            yield model
+
+
+TOKEN_ROWS = "base_model.model.{}.token_adapter.trainable_tokens_delta"  # PEFT's name for the rows of a layer
+
+
+def save_adapter(
+    model: Transformer, directory: str | Path, *, main: bool = True, for_vllm: bool = False
+) -> None:
+    """Write the adapters as PEFT does: adapter_model.safetensors and adapter_config.json. A collective if
+    sharded.
+
+    vLLM refuses rows of tokens in PEFT's form. With `for_vllm` they are written as adapters of rank k on
+    embedding and head, exactly what vLLM's layers add up to: only for rows that the base model has."""
+    assert model.adapter is not None
+    tensors, config = {}, dict(model.adapter)
+
+    def put(name: str, parameter: Tensor) -> None:
+        whole = full_tensor(parameter)
+        if main:
+            tensors[name] = whole.detach().cpu().contiguous()
+
+    for name, module in lora_modules(model).items():
+        for part in ("lora_A", "lora_B"):
+            put(f"base_model.model.{hf_name(name)}.{part}.weight", getattr(module, part))
+    rows = model.token_rows
+    if rows is not None and not for_vllm:
+        put(TOKEN_ROWS.format("model.embed_tokens"), rows.embedding)
+        if not rows.tied:
+            put(TOKEN_ROWS.format("lm_head"), rows.head)
+    elif rows is not None:
+        _put_rows_as_adapters(model, config, put)
+    if main:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_tensors(tensors, directory / "adapter_model.safetensors")
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def rows_are_served(model: Transformer) -> bool:
+    """Whether a server of the base model has the rows of the new tokens."""
+    return model.token_rows is None or max(model.token_rows.ids) < model.arch.checkpoint_vocab_size
+
+
+def _put_rows_as_adapters(model: Transformer, config: dict, put: Callable[[str, Tensor], None]) -> None:
+    """Row i of a matrix W [V, D] becomes W_i + Δ_i: the product of a matrix [V, k] that has a 1 at each row
+    and Δ [k, D], with a scale of 1."""
+    rows = model.token_rows
+    assert rows is not None and rows_are_served(model)
+    k, V = len(rows.ids), model.arch.checkpoint_vocab_size
+    index = rows.index(rows.embedding.device)
+    chosen = torch.zeros(V, k, dtype=rows.embedding.dtype, device=index.device)
+    chosen[index, torch.arange(k, device=index.device)] = 1.0
+
+    def delta(trained: Tensor, frozen: Tensor) -> Tensor:
+        return full_tensor(trained) - full_tensor(frozen)[index].to(trained.dtype)
+
+    of_embedding = delta(rows.embedding, model.embed_tokens.weight)
+    of_head = delta(rows.of_head, model._frozen_head)
+    put("base_model.model.model.embed_tokens.lora_embedding_A", chosen.T)
+    put("base_model.model.model.embed_tokens.lora_embedding_B", of_embedding.T)
+    put("base_model.model.lm_head.lora_A.weight", of_head)
+    put("base_model.model.lm_head.lora_B.weight", chosen)
+    layers = ("embed_tokens", "lm_head")
+    config["target_modules"] = sorted({*config["target_modules"], *layers})
+    config["rank_pattern"] = dict.fromkeys(layers, k)
+    config["alpha_pattern"] = dict.fromkeys(layers, math.sqrt(k) if config["use_rslora"] else k)
+    config["trainable_token_indices"] = None
+
+
+def adapter_token_rows(directory: str | Path) -> list[int]:
+    """Ids of the tokens whose rows a PEFT adapter trained. CheckpointError for what is no such list, or where
+    embedding and head have different ones."""
+    path = Path(directory) / "adapter_config.json"
+    given = read_json(path).get("trainable_token_indices") or []
+    lists = list(given.values()) if isinstance(given, dict) else [given]
+    names = set(given) if isinstance(given, dict) else {"embed_tokens"}
+    good = all(isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids) for ids in lists)
+    if (
+        not good
+        or not names <= {"embed_tokens", "lm_head"}
+        or any(sorted(x) != sorted(lists[0]) for x in lists)
+    ):
+        raise CheckpointError(
+            f"{path}: trainable_token_indices is {shown(given)}; it must be one list of token ids, the same "
+            "for embed_tokens and lm_head"
+        )
+    return sorted(lists[0]) if lists else []
+
+
+def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions:
+    """The LoRA options that a PEFT adapter was made with. Raises CheckpointError for variants not implemented
+    here."""
+    path = Path(directory) / "adapter_config.json"
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')} is not supported; only LORA is")
+    known = {
+        "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+        "auto_mapping",
+        "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "peft_version",
+        "loftq_config",
+        "megatron_core", "qalora_group_size", "trainable_token_indices",
+    }  # fmt: skip
+    for key, value in raw.items():
+        if key not in known and value not in (None, False, "none", [], {}, 0, 0.0):
+            raise CheckpointError(f"{path}: {key}={shown(value)} is not supported")
+    figures = (
+        ("r", int, 1, 2**16),
+        ("lora_alpha", (int, float), 0, 2**16),
+        ("lora_dropout", (int, float), 0, 1),
+    )
+    for key, kinds, low, high in figures:
+        value = raw.get(key, 0.0 if key == "lora_dropout" else None)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            raise CheckpointError(f"{path}: {key} is {shown(value)}, not a number from {low} to {high}")
+    targets = raw.get("target_modules")
+    if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{path}: target_modules must be a list of names")
+    if targets is not None and not isinstance(targets, str | list):
+        raise CheckpointError(f"{path}: target_modules must be a list of names, it is {shown(targets)}")
+    names = targets or None
+    if isinstance(targets, list):
+        names = [re.sub(r"^(base_model\.)?(model\.)+", "", target) for target in targets] or None
+    return ModelOptions(
+        base_model=base_model, adapter="lora", lora_r=raw["r"], lora_alpha=raw["lora_alpha"],
+        lora_dropout=raw.get("lora_dropout", 0.0), lora_target_modules=names,
+        lora_use_rslora=bool(raw.get("use_rslora")),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def load_adapter(model: Transformer, directory: str | Path) -> None:
+    """Fill the adapters of `model` (after apply_lora) from a PEFT folder."""
+    path = Path(directory) / "adapter_model.safetensors"
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    names = set(file.keys())
+    for name, module in lora_modules(model).items():
+        for part in ("lora_A", "lora_B"):
+            key = f"base_model.model.{hf_name(name)}.{part}.weight"
+            parameter = getattr(module, part)
+            if key not in names:
+                raise CheckpointError(f"{path}: tensor {key} is missing")
+            view = file.get_slice(key)
+            if view.get_shape() != list(parameter.shape):
+                raise CheckpointError(
+                    f"{path}: {key} has shape {view.get_shape()}, expected {list(parameter.shape)}"
+                )
+            local, begin = local_rows(parameter)
+            local.copy_(view[begin : begin + local.shape[0]])
+            names.discard(key)
+    _load_token_rows(model, path, file, names)
+    if names:
+        raise CheckpointError(f"{path}: tensor {sorted(names)[0]} belongs to no adapted layer")
+
+
+def _load_token_rows(model: Transformer, path: Path, file: Any, names: set[str]) -> None:
+    """Fill the rows of the tokens that the adapter trained; others of the model keep what they have."""
+    rows, theirs = model.token_rows, adapter_token_rows(path.parent)
+    if not theirs:
+        return
+    if rows is None or not set(theirs) <= set(rows.ids):
+        raise CheckpointError(f"{path}: trains the rows of tokens {theirs[:4]}, which are not trained here")
+    places = torch.tensor([rows.ids.index(i) for i in theirs])
+    for layer, parameter in [("model.embed_tokens", rows.embedding)] + (
+        [] if rows.tied else [("lm_head", rows.head)]
+    ):
+        key = TOKEN_ROWS.format(layer)
+        if key not in names:
+            raise CheckpointError(f"{path}: tensor {key} is missing")
+        values = file.get_tensor(key)
+        if list(values.shape) != [len(theirs), model.arch.hidden_size]:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(values.shape)}, expected "
+                f"{[len(theirs), model.arch.hidden_size]}"
+            )
+        local, begin = local_rows(parameter)
+        mine = (places >= begin) & (places < begin + local.shape[0])
+        local[(places[mine] - begin).to(local.device)] = values[mine].to(local)
+        names.discard(key)

@@ -1,0 +1,442 @@
+"""Hugging Face checkpoints and PEFT adapters, in and out: read slice by slice, sharded or whole, with nothing
+believed unchecked; written as transformers and peft read them. LoRA on a model that is there.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from checkpoints.families import Architecture
+from model import Linear, Transformer, block_linears, full_tensor
+from numerics import low_precision
+from run.config import CheckpointError, resolve_checkpoint
+
+SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: Hugging Face in and out
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object")
+    return value
+
+
+def read_architecture(directory: Path, ignore: list[str] | tuple = ()) -> Architecture:
+    """Raises CheckpointError for a config.json that cannot be computed as it is meant."""
+    path = directory / "config.json"
+    try:
+        return Architecture.from_config(read_json(path), str(path), ignore)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: a field has a value that cannot be used ({error})") from None
+
+
+def resized(arch: Architecture, vocab_size: int, multiple: int = 1) -> Architecture:
+    """The same arithmetic with another number of embedding rows, rounded up to a multiple; loading fills new
+    rows with the mean row."""
+    vocab_size = -(-vocab_size // multiple) * multiple
+    arch.vocab_size = vocab_size
+    arch.raw["vocab_size"] = vocab_size
+    return arch
+
+
+class Weights:
+    """The tensors of a safetensors checkpoint, single or sharded, read one slice at a time."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        index = directory / "model.safetensors.index.json"
+        single = directory / "model.safetensors"
+        self.files: dict[str, Any] = {}
+        if index.exists():
+            self.where = read_json(index).get("weight_map", {})
+            named = isinstance(self.where, dict) and all(isinstance(n, str) for n in self.where.values())
+            if not named or any(Path(n).name != n for n in self.where.values()):  # no path out of the folder
+                raise CheckpointError(f"{index}: weight_map must be {{tensor: file in this folder}}")
+        elif single.exists():
+            self.where = {name: single.name for name in self._open(single.name).keys()}  # noqa: SIM118
+        else:
+            found = sorted(p.name for p in directory.glob("*.bin"))
+            hint = (
+                f"only {found[0]} is there: convert it to safetensors" if found else "save the weights there"
+            )
+            raise CheckpointError(
+                f"{directory}: no model.safetensors or model.safetensors.index.json; {hint}"
+            )
+
+    def _open(self, name: str):
+        if name not in self.files:
+            try:
+                self.files[name] = safe_open(self.directory / name, framework="pt")
+            except (OSError, SafetensorError, ValueError) as error:
+                raise CheckpointError(f"{self.directory / name}: cannot be read ({error})") from None
+        return self.files[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.where
+
+    def slice(self, name: str):
+        """A view with get_shape() and row slicing; only the rows asked for leave the disk. A weight that
+        bitsandbytes quantised comes dequantised, whole."""
+        if self._kind(name) is not None:
+            return _Whole(low_precision.dequantize(*self._read_quantized(name)))
+        return self._open(self.where[name]).get_slice(name)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._open(self.where[name]).get_tensor(name)
+
+    def parts(self, name: str) -> list[str]:
+        """The weight's tensor, and those that bitsandbytes put beside it."""
+        beside = [name.removesuffix("weight") + "SCB", name.removesuffix("weight") + "weight_format"]
+        return [k for k in self.where if k == name or k.startswith(name + ".") or k in beside]
+
+    def _kind(self, name: str) -> str | None:
+        """How bitsandbytes quantised a weight, if it did."""
+        if f"{name}.quant_state.bitsandbytes__nf4" in self.where:
+            return "nf4"
+        return (
+            "int8"
+            if name.removesuffix("weight") + "SCB" in self.where or f"{name}.SCB" in self.where
+            else None
+        )
+
+    def _read_quantized(self, name: str) -> tuple[str, tuple[Tensor, ...]]:
+        """A weight that bitsandbytes quantised, in our form of the same numbers."""
+        if self._kind(name) == "int8":
+            scb = name.removesuffix("weight") + "SCB"
+            return "int8", (
+                self._tensor(name),
+                self._tensor(scb if scb in self.where else f"{name}.SCB").float() / 127,
+            )
+        facts = json.loads(bytes(self._tensor(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
+        N, K = facts["shape"]
+        nested = facts.get("nested_blocksize")
+        if (
+            facts["blocksize"] != low_precision.NF4_BLOCK
+            or K % low_precision.NF4_BLOCK
+            or nested not in (None, 256)
+        ):
+            raise CheckpointError(
+                f"{self.directory}: {name}: NF4 blocks of {facts['blocksize']} are not supported"
+            )
+        packed, absmax = self._tensor(name).view(N, K // 2), self._tensor(f"{name}.absmax").view(N, K // 64)
+        if nested is None:  # single quantisation: quantise the absmaxes here
+            offset = absmax.float().mean()
+            codes, nested_absmax = low_precision.quantize_blockwise(
+                absmax.float() - offset, low_precision.dynamic_code(True)
+            )
+            return "nf4", (packed, codes, nested_absmax, offset)
+        offset = torch.tensor(facts["nested_offset"], dtype=torch.float32)
+        return "nf4", (packed, absmax, self._tensor(f"{name}.nested_absmax"), offset)
+
+    def quantized(
+        self, name: str, kind: str, shape: tuple[int, int], device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """A weight in the form `kind`: as bitsandbytes stored it, or quantised now, on `device`. One dense
+        weight exists at a time."""
+        if name not in self:
+            raise CheckpointError(f"{self.directory}: tensor {name} is missing")
+        if self._kind(name) == kind:
+            return self._read_quantized(name)[1]
+        view = self.slice(name)
+        if view.get_shape() != list(shape):
+            raise CheckpointError(
+                f"{self.directory}: tensor {name} has shape {view.get_shape()}, config.json says {shape}"
+            )
+        return low_precision.quantize(kind, view[:].to(device))
+
+
+class _Whole:
+    """A tensor in memory behind the interface of a lazy slice."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, rows) -> Tensor:
+        return self.tensor[rows]
+
+
+def hf_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else "model." + name
+
+
+def hf_parts(name: str, arch: Architecture, number: int) -> list[str]:
+    """Hugging Face names of expert `number` of the stacked parameter `name`: two (gate, up) or one (down)."""
+    prefix = hf_name(name).rsplit(".", 1)[0]
+    if arch.family.experts == "mixtral":
+        prefix = prefix.replace(".mlp", ".block_sparse_moe")
+        names = ("w1", "w3") if name.endswith("gate_up_proj") else ("w2",)
+    else:
+        names = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+    return [f"{prefix}.experts.{number}.{part}.weight" for part in names]
+
+
+def _dense_hf_name(name: str, arch: Architecture) -> str:
+    if arch.family.experts == "mixtral" and name.endswith("mlp.gate.weight"):
+        return hf_name(name).replace(".mlp.", ".block_sparse_moe.")
+    return hf_name(name)
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """This process's part of a parameter, a plain tensor, and the row of the whole at which it begins."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), offset[0] if offset else 0
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, directory: Path) -> None:
+    """Fill `model` (whole or sharded by dist.shard) from a checkpoint, reading only the rows that this
+    process keeps.
+
+    Raises CheckpointError for tensors that are missing, of the wrong shape, or not expected.
+    """
+    weights, arch, device = Weights(directory), model.arch, model.embed_tokens.weight.device
+    used = set()
+
+    def copy(into: Tensor, source: str, begin: int, whole: torch.Size, may_grow: bool = False) -> None:
+        if source not in weights:
+            raise CheckpointError(f"{directory}: tensor {source} is missing")
+        used.update(weights.parts(source))
+        view = weights.slice(source)
+        shape = view.get_shape()
+        grown = may_grow and shape[0] < whole[0] and shape[1:] == list(whole[1:])
+        if shape != list(whole) and not grown:
+            raise CheckpointError(
+                f"{directory}: tensor {source} has shape {shape}, config.json says {list(whole)}"
+            )
+        if into.numel() == 0:
+            return
+        rows = max(0, min(shape[0] - begin, into.shape[0]))
+        if rows:
+            into[:rows].copy_(view[begin : begin + rows])
+        if (
+            rows < into.shape[0]
+        ):  # rows past the checkpoint's vocabulary: the mean row is the least surprising logit
+            chunks = [view[i : i + 8192].float().sum(0) for i in range(0, shape[0], 8192)]
+            into[rows:] = (torch.stack(chunks).sum(0) / shape[0]).to(into.dtype)
+
+    for name, module in block_linears(model).items():
+        if module.kind is not None:
+            source = hf_name(name) + ".weight"
+            used.update(weights.parts(source))
+            module.put(
+                weights.quantized(source, module.kind, (module.out_features, module.in_features), device)
+            )
+    for name, parameter in model.named_parameters():
+        if of_adapter(name):
+            continue
+        local, begin = local_rows(parameter)
+        if parameter.dim() == 3:  # stacked experts
+            for i in range(local.shape[0]):
+                parts = hf_parts(name, arch, begin + i)
+                for part, piece in zip(parts, local[i].chunk(len(parts)), strict=True):
+                    copy(piece, part, 0, piece.shape)
+            used.update(part for e in range(arch.num_experts) for part in hf_parts(name, arch, e))
+        else:
+            vocabulary = name in ("embed_tokens.weight", "lm_head.weight")
+            copy(local, _dense_hf_name(name, arch), begin, parameter.shape, may_grow=vocabulary)
+    unexpected = [n for n in weights.where if n not in used and not n.endswith("rotary_emb.inv_freq")]
+    if arch.tied:  # some checkpoints store the tied matrix twice
+        unexpected = [n for n in unexpected if n != "lm_head.weight"]
+    if unexpected:
+        raise CheckpointError(
+            f"{directory}: tensor {unexpected[0]} is not part of {arch.name} as config.json describes it"
+        )
+
+
+@torch.no_grad()
+def initialize(model: Transformer, seed: int) -> None:
+    """Random weights: normal with config.json's initializer_range, norms at the identity, biases 0. Every
+    tensor has a generator of its own, so the result does not depend on sharding or on the order of
+    creation."""
+    std = model.arch.raw.get("initializer_range", 0.02)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        local, begin = local_rows(parameter)
+        if name.endswith("norm.weight"):
+            local.fill_(0.0 if model.arch.family.norm_plus_one else 1.0)
+        elif name.endswith("bias"):
+            local.zero_()
+        elif not of_adapter(name):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            whole = torch.randn(parameter.shape, generator=generator).mul_(std)
+            local.copy_(whole[begin : begin + local.shape[0]])
+
+
+def load_pretrained(
+    path_or_repo_id: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    vocab_size: int = 0,
+) -> Transformer:
+    """A whole model from a directory or hub id, ready for inference or single-process training, with at least
+    `vocab_size` rows of embedding.
+
+    Raises CheckpointError in one line for anything that cannot be loaded exactly.
+    """
+    directory = resolve_checkpoint(str(path_or_repo_id), revision)
+    arch = read_architecture(directory)
+    arch = resized(arch, max(arch.vocab_size, vocab_size))
+    with torch.device("meta"):
+        model = Transformer(arch).to(dtype)
+    model.to_empty(device=device)
+    load_weights(model, directory)
+    return model.eval()
+
+
+def iterate_weights(
+    model: Transformer, *, dtype: torch.dtype | None = None, merge: bool = False, main: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor), one at a time, on ranks with `main`.
+
+    With sharded parameters this is a collective: every rank iterates, the others get nothing. `merge` adds
+    the adapter's product to copies of the base weights; without it a model with adapters gives its base.
+    `dtype` converts on the way out.
+    """
+    arch, modules = model.arch, dict(model.named_modules())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, module in block_linears(model).items():
+            if module.kind is not None:
+                added = module.delta() if merge and module.r else None  # sharded: a collective
+                if main:
+                    whole = low_precision.dequantize(module.kind, module.stored)
+                    yield hf_name(name) + ".weight", whole if added is None else whole + added.to(whole.dtype)
+        for name, parameter in model.named_parameters():
+            if of_adapter(name):
+                continue
+            whole = full_tensor(parameter)
+            if merge and model.token_rows is not None and name in ("embed_tokens.weight", "lm_head.weight"):
+                rows = model.token_rows
+                trained = full_tensor(rows.embedding if name.startswith("embed") else rows.of_head)
+                whole = whole.index_copy(0, rows.index(whole.device), trained.to(whole.dtype))
+            module = modules[name.rpartition(".")[0]]
+            if merge and isinstance(module, Linear) and module.r and name.endswith(".weight"):
+                whole = whole + module.delta().to(whole.dtype)
+            if not main:
+                continue
+            if parameter.dim() == 3:
+                for e in range(arch.num_experts):
+                    parts = hf_parts(name, arch, e)
+                    yield from zip(parts, whole[e].chunk(len(parts)), strict=True)
+            else:
+                yield _dense_hf_name(name, arch), whole
+
+    for name, tensor in tensors():
+        yield name, tensor.detach().to(dtype or tensor.dtype)
+
+
+def weight_shapes(model: Transformer) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of what `iterate_weights` gives, in its order, without gathering anything."""
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    for name, module in block_linears(model).items():
+        if module.kind is not None:
+            shapes.append((hf_name(name) + ".weight", (module.out_features, module.in_features)))
+    for name, parameter in model.named_parameters():
+        if of_adapter(name):
+            continue
+        if parameter.dim() == 3:
+            for e in range(model.arch.num_experts):
+                parts = hf_parts(name, model.arch, e)
+                halves = torch.empty(parameter.shape[1:], device="meta").chunk(len(parts))
+                shapes += [(part, tuple(half.shape)) for part, half in zip(parts, halves, strict=True)]
+        else:
+            shapes.append((_dense_hf_name(name, model.arch), tuple(parameter.shape)))
+    return shapes
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that those may read who may read its folder: the library alone makes it its owner's,
+    and a server of another user could not load it."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def save_pretrained(
+    model: Transformer,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    merge: bool = False,
+    main: bool = True,
+) -> None:
+    """Write config.json and safetensors that transformers and vLLM load unchanged, one shard in memory at a
+    time. See `iterate_weights` for the arguments; every rank calls it, the one with `main` writes."""
+    directory, arch = Path(directory), model.arch
+    if main:
+        directory.mkdir(parents=True, exist_ok=True)
+
+    shard: dict[str, Tensor] = {}
+    shard_bytes, total, files, where = 0, 0, [], {}
+
+    def flush() -> None:
+        nonlocal shard, shard_bytes
+        if shard:
+            files.append(f"model-{len(files) + 1:05d}.safetensors")
+            where.update(dict.fromkeys(shard, files[-1]))
+            write_tensors(shard, directory / files[-1])
+        shard, shard_bytes = {}, 0
+
+    for name, tensor in iterate_weights(model, dtype=dtype, merge=merge, main=main):
+        tensor = tensor.to("cpu").contiguous().clone()
+        size = tensor.numel() * tensor.element_size()
+        if shard and shard_bytes + size > SHARD_BYTES:
+            flush()
+        shard[name] = tensor
+        shard_bytes += size
+        total += size
+    if not main:
+        return
+    flush()
+    saved_dtype = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
+    raw = dict(arch.raw)
+    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = saved_dtype
+    raw["architectures"] = [arch.name]
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    if len(files) == 1:
+        (directory / files[0]).rename(directory / "model.safetensors")
+        return
+    names = {old: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, old in enumerate(files)}
+    for old, new in names.items():
+        (directory / old).rename(directory / new)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: names[file] for name, file in where.items()},
+    }
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA
+# ------------------------------------------------------------------------------------------------------------
+
+
+def of_adapter(name: str) -> bool:
+    """Whether a parameter is trained beside the frozen weights."""
+    return "lora_" in name or name.startswith("token_rows.")

@@ -1,0 +1,427 @@
+"""What a run will need of a GPU's memory, before anything but config.json is downloaded; what to change when
+it is too much; and, when it ran out, what was alive (reference page: OOM Debugging).
+
+Weights, gradients and optimiser states are counted on a model without storage. What a layer keeps for the
+backward pass is measured: a few narrow blocks of the same kind run here, and since every tensor that is kept
+is tokens × a width, four widths and two lengths tell it for any.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import math
+import resource
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import kernels
+from checkpoints.adapters import apply_lora
+from checkpoints.families import Architecture
+from checkpoints.weights import read_architecture
+from model import Block, Pass, Transformer, set_precision
+from numerics import losses
+from run.config import ConfigError, resolve_checkpoint
+from run.log import log
+
+# Dense bf16 peak in TFLOP/s, from the vendors' data sheets: what MFU is a share of.
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "B200": 2250,
+    "4090": 165,
+    "MI300X": 1307,
+}
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory in GiB: the allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"memory/max_alloc": allocated / 2**30, "memory/max_reserved": reserved / 2**30}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"memory/max_alloc": peak / 2**30, "memory/max_reserved": peak / 2**30}
+
+
+def gib(count: int) -> str:
+    """Bytes as a reader takes them in: 1.3 GiB, 4.0 MiB."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of this process's parameters and stored weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(_local_bytes(tensor) for tensor in tensors)
+
+
+def optimizer_bytes(optimizers: list) -> int:
+    """Bytes of this process's optimiser states; 0 before the first step."""
+    total = 0
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            for value in state.values():
+                parts = value if isinstance(value, tuple) else (value,)
+                total += sum(_local_bytes(part) for part in parts if isinstance(part, torch.Tensor))
+    return total
+
+
+def _local_bytes(tensor: torch.Tensor) -> int:
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.numel() * tensor.element_size()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s of the device in bf16 where it is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tera * 1e12 for key, tera in PEAK_TFLOPS.items() if key in name), None)
+
+
+@dataclasses.dataclass
+class Estimate:
+    """Bytes on one GPU, at the highest point of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int  # what the backward pass of a block makes on the way
+    loss: int  # the chunk of logits, and the gradient of the head
+    cache: int  # keys and values of the embedded rollout engine
+    copies: int  # the frozen reference or feature network
+    naive_logits: int  # what a tokens × vocabulary matrix would take in fp32, with its gradient
+    tokens: int  # in one forward pass
+    accumulating: bool  # gradients of earlier micro-batches are there in the forward pass
+
+    @property
+    def peak(self) -> int:
+        """While the backward pass runs, or while completions are sampled."""
+        early = self.activations + max(self.loss, self.working)
+        training = early + self.gradients if self.accumulating else max(early, self.gradients + self.working)
+        return self.weights + self.optimizer + self.copies + max(training, self.cache)
+
+
+def tokens_of(config: Any) -> tuple[int, int]:
+    """(tokens in one forward pass of one process at most, rows of the head that the loss reads)."""
+    rows = config.micro_batch_size
+    if getattr(config, "mode", None) == "strided":
+        blocks = max(1, (config.sequence_len - config.context_length) // config.stride)
+        samples = blocks * config.samples_a_pass * config.generate_max_len
+        return rows * (config.sequence_len + samples), rows * (samples + config.sequence_len)
+    if hasattr(config, "num_generations"):
+        prompts = math.ceil(rows / config.num_generations) if config.share_prompts is not False else rows
+        prompt = config.max_prompt_length or 512
+        return prompts * prompt + rows * config.max_completion_length, rows * config.max_completion_length
+    return rows * config.sequence_len, rows * config.sequence_len
+
+
+def length_of(config: Any) -> int:
+    """Tokens of the longest document that attends to itself."""
+    if hasattr(config, "num_generations") and getattr(config, "mode", None) != "strided":
+        return (config.max_prompt_length or 512) + config.max_completion_length
+    return config.sequence_len
+
+
+def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
+    """`config` is a recipe's; `processes` share the weights (FSDP2), or hsdp_shard_size of them do."""
+    with torch.device("meta"):
+        model = Transformer(arch)
+        if config.adapter:
+            apply_lora(model.to(torch.bfloat16 if config.bf16 else torch.float32), config)
+        set_precision(model, config)
+    shards = (config.hsdp_shard_size or processes) if processes > 1 else 1
+    stored = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for _, p in trained)
+    state = 0
+    for name, p in trained:
+        muon = config.optimizer == "muon" and p.dim() == 2 and name.startswith("layers.")
+        if config.optimizer == "adamw_8bit" and p.numel() >= 4096:
+            state += 2 * p.numel() + p.numel() // 32
+        else:
+            state += (4 if muon else 8) * p.numel()
+    tokens, judged = tokens_of(config)
+    element = 2 if config.bf16 else 4
+    layer, working = layer_bytes(arch, config, length_of(config))
+    D, V = arch.hidden_size, arch.vocab_size
+    if config.gradient_checkpointing:
+        kept = tokens * (arch.num_layers * D * element + layer)
+    else:
+        kept = tokens * arch.num_layers * layer
+    kept += tokens * 2 * D * element  # the embedding, and the last norm's output
+    if config.bf16 and processes == 1:  # the weights of the products, once more in bf16
+        kept += sum(2 * p.numel() for p in model.parameters() if p.dim() >= 2 and p.element_size() == 4)
+    chunk = min(judged, max(losses.TOKENS_A_CHUNK, losses.LOGITS_A_CHUNK // V))
+    loss = chunk * V * (element + 4) + judged * D * element
+    if any(n in ("lm_head.weight", "embed_tokens.weight") for n, _ in trained):
+        loss += V * D * 4  # the head's gradient is made here, in fp32
+    gathered = 0
+    if shards > 1:  # FSDP gathers a block, and the next one, in the precision of the products
+        block = max(sum(p.numel() for p in b.parameters()) for b in model.layers)
+        gathered = element * (2 * block + V * D * (1 if arch.tied else 2))
+    copies, cache = 0, 0
+    needs_copy = getattr(config, "beta", 0.0) or hasattr(config, "feature_layers")
+    if hasattr(config, "num_generations") or hasattr(config, "feature_layers"):
+        if needs_copy and not config.adapter and not getattr(config, "offload_feature_network", False):
+            moves = getattr(config, "ref_model_sync_steps", None) is not None
+            each = 2 if config.bf16 and not config.fp8 and not moves else 4
+            copies = sum(p.numel() for p in model.parameters()) * each
+        if getattr(config, "rollout_engine", "") == "embedded":
+            length = (config.max_prompt_length or 512) + config.max_completion_length
+            rows = config.micro_batch_size * config.gradient_accumulation_steps
+            cache = min(rows, config.rollout_batch_size or MOST_ROWS) * sampled_bytes(arch, config, length)
+    if config.fsdp_cpu_offload:
+        stored = gradients = state = 0
+    return Estimate(
+        weights=stored // shards + gathered, gradients=gradients // shards, optimizer=state // shards,
+        activations=kept, working=tokens * working, loss=loss, cache=cache, copies=copies // shards,
+        naive_logits=judged * V * 8, tokens=tokens, accumulating=config.gradient_accumulation_steps > 1,
+    )  # fmt: skip
+
+
+MOST_ROWS = 512  # that are sampled at once, however much memory there is
+
+
+def sampled_bytes(arch: Architecture, config: Any, length: int) -> int:
+    """Bytes that a sequence of so many tokens takes while it is sampled: keys and values, and its logits."""
+    element = 2 if config.bf16 else 4
+    kept = length * arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim * element
+    return kept + 4 * 4 * arch.vocab_size  # logits, log-probs, probabilities and clocks in fp32
+
+
+def left_for_sampling(arch: Architecture, config: Any, total: int, processes: int = 1) -> float:
+    """Bytes that weights, copies, gradients and optimiser will leave of nine tenths of a GPU with `total`.
+    Reckoned and not measured: the draws depend on how many sequences are sampled at once, and a resumed run
+    must find the same number."""
+    e = estimate(arch, config, processes)
+    return 0.9 * total - e.weights - e.copies - e.optimizer - e.gradients
+
+
+def rollout_rows(arch: Architecture, config: Any, length: int, left: float) -> int:
+    """How many sequences of `length` tokens are sampled at once in `left` bytes: a power of two, at least
+    1."""
+    fitting = max(1, int(left / sampled_bytes(arch, config, length)))
+    return min(MOST_ROWS, 1 << (fitting.bit_length() - 1))
+
+
+def layer_bytes(arch: Architecture, config: Any, length: int) -> tuple[int, int]:
+    """Bytes a token that the widest kind of layer keeps for the backward pass, and that backward works on."""
+    experts = any(arch.expert_layers)
+    F = arch.expert_size if experts else arch.intermediate_size
+    wide = (arch.hidden_size, F, arch.num_heads, arch.num_kv_heads)
+    base = (128, 256, 4, 2)
+    start = _per_token(arch, config, base)
+    kept = start
+    for i, width in enumerate(wide):
+        more = tuple(2 * w if i == k else w for k, w in enumerate(base))
+        kept += (_per_token(arch, config, more) - start) / base[i] * (width - base[i])
+    # Where attention keeps its scores (a soft cap), each token keeps as many as its document is long.
+    scores = (_per_token(arch, config, base, length=61) - start) / (61 - 29) / base[2]
+    kept += scores * arch.num_heads * (length - 29)
+    element = 2 if config.bf16 else 4
+    active = max(1, arch.experts_per_token if experts else 1)
+    return round(kept), element * (2 * active * F + 2 * arch.hidden_size)
+
+
+def _per_token(arch: Architecture, config: Any, widths: tuple[int, ...], length: int = 29) -> float:
+    # Lengths that no weight has as a side: what autograd keeps of weights is told by its shape.
+    two, four = (_kept(arch, config, widths, n, length) for n in (2, 4))
+    return (four - two) / (2 * length)
+
+
+def _kept(arch: Architecture, config: Any, widths: tuple[int, ...], documents: int, length: int) -> int:
+    """Bytes that autograd keeps of one block's forward pass, weights left out."""
+    D, F, heads, kv = widths
+    which = next((i for i, has in enumerate(arch.expert_layers) if has), 0)
+    narrow = dataclasses.replace(
+        arch, hidden_size=D, intermediate_size=F, expert_size=F, num_heads=heads, num_kv_heads=kv,
+        num_layers=1,
+        expert_layers=[arch.expert_layers[which]], windows=[None], layer_ropes=[arch.layer_ropes[which]],
+        num_experts=min(arch.num_experts, 8), vocab_size=64, tied=True,
+        experts_per_token=min(arch.experts_per_token, 8),
+    )  # fmt: skip
+    plain: Any = SimpleNamespace(
+        **{**vars(config), "load_in_4bit": False, "load_in_8bit": False, "fp8_frozen": False}
+    )
+    model = Transformer(narrow)
+    if config.adapter:
+        apply_lora(model, plain)
+    set_precision(model, plain)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.02)
+    block = model.layers[0]
+    assert isinstance(block, Block)
+    seen: dict[int, tuple[int, Tensor]] = {}
+    if config.bf16:
+        model.to(torch.bfloat16)
+    # Only of what is alive: an address that was given back would be some activation's.
+    ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    cast = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters() if p.dim() == 2}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in ours and x.shape not in cast:
+            seen[storage.data_ptr()] = (storage.nbytes(), x)
+        return x
+
+    x = torch.randn(1, documents * length, D, requires_grad=True)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    positions = torch.arange(length).repeat(documents)[None]
+    packed = kernels.Documents(torch.arange(documents).repeat_interleave(length)[None])
+    x = x.to(dtype)
+    tables = {key: rope.tables(positions, None, dtype) for key, rope in narrow.ropes.items()}
+    ours |= {t.untyped_storage().data_ptr() for pair in tables.values() for t in pair}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = block(x, Pass(tables, packed, None, False))
+    del out  # it held what was kept until here
+    return sum(size for size, _ in seen.values())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What to change
+# ------------------------------------------------------------------------------------------------------------
+
+
+def ladder(arch: Architecture, config: Any, processes: int = 1) -> list[tuple[str, int]]:
+    """(what to change, bytes that the whole change so far saves), from least to most disruptive; a rung that
+    saves nothing is left out. Each is taken together with those before it."""
+    now = copy.copy(config)
+    before = estimate(arch, now, processes).peak
+    found: list[tuple[str, int]] = []
+
+    def rung(text: str, processes: int = processes, **changes: Any) -> None:
+        changed = copy.copy(now)
+        for key, value in changes.items():
+            setattr(changed, key, value)
+        try:
+            after = estimate(arch, changed, processes).peak
+        except ConfigError:  # not possible for this model
+            return
+        vars(now).update(vars(changed))
+        if before - after > (found[-1][1] if found else 0):
+            found.append((text, before - after))
+
+    if config.micro_batch_size > 1:
+        more = config.gradient_accumulation_steps * config.micro_batch_size
+        rung(
+            f"micro_batch_size: 1 (is {config.micro_batch_size}) with gradient_accumulation_steps: {more} "
+            f"(is {config.gradient_accumulation_steps}): the same batch",
+            micro_batch_size=1, gradient_accumulation_steps=more,
+        )  # fmt: skip
+    if not config.gradient_checkpointing:
+        rung("gradient_checkpointing: true (a third more time)", gradient_checkpointing=True)
+    if not config.bf16:
+        rung("bf16: true", bf16=True)
+    if config.optimizer == "adamw":
+        rung("optimizer: adamw_8bit", optimizer="adamw_8bit")
+    if getattr(now, "beta", 0.0) and not config.adapter:
+        rung("beta: 0, no reference model", beta=0.0)
+    if not config.adapter:
+        rung("adapter: lora (learning_rate 1e-4 to 3e-4 then)", adapter="lora")
+    if now.adapter and not (config.load_in_4bit or config.load_in_8bit):
+        rung("load_in_4bit: true (adapter: qlora)", load_in_4bit=True)
+    for key in ("sequence_len", "max_completion_length"):
+        value = getattr(config, key, None)
+        if (
+            isinstance(value, int)
+            and value >= 64
+            and (key == "sequence_len") != hasattr(config, "scale_rewards")
+        ):
+            rung(f"{key}: {value // 2} (is {value})", **{key: value // 2})
+    rung(f"{2 * processes} processes (now {processes}): FSDP2 shards weights and optimiser", 2 * processes)
+    return found
+
+
+def table(arch: Architecture, config: Any, processes: int = 1) -> str:
+    """The estimate, and what to change, as text."""
+    e = estimate(arch, config, processes)
+    rows = [
+        ("weights", e.weights, f"{'FSDP2 over ' + str(processes) if processes > 1 else 'one process'}"),
+        ("gradients", e.gradients, ""),
+        ("optimiser", e.optimizer, config.optimizer),
+        ("frozen copy", e.copies, "reference or feature network"),
+        ("activations", e.activations,
+         f"{e.tokens:,} tokens in a pass" + ", recomputed by block" * config.gradient_checkpointing),
+        ("backward", e.working, "of one block at a time"),
+        ("loss", e.loss, f"a chunk of logits; all of them at once would take {gib(e.naive_logits)}"),
+        ("keys and values", e.cache, "of the embedded engine, while it samples"),
+    ]  # fmt: skip
+    lines = [f"{arch.name}: estimated peak of a process {gib(e.peak)}"]
+    lines += [f"  {name:<16}{gib(size):>12}  {note}" for name, size, note in rows if size]
+    lines.append("what to change, from least to most disruptive (each with those above it):")
+    lines += [f"  saves {gib(saved):>10}  {text}" for text, saved in ladder(arch, config, processes)]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# When it ran out
+# ------------------------------------------------------------------------------------------------------------
+
+
+def largest_tensors(count: int = 8) -> list[str]:
+    """The largest tensors that are alive, by shape, with how many there are of each."""
+    found: dict[tuple, list[int]] = {}
+    seen: set[int] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn when they are asked what they are
+        objects = [it for it in gc.get_objects() if isinstance(it, Tensor)]
+    for it in objects:
+        try:
+            if it.device.type == "meta" or it.untyped_storage().data_ptr() in seen:
+                continue
+            seen.add(it.untyped_storage().data_ptr())
+            size = it.untyped_storage().nbytes()
+        except Exception:  # noqa: S112 - a proxy that only looks like a tensor
+            continue
+        entry = found.setdefault(
+            (tuple(it.shape), str(it.dtype).removeprefix("torch."), it.device.type), [0, 0]
+        )
+        entry[0] += 1
+        entry[1] += size
+    largest = sorted(found.items(), key=lambda entry: -entry[1][1])[:count]
+    return [
+        f"{gib(size)}: {n} × {list(shape)} {dtype} on {device}"
+        for (shape, dtype, device), (n, size) in largest
+    ]
+
+
+def what_to_change(error: BaseException, config: Any) -> str:
+    """The end of a run that is out of memory: the largest tensors and a snapshot are logged; what to change,
+    with the values of now, is returned."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    with contextlib.suppress(Exception):  # looking must not end in the next error
+        for line in largest_tensors():
+            log.info("alive: %s", line)
+        if torch.cuda.is_available() and getattr(config, "output_dir", None):
+            path = Path(config.output_dir) / "out_of_memory.pickle"
+            torch.cuda.memory._dump_snapshot(str(path))
+            log.info("snapshot in %s: python -m torch.cuda.memory._viz, or pytorch.org/memory_viz", path)
+    traceback.clear_frames(error.__traceback__)  # they hold the activations
+    gc.collect()
+    try:
+        place = resolve_checkpoint(
+            config.base_model, config.base_model_revision, Path(config.config_directory)
+        )
+        arch = read_architecture(place, config.ignore_config_fields)
+        rungs = [f"{text} (saves {gib(saved)})" for text, saved in ladder(arch, config)]
+    except Exception:  # the advice must not hide the error
+        log.debug("no estimate", exc_info=True)
+        rungs = [
+            "micro_batch_size: 1",
+            "gradient_checkpointing: true",
+            "smaller sequence_len",
+            "adapter: lora",
+        ]
+    return f"out of memory: {first[:200]}; change, from least to most disruptive: " + "; ".join(rungs)

@@ -1,0 +1,295 @@
+"""What a run tells about itself: one tidy line a step, metrics.jsonl, TensorBoard, wandb, run.log, verdicts
+(rules.py) and clear endings; and the commands that judge, explain and redraw a finished run.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import dist
+from health.rules import Doctor, rules_of
+from run.config import BallastError, ConfigError, check_at_least_one
+from run.files import write_atomically
+from run.log import log
+
+
+@dataclass
+class LogOptions:
+    logging_steps: int = 1
+    """Write metrics every so many steps."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project; WANDB_MODE=offline needs no network."""
+    wandb_entity: str | None = None
+    """Weights & Biases team."""
+    wandb_name: str | None = None
+    """Name of the run there."""
+    wandb_run_id: str | None = None
+    """Id of the run there; a resumed run goes on under the same id."""
+    profiler_steps: list[int] = field(default_factory=list)
+    """Steps to record with the PyTorch profiler, into output_dir/profile."""
+    report: bool = True
+    """At the end write output_dir/report.html: verdict, every metric with its healthy band, samples, config,
+    where the run has 10 steps or more."""
+    health: bool = True
+    """Judge every step by the rules of rules.py, and say when one is broken or well again."""
+    health_rules: dict = field(default_factory=dict)
+    """Other ranges, by rule: {entropy_collapse: off, grad_norm_high: {high: 20, window: 10}}. Of a rule low,
+    high, window (steps in a row), after (steps before it may speak) and severity can be set."""
+    on_unhealthy: str | dict[str, str] = "warn"
+    """When a rule is broken: warn, stop, or checkpoint_and_stop; or by severity: {critical: stop}."""
+
+    def check(self) -> None:
+        rules_of(asdict(self))
+        check_at_least_one(self, "logging_steps")
+        if any(step < 1 for step in self.profiler_steps):
+            raise ConfigError("profiler_steps", self.profiler_steps, "must be steps, counted from 1")
+        by_severity = self.on_unhealthy
+        if isinstance(by_severity, str):
+            by_severity = {"warning": by_severity, "critical": by_severity}
+        for severity, action in by_severity.items():
+            actions = ("warn", "stop", "checkpoint_and_stop")
+            if severity not in ("warning", "critical") or action not in actions:
+                raise ConfigError(
+                    "on_unhealthy", self.on_unhealthy,
+                    "must be warn, stop or checkpoint_and_stop, or {warning: …, critical: …} of these",
+                )  # fmt: skip
+
+
+class Unhealthy(BallastError):
+    """A run that its own rules stopped (on_unhealthy)."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Metrics as they are made
+# ------------------------------------------------------------------------------------------------------------
+
+# Metric → its name on the console's line, and its format. The name must not read as another metric's.
+FORMATS = {
+    "train/loss": ("loss", ".4f"), "eval/loss": ("eval", ".4f"), "train/grad_norm": ("norm", ".3f"),
+    "train/learning_rate": ("lr", ".2e"), "reward": ("reward", ".3f"), "entropy": ("entropy", ".3f"),
+    "kl": ("kl", ".4f"), "grad_norm": ("norm", ".3f"), "clip_ratio/region_mean": ("clip_ratio", ".3f"),
+    "completions/mean_length": ("length", ".1f"), "completions/clipped_ratio": ("cut_at_limit", ".1%"),
+    "step_time": ("s", ".2f"),
+    "tokens_per_second": ("tok/s", ",.0f"), "memory/max_alloc": ("GiB", ".2f"), "mfu": ("mfu", ".1%"),
+    "ebft/alignment_cosine": ("alignment_cosine", ".4f"), "ebft/cfm_unwhitened": ("cfm_unwhitened", ".5f"),
+    "ebft/pairwise_cosine": ("pairwise_cosine", ".4f"), "eval/exact": ("held-out exact", ".1%"),
+    "eval/cfm_unwhitened": ("held-out cfm_unwhitened", ".5f"),
+    "eval/accuracy": ("held-out accuracy", ".1%"), "eval/reward": ("held-out reward", ".3f"),
+    "eval/pass@1": ("held-out pass@1", ".1%"), "eval/greedy": ("held-out greedy", ".1%"),
+}  # fmt: skip
+
+
+ABANDON = 1e6  # in the sum over ranks that asks whether to stop: stop without a checkpoint
+
+
+def made_by() -> str:
+    """The code that runs: version, commit, whether the tree has changes of its own, and torch."""
+    try:
+        version = importlib.metadata.version("ballast")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    commit, git, here = "", shutil.which("git"), Path(__file__).resolve().parent
+    if git and (here / ".git").exists():
+        described = [git, "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        found = subprocess.run(described, capture_output=True, text=True)
+        commit = f", commit {found.stdout.strip()}" if found.returncode == 0 else ""
+    return f"Ballast {version}{commit}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+class MetricLogger:
+    """Console, output_dir/metrics.jsonl, TensorBoard and wandb, from one dict a step. Only the main rank
+    writes."""
+
+    running: ClassVar[list["MetricLogger"]] = []  # for a run that ends in an error to close
+
+    def __init__(self, config: Any, output_dir: Path, *, main: bool, first_step: int, total_steps: int):
+        self.main, self.output_dir = main, output_dir
+        self.running.append(self)
+        self.reporting = config.report and total_steps >= 10  # fewer points show nothing
+        self.doctor: Doctor | None = None
+        self.asked = 0.0  # what the rules ask for: 0 to go on, 1 to save and stop, ABANDON to stop
+        self.why = ""
+        self.bar: tqdm | None = None
+        self.wandb: Any = None
+        if not main:
+            return
+        metrics, kept = output_dir / "metrics.jsonl", []
+        if metrics.exists():  # a resumed run repeats the steps after its checkpoint: drop their first version
+            lines = metrics.read_text(encoding="utf-8").splitlines()
+            logged = [(line, row) for line in lines if (row := _logged(line)) and row["step"] <= first_step]
+            write_atomically(metrics, "".join(line + "\n" for line, _ in logged))
+            kept = [row for _, row in logged]
+        self.file = metrics.open("a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(
+            str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
+        )
+        values = {k: v for k, v in asdict(config).items() if k != "config_directory"}
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        write_atomically(output_dir / "config.yaml", f"# {made_by()}\n{text}")
+        if config.wandb_project:
+            import wandb  # a run without it does not wait for it
+
+            self.wandb = wandb.init(
+                project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_name,
+                id=config.wandb_run_id, resume="allow" if config.wandb_run_id else None,
+                dir=str(output_dir), config=values,
+            )  # fmt: skip
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False,
+            disable=not sys.stderr.isatty(), file=sys.stderr,
+        )  # fmt: skip
+        self.total_steps = total_steps
+        if config.health:
+            self.doctor = Doctor(values, total_steps)
+            self.doctor.recall(kept)
+            if self.doctor.ill:
+                log.warning("unhealthy since before the checkpoint: %s", self.doctor.status)
+
+    def observe(self, step: int, metrics: dict[str, float], rows: Callable[[], str] | None = None) -> None:
+        """Judge a step that is done. What changes is said; what on_unhealthy asks for stands in `asked`, for
+        the next collective to tell every rank. `rows` names the batch, where a rule asks for it."""
+        if self.doctor is None:
+            return
+        actions = self.doctor.config["on_unhealthy"]
+        for verdict in self.doctor.observe(step, metrics, rows):
+            say = log.warning if verdict.ill else log.info
+            say("%s", verdict.line(self.doctor.config))
+            action = actions if isinstance(actions, str) else actions.get(verdict.rule.severity, "warn")
+            if verdict.ill and action != "warn" and not self.asked:
+                self.asked = ABANDON if action == "stop" else 1.0
+                self.why = f"{verdict.rule.name}: {verdict.metric} {verdict.found}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.doctor.status)
+
+    def stopping(self, signal: int | None, step: int, world: dist.World) -> bool:
+        """Whether any rank has had a signal, or the rules ask to save and stop. A collective. Raises
+        Unhealthy where the rules say to stop at once."""
+        asked = dist.all_reduce([float(signal is not None) + self.asked], world)[0]
+        if asked >= ABANDON:
+            why = dist.from_main(lambda: self.why, world)
+            raise Unhealthy(f"step {step}: stopped by on_unhealthy, without a checkpoint: {why}")
+        return asked > 0
+
+    def stopped(self, step: int, world: dist.World) -> None:
+        """The end of a run that was stopped and saved. Raises Unhealthy where the rules asked for it."""
+        self.close()
+        why = dist.from_main(lambda: self.why, world)
+        if why:
+            raise Unhealthy(f"step {step}: saved and stopped by on_unhealthy: {why}")
+        log.info("stopped by a signal after step %d; the same command goes on from here", step)
+        dist.finish()
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a step that is done (`step` counts from 1)."""
+        if not self.main:
+            return
+        metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}  # JSON has no NaN
+        if self.doctor is not None:
+            metrics = {**metrics, **self.doctor.metrics()}
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=step)
+        shown = [f"{label} {metrics[key]:{form}}" for key, (label, form) in FORMATS.items() if key in metrics]
+        if self.doctor is not None and self.doctor.ill:
+            shown.append(f"unhealthy: {self.doctor.status}")
+        log.info("step %*d/%d  %s", len(str(self.total_steps)), step, self.total_steps, "  ".join(shown))
+
+    def close(self, failed: bool = False) -> None:
+        """Close the files, and say in a line what the rules have found; `failed` where the run ends in an
+        error."""
+        with suppress(ValueError):  # closed already
+            self.running.remove(self)
+        if not self.main:
+            return
+        if self.doctor is not None:
+            found = self.doctor.ever.values()
+            named = ", ".join(f"{v.rule.name} at step {v.step}" for v in found)
+            well = "no rule spoke before the error" if failed else "well from beginning to end"
+            log.info("health              %s", named or well)
+        self.file.close()
+        self.tensorboard.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.reporting:
+            try:
+                from health.report import write  # at the end of a run only
+
+                log.info("report              %s", write([self.output_dir], self.output_dir / "report.html"))
+            except Exception:  # a page that cannot be drawn must not fail a run that is done
+                log.warning("no report could be written; the traceback is in run.log")
+                log.debug("%s", traceback.format_exc())
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _logged(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None  # the torn last line of a killed run
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def say_saved(final: Path) -> None:
+    """Where the model is, and the command that talks to it."""
+    installed = Path(sys.argv[0]).name.startswith("ballast-")
+    log.info("saved               %s", final)
+    log.info(
+        "talk to it          %s chat %s",
+        "ballast-model" if installed else "python model.py", final,
+    )  # fmt: skip
+
+
+def report_evaluation(before: dict[str, float], after: dict[str, float]) -> None:
+    """At the end of a run: every held-out metric, first and last."""
+    for name in before:
+        log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
+
+
+@contextmanager
+def profiled(step: int, options: LogOptions, output_dir: Path, rank: int, device: torch.device):
+    """Record one step with the profiler if it is in profiler_steps: a Chrome trace, and a memory snapshot on
+    CUDA."""
+    if step not in options.profiler_steps:
+        yield
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.memory._record_memory_history()
+    with torch.profiler.profile(activities=activities, profile_memory=True, record_shapes=True) as profiler:
+        yield
+    directory = output_dir / "profile"
+    directory.mkdir(parents=True, exist_ok=True)
+    # The ending is what TensorBoard's profiler page looks for; chrome://tracing and Perfetto do not mind.
+    profiler.export_chrome_trace(str(directory / f"step-{step}-rank-{rank}.pt.trace.json"))
+    if device.type == "cuda":
+        torch.cuda.memory._dump_snapshot(str(directory / f"memory-step-{step}-rank-{rank}.pickle"))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    log.info(
+        "profile of step %d in %s: chrome://tracing, ui.perfetto.dev, or tensorboard --logdir there",
+        step, directory,
+    )  # fmt: skip

@@ -1,0 +1,345 @@
+"""One self-contained page about a run, or about several side by side: the verdict first, then every metric
+with its healthy band, incidents, samples, config and environment.
+
+    python -m health report outputs/tiny-sft [outputs/other …] [--out report.html]
+"""
+
+import csv
+import fnmatch
+import io
+import json
+import math
+import os
+import platform
+import re
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from health.rules import ALIASES, Doctor, Verdict, of_training, rules_of
+from run.config import ConfigError, read_yaml_file
+
+# ------------------------------------------------------------------------------------------------------------
+# A finished run, ours or another trainer's
+# ------------------------------------------------------------------------------------------------------------
+
+
+def read_history(path: Path) -> tuple[list[dict], dict]:
+    """(one dict a logged step, config) of a run directory, a metrics.jsonl, a trainer_state.json (TRL,
+    axolotl) or a table exported from wandb (.csv, .jsonl). ConfigError for anything else."""
+    if path.is_dir():
+        path = next((path / n for n in ("metrics.jsonl", "trainer_state.json") if (path / n).exists()), path)
+    if not path.is_file():
+        raise ConfigError(str(path), None, "is neither a run's directory nor a file of metrics")
+    config: dict = {}
+    if (beside := path.parent / "config.yaml").exists():
+        loaded = read_yaml_file(beside, "config.yaml")
+        config = loaded if isinstance(loaded, dict) else {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".csv":
+            rows: list[Any] = list(csv.DictReader(text.splitlines()))
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            whole = json.loads(text)
+            rows = whole["log_history"] if isinstance(whole, dict) else whole
+    except (ValueError, KeyError, RecursionError, csv.Error) as error:
+        raise ConfigError(str(path), None, f"is not a history that can be read ({error!r})") from None
+    if not isinstance(rows, list):
+        raise ConfigError(str(path), None, "must hold a list of logged steps")
+    history = []
+    foreign = path.suffix != ".jsonl" or not any("train/loss" in r for r in rows if isinstance(r, dict))
+    rewarded = any(isinstance(r, dict) and any(str(k).endswith("reward") for k in r) for r in rows)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}:{number}", None, "is no object")
+        made: dict[str, float] = {}
+        for name, value in row.items():
+            try:
+                figure = float(value)
+            except (TypeError, ValueError):
+                continue
+            name = str(name).rpartition(" - ")[2]  # a wandb export puts the run's name before the metric's
+            if name.startswith("train/") and (rewarded or name == "train/global_step"):
+                name = name.removeprefix("train/")
+            if foreign and not rewarded:
+                name = ALIASES.get(name, name)
+            made[name] = figure
+        step = next((made.pop(n) for n in ("step", "_step", "Step", "global_step") if n in made), number)
+        if not abs(step) < 2**53:
+            raise ConfigError(f"{path}:{number}", None, f"has step {step}, which is none")
+        history.append({"step": int(step), **made})
+    if not history:
+        raise ConfigError(str(path), None, "holds no metrics")
+    return history, config
+
+
+def judge(history: list[dict], config: dict) -> tuple[Doctor, list[Verdict]]:
+    """The verdicts that a run with these metrics would have had."""
+    # How long it was meant to be is unknown, and with it the schedule.
+    known = {k: v for k, v in config.items() if k != "lr_scheduler"}
+    try:
+        doctor = Doctor(known, total_steps=history[-1]["step"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError("config.yaml", None, f"holds an option of another kind ({error})") from None
+    verdicts = []
+    for row in of_training(history):
+        metrics = {k: v for k, v in row.items() if k != "step" and not k.startswith("health/")}
+        verdicts += doctor.observe(row["step"], metrics)
+    return doctor, verdicts
+
+
+def ended_in(directory: Path) -> str | None:
+    """The error that a run ended in, by the end of its log; None where it came to its end or has gone on."""
+    try:
+        with (directory / "run.log").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if " DEBUG error: " in line:
+            return line.split(" DEBUG error: ", 1)[1]
+        if re.search(r" INFO (?!health  |report  )", line):
+            return None
+    return None
+
+
+# The metrics that a reader looks for first; all others follow by name.
+FIRST = (
+    "train/loss", "eval/loss", "reward", "rewards/*/mean", "eval/reward", "eval/pass@1", "eval/greedy",
+    "eval/exact",
+    "train/grad_norm", "grad_norm", "train/learning_rate", "learning_rate", "entropy", "kl",
+    "frac_reward_zero_std",
+    "reward_std", "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean",
+    "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/min",
+    "ebft/alignment_cosine",
+    "ebft/cfm_unwhitened", "ebft/pairwise_cosine", "ebft/reward", "trained_token_share", "tokens_per_second",
+    "step_time", "memory/max_alloc",
+)  # fmt: skip
+HEALTHY = {  # the page's own ranges, where no rule draws one
+    "train/grad_norm": (0.1, 10.0), "grad_norm": (0.001, 1.0), "entropy": (0.05, 0.5), "kl": (0.0, 0.5),
+    "frac_reward_zero_std": (0.0, 0.8), "clip_ratio/region_mean": (0.0, 0.1),
+    "completions/clipped_ratio": (0.0, 0.3), "sampling/sampling_logp_difference/mean": (0.0, 0.1),
+    "sampling/importance_sampling_ratio/min": (0.1, 1.0), "ebft/alignment_cosine": (0.3, 1.0),
+}  # fmt: skip
+COLOURS = ("#1f6f8b", "#c8553d", "#6b4e9b", "#b8860b", "#2e7d4f", "#7a7a7a")
+SILENT = ("health/", "num_tokens", "epoch", "step_time/", "skipped_micro_batches")
+
+
+@dataclass
+class RunPage:
+    """What a report says of one run."""
+
+    name: str
+    path: Path
+    history: list[dict]
+    config: dict
+    doctor: Doctor
+    verdicts: list[Verdict]
+    incidents: list[dict] = field(default_factory=list)
+    samples: list[dict] = field(default_factory=list)
+    error: str | None = None  # that it ended in
+
+    @property
+    def steps(self) -> int:
+        return self.history[-1]["step"]
+
+    @property
+    def ill(self) -> list[Verdict]:
+        return [v for v in self.verdicts if v.ill]
+
+    @property
+    def summary(self) -> str:
+        """Its error, incidents, and the rules that spoke."""
+        many = "s" * (len(self.incidents) > 1)
+        parts = ["ended in an error"] * bool(self.error)
+        parts += [f"{len(self.incidents)} incident{many}"] * bool(self.incidents)
+        return ", ".join(parts + list(dict.fromkeys(v.rule.name for v in self.ill)))
+
+    @property
+    def worst(self) -> str:
+        critical = self.error or self.incidents or any(v.rule.severity == "critical" for v in self.ill)
+        return "critical" if critical else "warning"
+
+    @property
+    def ends(self) -> list[tuple[str, str, str]]:
+        """(metric, first value, last value) of losses and rewards."""
+        found = []
+        for name in metrics_of([self])[:8]:
+            values = [row[name] for row in self.history if name in row]
+            if name.startswith(("eval/", "reward")) or name == "train/loss":
+                found.append((name, f"{values[0]:.4g}", f"{values[-1]:.4g}"))
+        return found
+
+    @property
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(severity, line) of each change of state."""
+        return [(v.rule.severity if v.ill else "over", v.line(self.config).removeprefix("health: "))
+                for v in self.verdicts]  # fmt: skip
+
+
+def read_run(path: Path) -> RunPage:
+    """Metrics, config, incidents and the newest samples of a run's directory (or a file of metrics)."""
+    history, config = read_history(path)
+    doctor, verdicts = judge(history, config)
+    page = RunPage(path.resolve().name, path, history, config, doctor, verdicts)
+    if not path.is_dir():
+        return page
+    page.error = ended_in(path)
+    for report in sorted(path.glob("incidents/step-*/report.json"), key=lambda p: int(p.parent.name[5:])):
+        page.incidents.append(json.loads(report.read_text(encoding="utf-8")))
+    files = sorted(path.glob("rollouts/*.jsonl"), key=lambda p: p.stat().st_mtime)
+    for file in files[-1:]:
+        with file.open(encoding="utf-8") as lines:
+            for line in list(lines)[:8]:
+                row = json.loads(line)
+                page.samples.append(
+                    {k: row[k] for k in ("prompt", "completion", "rewards", "advantage") if k in row}
+                )
+    return page
+
+
+def draw(metric: str, pages: list[RunPage]) -> str:
+    """The metric of every run as one SVG, with its healthy band."""
+    import matplotlib  # slow to import, and needed here alone
+    from matplotlib import pyplot
+
+    matplotlib.use("Agg")
+
+    figure, axis = pyplot.subplots(figsize=(4.6, 2.3))
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.88, bottom=0.12)
+    values: list[float] = []
+    for page, colour in zip(pages, COLOURS * len(pages), strict=False):
+        points = [
+            (row["step"], row[metric]) for row in page.history if math.isfinite(row.get(metric, math.nan))
+        ]
+        if not points:
+            continue
+        steps, found = zip(*points, strict=True)
+        values += found
+        axis.plot(steps, found, color=colour, lw=1.2, marker="o" if len(points) < 20 else None, markersize=3)
+        for verdict in page.ill:
+            if verdict.metric == metric:
+                axis.axvline(verdict.step, color="#c8553d", lw=0.8, ls=":")
+    low, high = band(metric, pages[0].config)
+    bottom, top = axis.get_ylim()
+    positive = min(values) > 0 and max(values) > 50 * min(values)
+    if positive:
+        axis.set_yscale("log")
+    if low is not None or high is not None:
+        axis.axhspan(low if low is not None else bottom, high if high is not None else max(top, max(values)),
+                     color="#8fb996", alpha=0.22, lw=0)  # fmt: skip
+        axis.set_ylim((min(values) * 0.8 if positive else bottom), (max(values) * 1.25 if positive else top))
+    middle, most = (max(values) + min(values)) / 2, max(abs(v) for v in values)
+    if most and max(values) - min(values) < 1e-3 * most:  # the last digits of what hardly moves are no news
+        axis.set_ylim(middle - 1e-2 * most, middle + 1e-2 * most)
+    axis.set_title(metric, fontsize=9, loc="left")
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def band(metric: str, config: dict) -> tuple[float | None, float | None]:
+    """The healthy range of a metric: the page's, else what its rules allow."""
+    if metric in HEALTHY:
+        return HEALTHY[metric]
+    low = [
+        r.low for r in rules_of(config) if metric in r.metrics and r.check == "outside" and r.low is not None
+    ]
+    high = [
+        r.high
+        for r in rules_of(config)
+        if metric in r.metrics and r.check == "outside" and r.high is not None
+    ]
+    return max(low, default=None), min(high, default=None)
+
+
+def metrics_of(pages: list[RunPage]) -> list[str]:
+    names = {name for page in pages for row in page.history for name in row if name != "step"}
+    names = {n for n in names if not n.startswith(SILENT)}
+    first = [n for pattern in FIRST for n in sorted(names) if fnmatch.fnmatchcase(n, pattern)]
+    return list(dict.fromkeys(first)) + sorted(names - set(first))
+
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{{ pages|map(attribute="name")|join(", ") }}</title><style>
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#222}
+h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem;border-bottom:1px solid #ddd}
+.well{color:#2e7d4f}.critical{color:#b3261e}.warning{color:#9a6700}.over{color:#666}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(350px,1fr));gap:.6rem}
+.grid svg{width:100%;height:auto}
+table{border-collapse:collapse;font-size:13px}
+td,th{padding:.2rem .7rem .2rem 0;text-align:left;vertical-align:top}
+pre{background:#f6f6f4;padding:.7rem;overflow-x:auto;font-size:12px;white-space:pre-wrap}
+.key{display:inline-block;width:1.6em;height:.5em;margin-right:.4em}summary{cursor:pointer;color:#1f6f8b}
+</style></head><body>
+{% for p in pages %}
+<h1><span class="key" style="background:{{ colours[loop.index0 % colours|length] }}"></span>
+{{ p.name }}:
+{% if p.summary %}<span class="{{ 'critical' if p.worst == 'critical' else 'warning' }}">
+{{ p.summary }}</span>{% else %}<span class="well">well from beginning to end</span>{% endif %}</h1>
+<p>{{ p.steps }} steps, {{ p.history|length }} logged.
+{% for name, first, last in p.ends %}{{ name }} {{ first }} → {{ last }}{{ "." if loop.last else ", " }}
+{% endfor %}</p>
+{% for severity, line in p.lines() %}<p class="{{ severity }}">{{ line }}</p>{% endfor %}
+{% if p.error %}<p class="critical">error: {{ p.error }}</p>{% endif %}
+{% for i in p.incidents %}<p class="critical">incident, step {{ i.step }}: {{ i.says }}. {{ i.advice }}.
+<code>python -m health replay {{ p.path }}/incidents/step-{{ i.step }}</code></p>
+{% for row in i.rows %}<pre>{{ row.name }} tokens {{ row.first }}–{{ row.last }}
+{{ row.text }}</pre>{% endfor %}{% endfor %}
+{% endfor %}
+<h2>Metrics</h2><p>Green: the healthy range. Dotted: where a rule spoke.</p>
+<div class="grid">{% for svg in drawings %}<div>{{ svg|safe }}</div>{% endfor %}</div>
+{% for p in pages %}{% if p.samples %}<h2>{{ p.name }}: samples of the last batch</h2><table>
+<tr><th>prompt</th><th>completion</th><th>rewards</th><th>advantage</th></tr>
+{% for s in p.samples %}<tr><td>{{ s.prompt }}</td><td>{{ s.completion }}</td><td>{{ s.rewards }}</td>
+<td>{{ "%+.2f"|format(s.advantage) if s.advantage is number }}</td></tr>{% endfor %}</table>
+{% endif %}{% endfor %}
+<h2>Config</h2>
+{% for p in pages %}<details><summary>{{ p.name }}</summary><pre>{{ p.yaml }}</pre></details>{% endfor %}
+<h2>Environment</h2><pre>{{ environment }}</pre>
+</body></html>
+"""
+
+
+def environment() -> str:
+    import torch  # a page about a finished run needs it here alone
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return (
+        f"report of {datetime.now().isoformat(timespec='seconds')}\ntorch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.system()} {platform.machine()}, GPU {gpu}"
+    )
+
+
+def render(paths: list[Path]) -> str:
+    """The page for these runs. Text from runs is escaped: a completion with <script> stays text."""
+    pages = [read_run(path) for path in paths]
+    drawings = [draw(metric, pages) for metric in metrics_of(pages)]
+    template = jinja2.Environment(autoescape=True).from_string(PAGE)
+    return template.render(pages=pages, drawings=drawings, colours=COLOURS, environment=environment())
+
+
+def write(paths: list[Path], out: Path) -> Path:
+    """The page as a file. ConfigError for what is no run."""
+    text = render(paths)
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("--out", str(out), f"cannot be written ({error.strerror})") from None
+    return out

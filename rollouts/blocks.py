@@ -1,0 +1,213 @@
+"""Blocks: many short continuations that branch off the prefixes of a document. Where they begin, how all are
+sampled at once, how they are written down and read back, and the one pass that trains on them.
+
+N tokens of a micro-batch, G tokens of a block, n samples of each.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dist
+from kernels import SharedPrompts
+from model import BlockCache, Transformer, forward_only
+from rollouts.generation import sample, sampling_logprobs
+from rollouts.rollout import replay_lines
+from run.config import DataError, check_at_least_one, check_ranges
+from run.files import write_atomically
+from text.packing import Dataset
+from text.tokenizer import IGNORE
+
+
+@dataclass
+class BlockOptions:
+    stride: int = 8
+    """Tokens from one block's beginning to the next."""
+    context_length: int = 8
+    """Tokens of a document before its first block."""
+    min_completion_prefix: int = 0
+    """Where a row has a prompt: so many tokens of the answer stand before its first block."""
+    generate_max_len: int = 8
+    """Tokens of a block."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "stride", "context_length", "generate_max_len")
+        check_ranges(self, ("min_completion_prefix", 0, math.inf))
+
+
+@dataclass
+class Document:
+    """A document and the places where blocks branch off it."""
+
+    ids: list[int]
+    anchors: list[int]  # block b continues ids[:anchors[b]]; its truth is the next generate_max_len tokens
+    counted: list[bool]  # which tokens the cross-entropy is over
+    name: str
+    recorded: tuple[Tensor, Tensor] | None = None  # of a replay: samples and log-probs [blocks, n, G]
+    source: int = 0  # which data set it is of
+
+    @functools.cached_property
+    def trained_tokens(self) -> int:
+        return sum(self.counted[1:])  # nothing stands before the first
+
+
+def block_anchors(length: int, offset: int, generate_max_len: int, stride: int) -> list[int]:
+    """a_b = offset + b · stride, for the ⌊(length − generate_max_len − offset)/stride⌋ + 1 blocks that have
+    their whole truth in the document; none where it is too short."""
+    return list(range(offset, length - generate_max_len + 1, stride)) if offset > 0 else []
+
+
+def read_document(dataset: Dataset, row: int, config: BlockOptions) -> Document:
+    """Where the row has a prompt (untrained tokens at its beginning), blocks begin after it."""
+    tokens, labels = dataset.row(row)
+    trained = labels != IGNORE
+    prompt = int(trained.argmax()) if trained.any() and not trained[0] else 0
+    offset = max(prompt + config.min_completion_prefix if prompt else 0, config.context_length)
+    anchors = block_anchors(len(tokens), offset, config.generate_max_len, config.stride)
+    source = int(dataset.source[row])
+    return Document(tokens.tolist(), anchors, trained.tolist(), dataset.name(row), source=source)
+
+
+def packed(documents: list[Document], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """(input_ids [1, N], document_ids [1, N], where each document begins)."""
+    starts, at = [], 0
+    for document in documents:
+        starts.append(at)
+        at += len(document.ids)
+    ids = [token for d in documents for token in d.ids]
+    which = [i for i, d in enumerate(documents) for _ in d.ids]
+    return torch.tensor([ids], device=device), torch.tensor([which], device=device), starts
+
+
+@forward_only
+def sample_blocks(
+    model: Transformer, documents: list[Document], n: int, length: int, temperature: float,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`n` samples of `length` tokens for every block, all of them a token a step: (tokens, log-probs) [R,
+    length], rows in the order document, block, sample. The documents' keys and values are made once."""
+    device = model.device
+    ids, which, starts = packed(documents, device)
+    rows = [(i, a) for i, d in enumerate(documents) for a in d.anchors for _ in range(n)]
+    of, prefixes = (torch.tensor(column, device=device) for column in zip(*rows, strict=True))
+    cache = BlockCache(model.arch, which, of, prefixes, length, model.dtype)
+    hidden, _ = model.hidden_states(ids, document_ids=which, cache=cache)  # type: ignore[arg-type]
+    logits = model.logits(hidden[0, torch.tensor(starts, device=device)[of] + prefixes - 1])
+    tokens, logprobs = [], []
+    for step in range(length):
+        distribution = sampling_logprobs(logits, temperature)
+        chosen = sample(distribution, generator)
+        tokens.append(chosen)
+        logprobs.append(distribution.gather(-1, chosen[:, None])[:, 0])
+        if step + 1 < length:
+            hidden, _ = model.hidden_states(chosen[:, None], cache=cache)  # type: ignore[arg-type]
+            logits = model.logits(hidden[:, 0])
+    return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+
+
+def write_blocks(
+    directory: Path, step: int, parts: list[list[Document]],
+    drawn: list[tuple[Tensor, Tensor, Tensor]], places: list[int], world: dist.World,
+) -> None:  # fmt: skip
+    """directory/step-N.jsonl, one document a line in the order of the step, with the samples of its blocks
+    [blocks, n, G], their log-probs, and advantages [blocks, n]. A collective."""
+    lines: dict[int, dict] = {}
+    for part, place, (tokens, logprobs, advantage) in zip(parts, places, drawn, strict=True):
+        first = 0
+        for k, d in enumerate(part):
+            blocks = slice(first, first := first + len(d.anchors))
+            lines[place + k] = {
+                "row": d.name, "document_ids": d.ids, "counted": [int(c) for c in d.counted],
+                "anchors": d.anchors, "block_ids": tokens[blocks].tolist(),
+                "sampling_logprobs": logprobs[blocks].tolist(), "advantages": advantage[blocks].tolist(),
+            }  # fmt: skip
+    everyone = {place: line for share in dist.gather(lines, world) for place, line in share.items()}
+    if world.main:
+        directory.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(everyone[place]) + "\n" for place in sorted(everyone))
+        write_atomically(directory / f"step-{step}.jsonl", text)
+
+
+def read_blocks(path: str, directory: Path, n: int, G: int, vocab_size: int) -> list[Document]:
+    """Documents with the samples of their blocks, as `write_blocks` writes them. DataError names the line."""
+    documents = []
+    for file, number, line in replay_lines(path, directory):
+
+        def need(right: bool, what: str, file=file, number=number) -> None:
+            if not right:
+                raise DataError(file, number, what, "it must be a line of rollouts/ of a strided run")
+
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(file, number, f"is not JSON ({error})") from None
+        need(isinstance(row, dict), "must be an object")
+        ids, anchors, counted, blocks, logprobs = (
+            row.get(k) for k in ("document_ids", "anchors", "counted", "block_ids", "sampling_logprobs")
+        )
+        need(isinstance(ids, list) and bool(ids), "document_ids must be a non-empty list of token ids")
+        need(isinstance(counted, list) and len(counted) == len(ids), "counted must have an entry a token")
+        need(
+            isinstance(anchors, list) and bool(anchors)
+            and all(type(a) is int and 0 < a <= len(ids) - G for a in anchors),
+            f"anchors must be places in the document with {G} tokens (generate_max_len) behind them",
+        )  # fmt: skip
+        try:
+            tokens, drawn = np.array(blocks, dtype=np.int64), np.array(logprobs, dtype=np.float32)
+            every = np.concatenate([np.array(ids, dtype=np.int64), tokens.reshape(-1)])
+        except (ValueError, TypeError, OverflowError):
+            tokens, drawn, every = np.zeros(0), np.zeros(0), np.zeros(0)
+        wanted = (len(anchors), n, G)
+        need(
+            tokens.shape == drawn.shape == wanted,
+            f"block_ids and sampling_logprobs must be lists [{', '.join(map(str, wanted))}]: blocks, "
+            "n_samples_per_prompt, generate_max_len",
+        )
+        need(bool(((every >= 0) & (every < vocab_size)).all()), f"token ids must be below {vocab_size}")
+        sampled = torch.from_numpy(tokens), torch.from_numpy(drawn)
+        documents.append(Document(ids, anchors, [bool(c) for c in counted], f"{file}:{number}", sampled))
+    return documents
+
+
+@dataclass
+class BlockPass:
+    """One forward pass over documents and some samples of all their blocks."""
+
+    input_ids: Tensor  # [1, N]
+    shared: SharedPrompts
+    document_rows: Tensor  # places in N of the documents' tokens, in order
+    block_rows: Tensor  # [R', G] places in N of the blocks' tokens
+    sources: Tensor  # [R', G] places in N that predict them
+    truth_rows: Tensor  # [blocks, G] places in N of the true tokens of each block
+
+    @staticmethod
+    def make(documents: list[Document], tokens: Tensor) -> "BlockPass":
+        """`tokens` [blocks · m, G]: m samples of every block, in the order document, block, sample."""
+        device, G = tokens.device, tokens.shape[1]
+        blocks = sum(len(d.anchors) for d in documents)
+        m = tokens.shape[0] // blocks
+        given = tokens.tolist()
+        ids, groups, document_rows, block_rows, sources, truths = [], [], [], [], [], []
+        row = 0
+        for document in documents:
+            start = len(ids)
+            ids += document.ids
+            document_rows += range(start, start + len(document.ids))
+            groups.append((len(document.ids), [(a, G) for a in document.anchors for _ in range(m)]))
+            for a in document.anchors:
+                truths.append(list(range(start + a, start + a + G)))
+                for _ in range(m):
+                    own = list(range(len(ids), len(ids) + G))
+                    block_rows.append(own)
+                    # The first token is predicted by the prefix's last, each other one by the one before it.
+                    sources.append([start + a - 1, *own[:-1]])
+                    ids += given[row]
+                    row += 1
+        made = (torch.tensor(x, device=device) for x in (document_rows, block_rows, sources, truths))
+        return BlockPass(torch.tensor([ids], device=device), SharedPrompts(groups, device), *made)

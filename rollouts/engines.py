@@ -1,0 +1,165 @@
+"""Rollouts: prompts in, completions with the log-probabilities that they were drawn from out.
+
+Three engines make them. Embedded: our own `generate`, in this process, on policy by construction. vLLM: one
+or several servers over HTTP, token ids in and out, which get the trainer's weights every vllm_sync_interval
+steps; after each sync a probe is scored on both sides, for a 200 from a server is no proof. Replay: a file
+that an earlier run, or another program, wrote.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dist
+from data import Prompt
+from dist import World
+from health import memory
+from model import Transformer
+from rollouts.generation import generate
+from rollouts.rollout import Engine, Rollout, place_of, read_rollout, replay_lines
+from rollouts.vllm_client import VllmEngine
+from rollouts.vllm_server import Completion
+from run.config import ConfigError, DataError
+from run.log import log
+from text.tokenizer import Tokenizer
+
+# ------------------------------------------------------------------------------------------------------------
+# Embedded
+# ------------------------------------------------------------------------------------------------------------
+
+
+class EmbeddedEngine:
+    """Our own `generate`: prompts are split over ranks, finished sequences leave the batch, a prompt's
+    prefill serves all of its completions. Always on policy: it samples from the very weights that are
+    trained."""
+
+    def __init__(self, model: Transformer, options: Any, tokenizer: Tokenizer, world: World):
+        self.model, self.options, self.world = model, options, world
+        self.stop_ids = tokenizer.stop_ids
+        self._left: float | None = None  # bytes for sampling, once they were asked for
+        self._fewest = memory.MOST_ROWS
+
+    def generate(
+        self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], temperature: float | None = None,
+        limits: list[int] | None = None, on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
+        """`n` completions of each prompt, the same on every rank. `limits` are most tokens by prompt. A
+        collective; `on_group(prompt, completions)` is called on rank 0."""
+        world = self.world
+        limits = limits or [self.options.max_completion_length] * len(prompts)
+        mine = list(range(world.rank, len(prompts), world.size))
+        at_once = max(1, self._rows(max(map(len, prompts)) + max(limits)) // n)
+        most = math.ceil(len(prompts) / world.size)
+        rounds = math.ceil(most / at_once)  # as many on every rank: each is a collective
+        drawn = random.Random(repr((seed, world.rank))).getrandbits(62)
+        generator = torch.Generator(world.device).manual_seed(drawn)
+        made: dict[int, list[Completion]] = {}
+
+        def anyone(active: bool) -> bool:
+            return active if world.size == 1 else dist.all_reduce([float(active)], world)[0] > 0
+
+        for turn in range(rounds):
+            part = mine[turn * at_once : (turn + 1) * at_once]
+            found = generate(
+                self.model, [prompts[i] for i in part] or [prompts[0]], num_return_sequences=n,
+                max_new_tokens=max(limits), stop_token_ids=self.stop_ids, generator=generator,
+                anyone=anyone,
+                temperature=self.options.temperature if temperature is None else temperature,
+            )  # fmt: skip
+            for place, i in enumerate(part):
+                made[i] = []
+                for row in range(place * n, place * n + n):
+                    ids, reason = found.completion_ids[row], found.finish_reasons[row]
+                    if len(ids) > limits[i]:
+                        ids, reason = ids[: limits[i]], "length"
+                    made[i].append(Completion(ids, list(found.logprobs[row][: len(ids)]), reason))
+        everything = {i: group for part in dist.gather(made, world) for i, group in part.items()}
+        groups = [everything[i] for i in range(len(prompts))]
+        if on_group is not None and world.main:
+            for i, group in enumerate(groups):
+                on_group(i, group)
+        return groups
+
+    def _rows(self, length: int) -> int:
+        """Sequences of this length that are sampled at once."""
+        if self.options.rollout_batch_size is not None:
+            return self.options.rollout_batch_size
+        if self.world.device.type != "cuda":
+            return memory.MOST_ROWS
+        arch, world = self.model.arch, self.world
+        if self._left is None:
+            total = torch.cuda.get_device_properties(world.device).total_memory
+            self._left = memory.left_for_sampling(arch, self.options, total, world.size)
+        rows = memory.rollout_rows(arch, self.options, length, self._left)
+        if rows < self._fewest:
+            self._fewest = rows
+            log.info("sampling %d sequences of up to %d tokens at once, as memory allows", rows, length)
+        return rows
+
+    def sync(self, step: int, due: bool = False) -> dict[str, float]:
+        return {}
+
+    def version(self, step: int) -> int:
+        return step
+
+
+class ReplayEngine:
+    """Rollouts from JSONL: what a run recorded, or what another implementation sampled."""
+
+    def __init__(self, path: str, directory: Path, options: Any, tokenizer: Tokenizer):
+        stops, n = set(tokenizer.stop_ids), options.num_generations
+        self.rollouts = [
+            read_rollout(line, file, k, stops) for file, k, line in replay_lines(path, directory)
+        ]
+        for begin in range(0, len(self.rollouts), n):
+            group = self.rollouts[begin : begin + n]
+            if len(group) < n or any(r.prompt_ids != group[0].prompt_ids for r in group):
+                raise DataError(
+                    *place_of(group[-1]), f"the {n} completions of a prompt must stand in a row",
+                    "set num_generations to what the file was made with",
+                )  # fmt: skip
+        if not self.rollouts:
+            raise ConfigError("replay_path", path, "holds no rollout")
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr([r.completion_ids for r in self.rollouts]).encode()).hexdigest()
+
+    def batch(self, number: int, size: int) -> list[Rollout]:
+        return self.rollouts[number * size : (number + 1) * size]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One batch of rollouts from prompts
+# ------------------------------------------------------------------------------------------------------------
+
+
+def make_engine(
+    model: Transformer, options: Any, tokenizer: Tokenizer, world: World, prompts: Sequence[Prompt]
+) -> Engine:
+    """What samples for this config; a replay's evaluations are sampled in this process."""
+    if options.rollout_engine == "vllm":
+        return VllmEngine(model, options, tokenizer, world, prompts)
+    return EmbeddedEngine(model, options, tokenizer, world)
+
+
+def as_rollouts(
+    groups: list[list[Completion]], prompts: Sequence[Prompt], indices: Sequence[int], step: int,
+    engine: Engine, stop_ids: Sequence[int],
+) -> list[Rollout]:  # fmt: skip
+    """The completions of each prompt, in a row."""
+    stops, made = set(stop_ids), []
+    for prompt, index, group in zip(prompts, indices, groups, strict=True):
+        for c in group:
+            made.append(
+                Rollout(
+                    prompt.ids, c.ids, c.logprobs, truncated=c.ids[-1] not in stops, step=step,
+                    weight_version=engine.version(step), row=prompt.name, prompt_index=index,
+                )
+            )  # fmt: skip
+    return made

@@ -1,0 +1,135 @@
+"""Conversations with an environment."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import dist
+from data import Prompt
+from dist import World
+from rollouts.rollout import Engine, Rollout
+from run.config import BallastError, ConfigError, import_attribute
+from text.templates import BadRow
+from text.tokenizer import Tokenizer
+
+
+def load_environment(name: str, directory: Path) -> Callable[[], Any]:
+    made = import_attribute("environment", name, directory)
+    for method in ("reset", "step"):
+        if not callable(getattr(made, method, None)):
+            raise ConfigError("environment", name, f"has no method {method}")
+    return made
+
+
+def play(
+    engine: Engine, environment: Callable[[], Any], prompts: Sequence[Prompt], indices: Sequence[int], n: int,
+    *, step: int, seed: tuple[int, ...], options: Any, tokenizer: Tokenizer, world: World,
+    temperature: float | None = None,
+) -> list[Rollout]:  # fmt: skip
+    """Multi-turn rollouts: the policy answers, the environment replies, until it is done or there is no room.
+
+    What the environment says is read but not trained on (mask 0). Its rewards add up under the name
+    `environment`. It runs on rank 0 only: what it says is the same for all. A collective.
+    """
+    played = [(p, i) for p, i in zip(prompts, indices, strict=True) for _ in range(n)]
+    rollouts = [
+        Rollout(list(p.ids), [], [], [], step=step, weight_version=engine.version(step), row=p.name,
+                prompt_index=i, rewards={"environment": 0.0})
+        for p, i in played
+    ]  # fmt: skip
+    worlds: list[Any] = []
+
+    def begin() -> list[list[int]]:
+        first = []
+        for p, _ in played:
+            worlds.append(environment())
+            said = worlds[-1].reset(p.prompt, **p.columns)
+            first.append(_said_ids(said, p, [], tokenizer) if said is not None else [])
+        return first
+
+    for rollout, more in zip(rollouts, dist.from_main(begin, world), strict=True):
+        rollout.prompt_ids += more
+    active = list(range(len(rollouts)))
+    histories: list[list[dict]] = [
+        list(p.prompt) if isinstance(p.prompt, list) else [{"role": "user", "content": p.prompt}]
+        for p, _ in played
+    ]
+    for turn in range(options.max_turns):
+        rooms = [options.max_completion_length - len(rollouts[i].completion_ids) for i in active]
+        texts = [rollouts[i].prompt_ids + rollouts[i].completion_ids for i in active]
+        shared = turn == 0 and all(texts[k : k + n] == [texts[k]] * n for k in range(0, len(texts), n))
+        if shared:  # nothing was said yet that differs: one prefill for the completions of a prompt
+            groups = engine.generate(
+                texts[::n], n, seed=(*seed, turn), temperature=temperature, limits=rooms[::n]
+            )
+            answers = [c for group in groups for c in group]
+        else:
+            groups = engine.generate(texts, 1, seed=(*seed, turn), temperature=temperature, limits=rooms)
+            answers = [group[0] for group in groups]
+
+        def reply(answers=answers, active=tuple(active), turn=turn) -> list[tuple[list[int], float, bool]]:
+            replies = []
+            for i, answer in zip(active, answers, strict=True):
+                text = tokenizer.decode(answer.ids)
+                try:
+                    said, reward, done = worlds[i].step(text, list(answer.ids))
+                except Exception as error:
+                    raise BallastError(
+                        f"environment: step raised {type(error).__name__}: {error}, on {played[i][0].name}, "
+                        f"turn {turn + 1}"
+                    ) from error
+                histories[i].append({"role": "assistant", "content": text})
+                over = (
+                    done or said is None or answer.finish_reason == "length" or turn + 1 == options.max_turns
+                )
+                ids = [] if over else _said_ids(said, played[i][0], histories[i], tokenizer)
+                replies.append((ids, float(reward or 0.0), over))
+            return replies
+
+        still = []
+        for i, answer, (ids, reward, over) in zip(active, answers, dist.from_main(reply, world), strict=True):
+            rollout = rollouts[i]
+            rollout.completion_ids = rollout.completion_ids + answer.ids
+            rollout.completion_mask = (rollout.completion_mask or []) + [1] * len(answer.ids)
+            rollout.sampling_logprobs = (rollout.sampling_logprobs or []) + answer.logprobs
+            rollout.rewards["environment"] = (rollout.rewards["environment"] or 0.0) + reward
+            rollout.truncated = answer.finish_reason == "length"
+            room = options.max_completion_length - len(rollout.completion_ids) - len(ids)
+            if over or room < 1:
+                rollout.truncated = rollout.truncated or not over
+                continue
+            rollout.completion_ids = rollout.completion_ids + ids
+            rollout.completion_mask = rollout.completion_mask + [0] * len(ids)
+            rollout.sampling_logprobs = rollout.sampling_logprobs + [None] * len(ids)
+            still.append(i)
+        active = still
+        if not active:
+            break
+    return rollouts
+
+
+def _said_ids(said: Any, prompt: Prompt, history: list[dict], tokenizer: Tokenizer) -> list[int]:
+    """An environment's words as token ids: ids as they are, text as text, messages through the chat
+    template."""
+    if isinstance(said, str):
+        return tokenizer.encode(said)
+    if isinstance(said, list) and said and all(type(i) is int for i in said):
+        return said
+    if isinstance(said, list) and all(isinstance(m, dict) for m in said) and history:
+        try:
+            before = tokenizer.render(history, prompt.tools)
+            after = tokenizer.render([*history, *said], prompt.tools, generation_prompt=True)
+        except BadRow as error:
+            raise BallastError(f"environment: {error} ({prompt.name})") from None
+        history.extend(said)
+        if after.startswith(before):
+            # The template closes the assistant's turn; its end token was sampled, what follows it was not.
+            closed = tokenizer.decode([tokenizer.turn_end()], special=True)
+            tail = before[before.rfind(closed) + len(closed) :] if closed in before else ""
+            return tokenizer.encode(tail + after[len(before) :])
+        raise BallastError(
+            "environment: this chat template changes earlier turns; return text or token ids, not messages"
+        )
+    raise BallastError(
+        f"environment: said {said!r}; it must be text, token ids, messages or None ({prompt.name})"
+    )

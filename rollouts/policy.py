@@ -1,0 +1,685 @@
+"""The policy gradient on rollouts: log-probabilities of what was sampled, importance ratios, the losses of
+the GRPO family, and every metric of a policy step. GRPO and EBFT share it; they differ in where rewards come
+from.
+
+Names follow the papers: π the policy that is trained, π_old the weights that the batch was made with, μ what
+the sampler reported, π_ref the reference. B completions, T positions of the longest, m the mask of tokens
+that the policy wrote.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dist
+from checkpoints.adapters import base_of
+from dist import World
+from kernels import SharedPrompts
+from model import Transformer, forward_only, load_balancing_loss, without_gradients
+from numerics.losses import linear_logprobs
+from rollouts.rollout import Engine, Rollout, RolloutOptions
+from rollouts.vllm_client import VllmEngine
+from rollouts.vllm_server import EngineError
+from run.config import BallastError, ConfigError, check_at_least_one, check_ranges
+from run.log import log
+
+
+@dataclass
+class PolicyOptions(RolloutOptions):
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
+    """How token losses become one number. dapo and bnpo: sum / tokens of the step. grpo: mean over
+    completions of each one's token mean. dr_grpo: sum / (completions · max_completion_length). cispo:
+    truncated ratio times log-probability, reduced as dapo. sapo: a sigmoid instead of the clip, reduced as
+    grpo."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """The ratio π/π_old of each token, or the geometric mean over the completion (GSPO)."""
+    epsilon: float = 0.2
+    """Clip range below 1."""
+    epsilon_high: float | None = None
+    """Clip range above 1; unset: epsilon. For cispo the largest ratio, usually 5."""
+    delta: float | None = None
+    """Upper bound of the ratio also where the advantage is negative."""
+    sapo_temperature_pos: float = 1.0
+    """sapo: steepness for positive advantages."""
+    sapo_temperature_neg: float = 1.05
+    """sapo: steepness for the others."""
+    beta: float = 0.0
+    """Weight of the KL penalty against the reference model."""
+    kl_steps: int | None = 20
+    """With beta 0 and an adapter: measure kl against the base model every N steps, which costs a forward pass
+    over the batch each time; null: never. With beta it is part of every step."""
+    use_bias_correction_kl: bool = False
+    """Weigh the KL of each token by its ratio: unbiased where the batch is off policy (DeepSeek-V3.2)."""
+    off_policy_mask_threshold: float | None = None
+    """Leave out completions with negative advantage whose mean log μ − log π exceeds this (DeepSeek-V3.2)."""
+    vllm_importance_sampling_correction: bool = True
+    """Weigh tokens by π_old/μ wherever the sampler reports μ: it may run in other precision or on older
+    weights."""
+    vllm_importance_sampling_mode: Literal[
+        "sequence_mask",
+        "sequence_truncate",
+        "token_mask",
+        "token_truncate",
+        "geometric_mask",
+        "geometric_truncate",
+    ] = "sequence_mask"
+    """Ratio of each token, of the whole completion (the product over its tokens, whose spread grows with its
+    length), or the geometric mean over its tokens; truncate clamps it, mask drops what lies outside.
+    geometric_mask drops completions and leaves the others unweighted. Above some hundred tokens take
+    token_truncate or geometric_mask."""
+    vllm_importance_sampling_clip_min: float = 0.0
+    """Lower end of that ratio."""
+    vllm_importance_sampling_clip_max: float = 3.0
+    """Upper end of that ratio."""
+    share_prompts: bool | None = None
+    """Send each prompt through the model once for all of its completions in a micro-batch. Unset: on CPUs; on
+    GPUs it takes compiled flex_attention."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit the length limit out of the loss."""
+    top_entropy_quantile: float = 1.0
+    """Train only on this share of tokens, those of highest entropy (arXiv 2506.01939)."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    entropy_target: float | None = None
+    """Give the bonus only while the entropy of the last step was below this."""
+
+    def check(self) -> None:
+        check_ranges(
+            self, ("epsilon", 0, math.inf), ("epsilon_high", 0, math.inf), ("delta", 0, math.inf),
+            ("beta", 0, math.inf), ("entropy_coef", -math.inf, math.inf), ("entropy_target", 0, math.inf),
+            ("vllm_importance_sampling_clip_min", 0, math.inf),
+            ("vllm_importance_sampling_clip_max", 0, math.inf),
+            ("off_policy_mask_threshold", -math.inf, math.inf),
+        )  # fmt: skip
+        check_at_least_one(self, "kl_steps")
+        for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(key, getattr(self, key), "must be above 0")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ConfigError("epsilon_high", None, "loss_type cispo needs it: the largest ratio, e.g. 5.0")
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ConfigError("top_entropy_quantile", self.top_entropy_quantile, "must be above 0, at most 1")
+        if self.vllm_importance_sampling_clip_min >= self.vllm_importance_sampling_clip_max:
+            raise ConfigError(
+                "vllm_importance_sampling_clip_min", self.vllm_importance_sampling_clip_min,
+                "must be below vllm_importance_sampling_clip_max",
+            )  # fmt: skip
+        geometric = self.vllm_importance_sampling_mode.startswith("geometric")
+        if geometric and self.vllm_importance_sampling_clip_min == 0:
+            raise ConfigError(
+                "vllm_importance_sampling_clip_min", 0.0,
+                "rejects nothing: a geometric mean stays near 1; set limits around it, e.g. 0.95 here and "
+                "vllm_importance_sampling_clip_max: 1.05",
+            )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From rollouts to tensors
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PolicyBatch:
+    """B completions for one forward pass: packed in one row for the model, padded to [B, T] for the loss."""
+
+    input_ids: Tensor  # [1, N], prompts and completions one after the other
+    document_ids: Tensor | None  # [1, N], where each completion has a copy of its prompt
+    shared_prompts: SharedPrompts | None  # otherwise: each prompt stands once, before its completions
+    sources: Tensor  # [M]: for each token that the policy wrote, the place in N that predicts it
+    targets: Tensor  # [M]: that token
+    places: Tensor  # [M]: where it stands in a flat [B·T]
+    mask: Tensor  # [B, T] in fp32: 1 where the policy wrote the token
+    advantages: Tensor  # [B]
+    sampling_logprobs: Tensor | None  # [B, T], NaN where the sampler gave none
+    truncated: Tensor  # [B] bool: hit the length limit
+    rollouts: Sequence[Rollout]
+
+    @property
+    def rows(self) -> list[str]:
+        return [r.row for r in self.rollouts]
+
+    def keep(self, name: str, values: Tensor) -> None:
+        """Keep per-token values [B, T] with the rollouts, for later passes and checkpoints."""
+        for rollout, row in zip(self.rollouts, values.tolist(), strict=True):
+            setattr(rollout, name, row[: len(rollout.completion_ids)])
+
+    def stored(self, name: str) -> Tensor | None:
+        """What `keep` kept [B, T], or None."""
+        rows = [getattr(rollout, name) for rollout in self.rollouts]
+        if any(row is None for row in rows):
+            return None
+        T = self.mask.shape[1]
+        padded = [row + [0.0] * (T - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.float32, device=self.mask.device)
+
+    def given(self) -> dict[str, Tensor]:
+        """What the loss takes besides the model: by completion, [B] or [B, T]."""
+        stored = {name: self.stored(name) for name in ("old_logprobs", "ref_logprobs")}
+        return {"advantages": self.advantages, **{k: v for k, v in stored.items() if v is not None}}
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """Values of the written tokens, in order, to [B, T] with zeros elsewhere."""
+        out = torch.zeros(self.mask.numel(), dtype=flat.dtype, device=flat.device)
+        return out.index_copy(0, self.places, flat).view_as(self.mask)
+
+
+def collate(rollouts: Sequence[Rollout], device: torch.device, share_prompts: bool = False) -> PolicyBatch:
+    """With `share_prompts` rollouts of one prompt that stand in a row go through the model behind one copy of
+    it."""
+    T = max(len(r.completion_ids) for r in rollouts)
+    ids: list[int] = []
+    documents, sources, targets, places = [], [], [], []
+    groups: list[tuple[int, list[tuple[int, int]]]] = []
+    mask = torch.zeros(len(rollouts), T)
+    reported = torch.full((len(rollouts), T), math.nan)
+    last = 0  # place of the prompt's last token
+    for row, r in enumerate(rollouts):
+        if not (share_prompts and row and r.prompt_ids == rollouts[row - 1].prompt_ids):
+            ids += r.prompt_ids
+            last = len(ids) - 1
+            groups.append((len(r.prompt_ids), []))
+            documents += [row] * len(r.prompt_ids)
+        begin, written = len(ids), r.written()
+        for t, (token, ours) in enumerate(zip(r.completion_ids, written, strict=True)):
+            if ours:
+                sources.append(begin + t - 1 if t else last)
+                targets.append(token)
+                places.append(row * T + t)
+        ids += r.completion_ids
+        documents += [row] * len(r.completion_ids)
+        groups[-1][1].append((len(r.prompt_ids), len(r.completion_ids)))
+        mask[row, : len(written)] = torch.tensor(written, dtype=torch.float32)
+        if r.sampling_logprobs is not None:
+            given = [math.nan if x is None else x for x in r.sampling_logprobs]
+            reported[row, : len(given)] = torch.tensor(given)
+    known = any(r.sampling_logprobs is not None for r in rollouts)
+    return PolicyBatch(
+        torch.tensor([ids], device=device),
+        None if share_prompts else torch.tensor([documents], device=device),
+        SharedPrompts(groups, device) if share_prompts else None,
+        torch.tensor(sources, device=device), torch.tensor(targets, device=device),
+        torch.tensor(places, device=device), mask.to(device),
+        torch.tensor([r.advantage for r in rollouts], device=device),
+        reported.to(device) if known else None,
+        torch.tensor([r.truncated for r in rollouts], device=device), rollouts,
+    )  # fmt: skip
+
+
+def hidden_states(model: Transformer, batch: PolicyBatch) -> tuple[Tensor, list[Tensor]]:
+    return model.hidden_states(
+        batch.input_ids, document_ids=batch.document_ids, shared_prompts=batch.shared_prompts
+    )
+
+
+def cannot_share_prompts(model: Transformer) -> str | None:
+    """Why completions of this model cannot stand behind one copy of their prompt, or None."""
+    if any(rope.kind == "dynamic" for rope in model.arch.ropes.values()):
+        return "its dynamic rope makes a prompt depend on what follows it"
+    return None
+
+
+def can_share_prompts(model: Transformer, wanted: bool | None) -> bool:
+    """Whether to: as asked for, else on CPUs. ConfigError where it is asked for and cannot be."""
+    reason = cannot_share_prompts(model)
+    if wanted and reason:
+        raise ConfigError("share_prompts", True, f"does not work with this model: {reason}; leave it out")
+    return reason is None and model.device.type == "cpu" if wanted is None else wanted
+
+
+def token_logprobs(
+    model: Transformer, batch: PolicyBatch, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor, list[Tensor], int]:
+    """(log π [B, T], entropy [B, T], router logits, number of non-finite hidden states) of the tempered
+    policy, zeros where m is 0."""
+    hidden, router_logits = hidden_states(model, batch)
+    hidden = hidden[0].index_select(0, batch.sources)
+    bad = int((~torch.isfinite(hidden)).any(-1).sum())
+    if bad:  # the safety net: replaced so that one bad token does not end the step, but counted and named
+        hidden = torch.nan_to_num(hidden, nan=0.0, posinf=0.0, neginf=0.0)
+    made = linear_logprobs(
+        hidden, model.head_weight, batch.targets,
+        temperature=temperature, softcap=model.arch.final_softcap,
+    )  # fmt: skip
+    entropy = made.entropy if entropy_gradient else made.entropy.detach()
+    return batch.spread(made.logprobs), batch.spread(entropy), router_logits, bad
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepSize:
+    """What an optimiser step as a whole holds, over all micro-batches and ranks. Losses are divided by these
+    and never by a micro-batch's own counts: the result must not depend on how the step is cut."""
+
+    completions: int
+    tokens: float  # Σ m
+
+    @staticmethod
+    def of(rollouts: Sequence[Rollout], options: PolicyOptions) -> "StepSize":
+        tokens = sum(
+            sum(r.written()) for r in rollouts if not (options.mask_truncated_completions and r.truncated)
+        )
+        return StepSize(len(rollouts), max(1.0, float(tokens)))
+
+
+def sampler_ratio(
+    old_logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, options: PolicyOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(π_old/μ per token [B, T] before any limit, the weight that is applied [B, T] or [B, 1], which ratios
+    lie outside of the limits [B, T] or [B, 1], the tokens that μ is known for [B, T]).
+
+    A token without a usable μ counts as on policy: it must neither poison the sequence nor stop the run. The
+    geometric mean does not grow with length: its limits reject whole completions, those that stay weigh 1.
+    """
+    known = mask * torch.isfinite(sampling_logprobs)
+    difference = torch.where(known > 0, old_logprobs - sampling_logprobs, 0.0)
+    raw = difference.exp()
+    level, _, what = options.vllm_importance_sampling_mode.partition("_")
+    if level == "token":
+        ratio = raw
+    else:
+        total = difference.sum(-1, keepdim=True)
+        ratio = (total if level == "sequence" else total / known.sum(-1, keepdim=True).clamp(min=1)).exp()
+    low, high = options.vllm_importance_sampling_clip_min, options.vllm_importance_sampling_clip_max
+    outside = (ratio < low) | (ratio > high)
+    if what == "truncate":
+        applied = ratio.clamp(low, high)
+    else:  # where, not a product: ∞ · 0 is NaN
+        applied = torch.where(outside, 0.0, 1.0 if level == "geometric" else ratio)
+    return raw, applied, outside, known
+
+
+def policy_loss(
+    logprobs: Tensor, *, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, options: PolicyOptions,
+    size: StepSize, sampling_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None,
+    entropy_mask: Tensor | None = None, truncated: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """This micro-batch's part of the step's loss, and what was computed on the way (for the metrics).
+
+    All [B, T] but `advantages` and `truncated` [B]. The parts of all micro-batches and ranks add up to the
+    loss. Formulas: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO
+    2506.13585, SAPO 2511.20347; k3 is Schulman's estimator, (π_ref/π) − log(π_ref/π) − 1.
+    """
+    A = advantages[:, None].to(logprobs.dtype)
+    facts: dict[str, Tensor] = {}
+    if truncated is not None and options.mask_truncated_completions:
+        mask = mask * (~truncated)[:, None]
+    length = mask.sum(-1, keepdim=True).clamp(min=1)
+
+    # Which tokens count, and with what weight: what the sampler drew from need not be π_old (other precision,
+    # older weights).
+    counts = (mask > 0) & (A != 0)
+    weight: Tensor | float = 1.0
+    if options.off_policy_mask_threshold is not None:
+        drawn_from = old_logprobs if sampling_logprobs is None else sampling_logprobs
+        drift = torch.nan_to_num(drawn_from - logprobs.detach(), nan=0.0) * mask
+        keep = (A >= 0) | (drift.sum(-1, keepdim=True) / length <= options.off_policy_mask_threshold)
+        counts = counts & keep
+        facts["off_policy_masked"] = ~keep[:, 0]
+    if entropy_mask is not None:
+        counts = counts & (entropy_mask > 0)
+    if sampling_logprobs is not None:
+        facts["sampler_ratio"], applied, facts["sampler_outside"], facts["sampler_known"] = sampler_ratio(
+            old_logprobs, sampling_logprobs, mask, options
+        )
+        facts["sampler_applied"] = applied
+        if options.vllm_importance_sampling_correction:
+            weight = applied.detach()
+            counts = counts & (weight > 0)
+
+    # The ratio of the policy to the weights that made the batch. Tokens that do not count get a ratio of 1
+    # before the exponential: where it is infinite a product with 0 is NaN, and so is its gradient.
+    log_ratio = logprobs - old_logprobs
+    if options.importance_sampling_level == "sequence":
+        log_ratio = (torch.where(mask > 0, log_ratio, 0.0) * mask).sum(-1, keepdim=True) / length
+    every_ratio = log_ratio.detach().exp()
+    here = counts if log_ratio.shape == counts.shape else counts.any(-1, keepdim=True)
+    ratio = torch.where(here, log_ratio, 0.0).exp()
+    low, high = options.epsilon, options.epsilon_high if options.epsilon_high is not None else options.epsilon
+    if options.loss_type == "cispo":
+        loss = -ratio.clamp(max=high).detach() * A * logprobs
+        facts["cispo_clipped"] = (every_ratio > high) & (A > 0)
+    elif options.loss_type == "sapo":
+        steep = torch.where(A > 0, options.sapo_temperature_pos, options.sapo_temperature_neg)
+        loss = -A * torch.sigmoid(steep * (ratio - 1)) * 4 / steep
+    else:
+        bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
+        loss = -torch.minimum(bounded * A, ratio.clamp(1 - low, 1 + high) * A)
+        judged = every_ratio if options.delta is None else every_ratio.clamp(max=options.delta)
+        facts["clipped_low"], facts["clipped_high"] = (
+            (judged < 1 - low) & (A < 0),
+            (judged > 1 + high) & (A > 0),
+        )
+    loss = torch.where(counts, loss * weight, 0.0)
+
+    if ref_logprobs is not None:
+        back = ref_logprobs - logprobs
+        k3 = back.exp() - back - 1
+        facts["kl"] = k3.detach()
+        if options.beta:
+            loss = loss + options.beta * (k3 * log_ratio.exp() if options.use_bias_correction_kl else k3)
+
+    if options.loss_type in ("grpo", "sapo"):
+        total = ((loss * mask).sum(-1, keepdim=True) / length).sum() / size.completions
+    elif options.loss_type == "dr_grpo":
+        total = (loss * mask).sum() / (size.completions * options.max_completion_length)
+    else:
+        total = (loss * mask).sum() / size.tokens
+    facts["mask"] = mask
+    return total, facts
+
+
+def entropy_threshold(
+    micro: Sequence[Sequence[Rollout]], options: PolicyOptions, world: World
+) -> tuple[float, float]:
+    """The entropy above which the top `top_entropy_quantile` of a step's tokens lie, over all micro-batches
+    and ranks; and how many those are."""
+    mine = [
+        e
+        for part in micro
+        for r in part
+        if not (options.mask_truncated_completions and r.truncated)
+        for e, ours in zip(r.entropies or [], r.written(), strict=True)
+        if ours
+    ]
+    values = np.array([e for part in dist.gather(mine, world) for e in part])
+    if not len(values):
+        return math.inf, 1.0
+    threshold = float(np.quantile(values, 1 - options.top_entropy_quantile))
+    return threshold, float((values >= threshold).sum())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Metrics
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Means, minima and maxima of a step, gathered over micro-batches and ranks before any division: a mean
+    of means would weigh a token by how full its micro-batch is."""
+
+    def __init__(self):
+        self.sums: dict[str, list[float]] = {}
+        self.low: dict[str, float] = {}
+        self.high: dict[str, float] = {}
+        self.squares: dict[str, list[float]] = {}  # Σw, Σw², number of weights
+
+    def mean(self, name: str, total: float, count: float) -> None:
+        entry = self.sums.setdefault(name, [0.0, 0.0])
+        entry[0] += total
+        entry[1] += count
+
+    def min(self, name: str, value: float) -> None:
+        self.low[name] = min(value, self.low.get(name, math.inf))
+
+    def max(self, name: str, value: float) -> None:
+        self.high[name] = max(value, self.high.get(name, -math.inf))
+
+    def effective_share(self, name: str, weights: Tensor) -> None:
+        """Kish's effective sample size over the sample size, (Σw)²/(n Σw²): the share of the samples that,
+        weighed equally, would tell as much (Kish, Survey Sampling, 1965)."""
+        entry = self.squares.setdefault(name, [0.0, 0.0, 0.0])
+        for i, value in enumerate((weights.sum(), weights.square().sum(), weights.numel())):
+            entry[i] += float(value)
+
+    def result(self, world: World) -> dict[str, float]:
+        """The metrics, the same on every rank. A collective; ranks may lack names that others have."""
+        found = dist.gather((self.sums, self.low, self.high, self.squares), world)
+        totals: dict[str, list[float]] = {}
+        squares: dict[str, list[float]] = {}
+        metrics: dict[str, float] = {}
+        for sums, low, high, part in found:
+            for name, (total, count) in sums.items():
+                entry = totals.setdefault(name, [0.0, 0.0])
+                entry[0] += total
+                entry[1] += count
+            for name, value in low.items():
+                metrics[name] = min(value, metrics.get(name, math.inf))
+            for name, value in high.items():
+                metrics[name] = max(value, metrics.get(name, -math.inf))
+            for name, values in part.items():
+                squares[name] = [a + b for a, b in zip(squares.get(name, [0.0] * 3), values, strict=True)]
+        for name, (total, square, count) in squares.items():
+            metrics[name] = total**2 / (count * square) if square else 0.0
+        return metrics | {name: total / count if count else 0.0 for name, (total, count) in totals.items()}
+
+
+@torch.no_grad()
+def tally_policy(
+    tally: Tally, facts: dict[str, Tensor], entropy: Tensor, old: Tensor, sampled: Tensor | None
+):
+    """Add one micro-batch to the policy metrics (reference page: Key Metrics for RL)."""
+    mask = facts["mask"]
+    tokens, B = mask.sum().item(), mask.shape[0]
+
+    def masked_mean(name: str, x: Tensor) -> None:
+        if x.shape[1] == 1:  # sequence-level ratio: one value a completion
+            tally.mean(name, x.float().sum().item(), B)
+        else:
+            tally.mean(name, (x * mask).sum().item(), tokens)
+
+    masked_mean("entropy", entropy)
+    if "kl" in facts:
+        masked_mean("kl", facts["kl"])
+    if "clipped_low" in facts:
+        low, high = facts["clipped_low"], facts["clipped_high"]
+        masked_mean("clip_ratio/low_mean", low)
+        masked_mean("clip_ratio/high_mean", high)
+        masked_mean("clip_ratio/region_mean", low | high)
+        length = mask.sum(-1)
+        for name, x, add in (("low_min", low, tally.min), ("high_max", high, tally.max)):
+            share = x[:, 0].float() if x.shape[1] == 1 else (x * mask).sum(-1) / length.clamp(min=1)
+            for value in share[length > 0].tolist():
+                add(f"clip_ratio/{name}", value)
+    if "cispo_clipped" in facts:
+        masked_mean("cispo_clip_ratio", facts["cispo_clipped"])
+    if "off_policy_masked" in facts:
+        tally.mean("off_policy_masked_fraction", facts["off_policy_masked"].sum().item(), B)
+    if sampled is not None:
+        known = facts["sampler_known"] > 0
+        gap, ratio = (old - sampled).abs()[known].double(), facts["sampler_ratio"][known].double()
+        count = known.sum().item()
+        tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), count)
+        tally.mean("sampling/importance_sampling_ratio/mean", ratio.sum().item(), count)
+        applied, outside = facts["sampler_applied"].double(), facts["sampler_outside"]
+        tally.mean(
+            "sampling/importance_sampling_ratio/applied_mean",
+            applied.expand_as(mask)[known].sum().item(), count,
+        )  # fmt: skip
+        tally.mean("sampling/unknown_logprobs", tokens - count, tokens)
+        # Of the units that are weighed: completions, or tokens. What lies outside is dropped, or clamped.
+        units = known if applied.shape == known.shape else known.any(-1, keepdim=True)
+        tally.mean(
+            "sampling/importance_sampling_ratio/outside_share",
+            outside[units].sum().item(),
+            units.sum().item(),
+        )
+        tally.effective_share("sampling/importance_sampling_ratio/effective_share", applied[units])
+        if count:
+            tally.max("sampling/sampling_logp_difference/max", gap.max().item())
+            tally.min("sampling/importance_sampling_ratio/min", ratio.min().item())
+            tally.max("sampling/importance_sampling_ratio/max", ratio.max().item())
+
+
+def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths and endings of the completions of a batch."""
+    lengths = [sum(r.written()) for r in rollouts]
+    ended = [n for n, r in zip(lengths, rollouts, strict=True) if not r.truncated] or [0]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(r.truncated for r in rollouts) / len(rollouts),
+        "completions/mean_terminated_length": sum(ended) / len(ended),
+        "completions/min_terminated_length": float(min(ended)),
+        "completions/max_terminated_length": float(max(ended)),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One optimiser step's forward and backward passes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def entropy_bonus(options: PolicyOptions, last_entropy: float) -> float:
+    """entropy_coef; with entropy_target only while the last step's entropy was not above it."""
+    target = options.entropy_target
+    return 0.0 if target is not None and last_entropy > target else options.entropy_coef
+
+
+def measures_kl(options: Any, step: int, steps: int) -> bool:
+    """Whether kl is measured on a batch that serves the `steps` optimiser steps from `step` on although beta
+    is 0: with an adapter there is a reference without a second copy, but its pass has a price (kl_steps)."""
+    return bool(options.adapter and options.kl_steps and step % options.kl_steps < steps)
+
+
+def report_kl(options: Any) -> None:
+    """Say at the start of a run how often kl is measured, where that is not every step."""
+    if options.adapter and not options.beta:
+        often = f"every {options.kl_steps} steps" if options.kl_steps else "never"
+        log.info(
+            "kl against the base model is measured %s: with beta 0 it costs a forward pass (kl_steps)", often
+        )
+
+
+def check_sampler(
+    engine: Engine, model: Transformer, rollouts: Sequence[Rollout], micro: Sequence[Sequence[Rollout]],
+    options: Any, world: World, share: bool,
+) -> None:  # fmt: skip
+    """EngineError where the first batch from a server was drawn from something else than the trainer's
+    weights give: a probe sees some tokens, this all that would be trained. Nothing at later batches, or where
+    the weights have moved since. A collective."""
+    if not isinstance(engine, VllmEngine) or engine.batch_agreed:
+        return
+    if any(r.weight_version != engine.now or r.step != engine.now for r in rollouts):
+        return
+    engine.batch_agreed = True
+    temperatures = [options.temperature] if options.temperature == 1 else [options.temperature, 1.0]
+    sums = [0.0] * (1 + len(temperatures))
+    for part in micro:
+        batch = collate(part, world.device, share)
+        if batch.sampling_logprobs is None:
+            continue
+        known = (batch.mask > 0) & batch.sampling_logprobs.isfinite()
+        sums[0] += float(known.sum())
+        for i, temperature in enumerate(temperatures, 1):
+            with without_gradients(model):
+                ours = token_logprobs(model, batch, temperature)[0]
+            sums[i] += torch.where(known, ours - batch.sampling_logprobs, 0.0).abs().sum().item()
+    count, *totals = dist.all_reduce(sums, world)
+    gap, *untempered = [total / max(count, 1.0) for total in totals]
+    named = f"the log-probs that the server gives to the {count:.0f} tokens of its first batch"
+    remedy = "start it with `python grpo.py serve`, which sets logprobs_mode and generation_config"
+    if untempered and untempered[0] < gap / 2 and gap > 1e-3:
+        raise EngineError(
+            f"{named} are those of temperature 1 (mean difference {untempered[0]:.2g}), not of "
+            f"{options.temperature:g} ({gap:.2g}): its logprobs_mode is raw_logprobs; {remedy}"
+        )
+    if not gap <= engine.tolerance():
+        raise EngineError(
+            f"{named} differ by {gap:.2g} on average from the trainer's (allowed {engine.tolerance():g}: "
+            f"vllm_probe_tolerance), though a probe agreed: it samples with other settings; {remedy}"
+        )
+
+
+@forward_only
+def keep_logprobs(
+    model: Transformer, reference: Transformer | None, micro: Sequence[Sequence[Rollout]], options: Any,
+    world: World, share: bool, *, old: bool, kl: bool,
+) -> None:  # fmt: skip
+    """Store log π_old and entropies (`old`: the weights will move before these micro-batches are used up; or
+    tokens are chosen by entropy) and log π_ref (`kl`; from a frozen copy, or with LoRA the model with its
+    adapters off) with this rank's rollouts. No gradients."""
+    old = old or options.top_entropy_quantile < 1
+    kl = kl or bool(options.beta)
+    if not old and not kl:
+        return
+    for part in micro:
+        batch = collate(part, world.device, share)
+        if old:
+            logprobs, entropy, _, _ = token_logprobs(model, batch, options.temperature)
+            batch.keep("old_logprobs", logprobs)
+            batch.keep("entropies", entropy)
+        if kl:
+            with base_of(model, reference) as base, without_gradients(base):
+                batch.keep("ref_logprobs", token_logprobs(base, batch, options.temperature)[0])
+
+
+def accumulate_gradients(
+    model: Transformer, in_step: Sequence[Rollout], micro: Sequence[Sequence[Rollout]], options: Any,
+    world: World,
+    share: bool, watch: Any, *, step: int, reused: bool, bonus: float, aux_coef: float,
+) -> tuple[Tally, list[Tensor], int]:  # fmt: skip
+    """Forward and backward over this rank's micro-batches of an optimiser step: (metrics, losses,
+    skipped micro-batches).
+
+    Micro-batches without any advantage are skipped, by all ranks alike: every rank knows all advantages. FSDP
+    averages gradients over ranks, the loss is a sum over them: × world.size. `reused`: the batch serves
+    several steps, its π_old was kept.
+    """
+    size = StepSize.of(in_step, options)
+    threshold, bonus_tokens = None, size.tokens
+    if options.top_entropy_quantile < 1:
+        threshold, bonus_tokens = entropy_threshold(micro, options, world)
+    tally, losses, skipped = Tally(), [], 0
+    rows = world.size * max(len(part) for part in micro)
+    for k, part in enumerate(micro):
+        across = in_step[k * rows : (k + 1) * rows]
+        if not any(r.advantage for r in across) and not options.beta and not bonus:
+            skipped += 1
+            continue
+        batch = collate(part, world.device, share)
+        old = batch.stored("old_logprobs") if reused else None
+        if reused and old is None:
+            raise BallastError(
+                "the checkpoint was written in the middle of a batch by a version before 0.3, without π_old; "
+                "resume from one at the end of a batch, or set resume: never"
+            )
+        entropy_mask = None
+        if threshold is not None:
+            entropies = batch.stored("entropies")
+            assert entropies is not None
+            entropy_mask = entropies >= threshold
+
+        def compute(
+            batch: PolicyBatch = batch, old: Tensor | None = old, entropy_mask: Tensor | None = entropy_mask
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor, int]:
+            """(what the backward pass starts from, loss, facts, entropy, π_old, non-finite hidden states)."""
+            logprobs, entropy, router_logits, bad = token_logprobs(
+                model, batch, options.temperature, entropy_gradient=bool(bonus)
+            )
+            old = logprobs.detach() if old is None else old
+            loss, facts = policy_loss(
+                logprobs, old_logprobs=old, advantages=batch.advantages, mask=batch.mask, options=options,
+                size=size, sampling_logprobs=batch.sampling_logprobs, truncated=batch.truncated,
+                entropy_mask=entropy_mask, ref_logprobs=batch.stored("ref_logprobs"),
+            )  # fmt: skip
+            if bonus:
+                counted = facts["mask"] if entropy_mask is None else facts["mask"] * entropy_mask
+                loss = loss - bonus * (entropy * counted).sum() / bonus_tokens
+            start = loss
+            if aux_coef and router_logits:
+                real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=world.device)
+                balance = load_balancing_loss(router_logits, model.arch, real)
+                start = loss + aux_coef * len(batch.rollouts) / len(in_step) * balance
+            return start * world.size, loss.detach(), facts, entropy.detach(), old, bad
+
+        start, loss, facts, entropy, old, bad = watch.forward(compute, batch.rows, batch.given)
+        if bad:
+            log.warning(
+                "step %d: %d hidden states are not finite and were replaced by 0; rows %s",
+                step, bad, ", ".join(batch.rows[:4]),
+            )  # fmt: skip
+            tally.max("nonfinite_hidden_states", float(bad))
+        losses.append(loss)
+        start.backward()
+        tally_policy(tally, facts, entropy, old, batch.sampling_logprobs)
+    return tally, losses, skipped

@@ -1,0 +1,254 @@
+"""Rewards: the functions that judge a completion, built in or your own, and the scorer that calls them and
+names the function, the row and the completion where one goes wrong.
+"""
+
+import asyncio
+import inspect
+import math
+import re
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from data import Prompt
+from run.config import BallastError, ConfigError, import_attribute
+from text.tokenizer import Tokenizer
+
+
+@dataclass
+class RewardOptions:
+    reward_funcs: list[str] = field(default_factory=list)
+    """Reward functions: exact_match, numeric_match, reasoning_gym, format, length, or your own
+    module.function (from the config's directory or an installed package), called as f(prompts=…,
+    completions=…, completion_ids=…, **columns) and returning a number, or None where it does not apply, for
+    each completion."""
+    reward_weights: list[float] | None = None
+    """One weight a function; unset: 1 each."""
+    reward_timeout: float = 300.0
+    """Seconds that a reward function may take for a batch."""
+    reward_format: str = r"(?s)<think>.*</think>.*<answer>.*</answer>\s*"
+    """`format` gives 1 where the whole completion matches this regular expression, else 0."""
+
+    def check(self) -> None:
+        weights = self.reward_weights
+        if weights is not None and len(weights) != len(self.reward_funcs):
+            raise ConfigError("reward_weights", weights, f"must have {len(self.reward_funcs)} entries")
+        if weights is not None and not all(math.isfinite(weight) for weight in weights):
+            raise ConfigError("reward_weights", weights, "must be finite numbers")
+        if weights and not any(weights):
+            raise ConfigError("reward_weights", weights, "are all 0: nothing would be learnt")
+        if not 0 < self.reward_timeout < math.inf:
+            raise ConfigError("reward_timeout", self.reward_timeout, "must be above 0")
+        try:
+            re.compile(self.reward_format)
+        except re.error as error:
+            raise ConfigError(
+                "reward_format", self.reward_format, f"is no regular expression: {error}"
+            ) from None
+
+
+class RewardError(BallastError):
+    """A reward function that cannot be used, or that failed: named with the row and the completion."""
+
+
+def completion_text(completion: str | list[dict]) -> str:
+    """The text of a completion, which is messages where the prompt is."""
+    return completion if isinstance(completion, str) else "".join(m.get("content") or "" for m in completion)
+
+
+def exact_match(completions: list, answer: list, **_: Any) -> list[float]:
+    """1 where the completion is the answer, but for white space at its ends."""
+    return [
+        float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)
+    ]
+
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def _last_number(text: str) -> float | None:
+    found = NUMBER.findall(text.split("####")[-1])  # GSM8K puts the answer after ####
+    if not found:
+        return None
+    number, _, below = found[-1].replace(",", "").partition("/")
+    return float(number) / float(below) if below and float(below) else float(number)
+
+
+def numeric_match(completions: list, answer: list, **_: Any) -> list[float]:
+    """1 where the completion ends in the answer's number; mathematical forms too where math-verify is
+    installed."""
+    try:
+        from math_verify import parse, verify  # type: ignore[import-not-found]
+    except ImportError:
+        parse = verify = None
+    scores = []
+    for completion, expected in zip(completions, answer, strict=True):
+        text, wanted = completion_text(completion), _last_number(str(expected))
+        right = wanted is not None and _last_number(text) == wanted
+        if not right and parse is not None and verify is not None:
+            # Its timeouts use signals, which threads may not; reward_timeout bounds the whole.
+            forms = [parse(t, parsing_timeout=None) for t in (str(expected), text)]
+            right = bool(verify(*forms, timeout_seconds=None))
+        scores.append(float(right))
+    return scores
+
+
+def reasoning_gym(completions: list, answer: list, metadata: list, **columns: Any) -> list[float]:
+    """reasoning-gym's own verifier of the task that the row came from."""
+    import reasoning_gym as gym  # an extra of its own: .[tiny]
+
+    questions = columns.get("question") or [""] * len(answer)
+    scores = []
+    for completion, a, meta, question in zip(completions, answer, metadata, questions, strict=True):
+        score: Any = gym.get_score_answer_fn(meta["source_dataset"])
+        entry = {"question": question, "answer": a, "metadata": meta}
+        scores.append(float(score(completion_text(completion).strip(), entry)))
+    return scores
+
+
+def built_in_rewards(config: Any) -> dict[str, Callable]:
+    def matches(completions: list, **_: Any) -> list[float]:
+        return [
+            float(re.fullmatch(config.reward_format, completion_text(c)) is not None) for c in completions
+        ]
+
+    def overlong(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """0 up to 80 % of max_completion_length, then falling to −1 at the limit (DAPO, arXiv 2503.14476, eq.
+        13)."""
+        limit, room = config.max_completion_length, 0.2 * config.max_completion_length
+        return [min(0.0, max(-1.0, (limit - room - len(ids)) / room)) for ids in completion_ids]
+
+    return {
+        "exact_match": exact_match, "numeric_match": numeric_match, "reasoning_gym": reasoning_gym,
+        "format": matches, "length": overlong,
+    }  # fmt: skip
+
+
+def import_reward(name: str, config: Any) -> Callable:
+    """A built-in by name, or module.function from the config's directory or an installed package."""
+    built_in, directory = built_in_rewards(config), config.config_directory
+    if name in built_in:
+        return built_in[name]
+    if "." not in name:
+        known = ", ".join(built_in)
+        raise ConfigError("reward_funcs", name, f"is not built in ({known}) and no module.function")
+    function = import_attribute("reward_funcs", name, directory)
+    if not callable(function):
+        raise ConfigError("reward_funcs", name, "is not a function")
+    return function
+
+
+class Scorer:
+    """The reward functions of a run, each on a thread of its own. Lives on rank 0."""
+
+    def __init__(self, config: Any, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.functions = {
+            name.rpartition(".")[2] or name: import_reward(name, config) for name in config.reward_funcs
+        }
+        if len(self.functions) < len(config.reward_funcs):
+            raise ConfigError("reward_funcs", config.reward_funcs, "has two functions of the same name")
+        self.threads = ThreadPoolExecutor(max(1, 4 * len(self.functions)), thread_name_prefix="reward")
+
+    def begin(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> dict[str, Future]:
+        """Start scoring completions `ids`, each with the prompt beside it."""
+        arguments = self.arguments(prompts, ids)
+        names = [p.name for p in prompts]
+        return {
+            name: self.threads.submit(self._call, name, function, arguments, names)
+            for name, function in self.functions.items()
+        }
+
+    def arguments(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> dict[str, list]:
+        """What every reward function gets, by keyword; one entry a completion."""
+        texts = [self.tokenizer.decode(list(i)) for i in ids]
+        completions = [
+            text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}]
+            for p, text in zip(prompts, texts, strict=True)
+        ]
+        columns = {
+            key: [p.columns.get(key) for p in prompts]
+            for key in sorted({k for p in prompts for k in p.columns})
+        }
+        return {**columns, "prompts": [p.prompt for p in prompts], "completions": completions,
+                "completion_ids": [list(i) for i in ids]}  # fmt: skip
+
+    def finish(self, started: dict[str, Future]) -> dict[str, list[float | None]]:
+        """Scores by function. RewardError for one that raises, is late, or returns what is no score."""
+        deadline, scores = time.monotonic() + self.config.reward_timeout, {}
+        for name, future in started.items():
+            try:
+                scores[name] = future.result(max(0.0, deadline - time.monotonic()))
+            except FutureTimeout:
+                raise RewardError(
+                    f"reward {name}: no answer within {self.config.reward_timeout:g} s (reward_timeout); "
+                    "try it with `python grpo.py test-rewards`"
+                ) from None
+        return scores
+
+    def _call(self, name: str, function: Callable, arguments: dict, names: list[str]) -> list[float | None]:
+        count = len(names)
+
+        def run(part: dict) -> Any:
+            return (
+                asyncio.run(function(**part)) if inspect.iscoroutinefunction(function) else function(**part)
+            )
+
+        try:
+            scores = run(arguments)
+        except Exception as error:
+            where = self._culprit(run, arguments, count)
+            saved = self._save_traceback(name)
+            shown = completion_text(arguments["completions"][where]) if where is not None else ""
+            row = f"{names[where]}, completion {shown[:80]!r}" if where is not None else f"a batch of {count}"
+            columns = ", ".join(k for k in arguments if k not in ("prompts", "completions", "completion_ids"))
+            hint = (
+                f"; it gets the columns {columns or '(none)'}"
+                if isinstance(error, (TypeError, KeyError))
+                else ""
+            )
+            raise RewardError(
+                f"reward {name}: raised {type(error).__name__}: {error}, on {row}{hint}; traceback in {saved}"
+            ) from None
+        if not isinstance(scores, (list, tuple, np.ndarray, Tensor)) or len(scores) != count:
+            length = len(scores) if hasattr(scores, "__len__") else type(scores).__name__
+            raise RewardError(f"reward {name}: returned {length}, wanted a list of {count} numbers")
+        checked: list[float | None] = []
+        for i, score in enumerate(scores):
+            try:
+                value = None if score is None else float(score)
+            except (TypeError, ValueError):
+                value = math.nan
+            if value is not None and not math.isfinite(value):
+                shown = completion_text(arguments["completions"][i])
+                raise RewardError(
+                    f"reward {name}: returned {score!r} for {names[i]}, completion {shown[:80]!r}; a score "
+                    "is a finite number, or None where it does not apply"
+                )
+            checked.append(value)
+        return checked
+
+    @staticmethod
+    def _culprit(run: Callable, arguments: dict, count: int) -> int | None:
+        """The first row on which the function raises alone."""
+        for i in range(count):
+            try:
+                run({key: values[i : i + 1] for key, values in arguments.items()})
+            except Exception:
+                return i
+        return None
+
+    def _save_traceback(self, name: str) -> Path:
+        directory = Path(self.config.output_dir) / "incidents"
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"reward-{name}.txt"
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        return path

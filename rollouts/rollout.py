@@ -1,0 +1,268 @@
+"""Rollouts and their options, and the files that they are recorded in."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from urllib.parse import urlparse
+
+from rollouts.vllm_server import MEMORY, Completion
+from run.config import ConfigError, DataError, check_at_least_one
+from run.files import write_atomically
+from text.tokenizer import Tokenizer
+
+
+@dataclass
+class RolloutOptions:
+    rollout_engine: Literal["embedded", "vllm", "replay"] = "embedded"
+    """What samples completions: this process, vLLM servers, or a recorded file (replay_path)."""
+    num_generations: int = 8
+    """Completions of each prompt; 16 and more give better advantage estimates."""
+    max_prompt_length: int | None = None
+    """Leave out prompts with more tokens."""
+    max_completion_length: int = 256
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities that are trained: one number for both, or the ratio is off
+    from the start."""
+    top_p: float = 1.0
+    """Must stay 1 in training: the sampler would renormalise over the tokens that it keeps, the trainer
+    not."""
+    top_k: int = 0
+    """Must stay 0 in training, for the same reason."""
+    min_p: float = 0.0
+    """Must stay 0 in training, for the same reason."""
+    rollout_batch_size: int | None = None
+    """embedded: at most so many sequences at a time; bounds the key/value cache. Unset: 512, or fewer where
+    the GPU's memory does not hold that many."""
+    replay_path: str | None = None
+    """replay: a JSONL file (or a directory of step-N.jsonl) of rollouts instead of sampling."""
+    max_turns: int = 8
+    """Multi-turn: at most so many answers in one completion."""
+    vllm_server_base_url: list[str] = field(default_factory=lambda: ["http://127.0.0.1:8000"])
+    """vLLM servers; prompts are spread over them."""
+    vllm_model_name: str | None = None
+    """Name under which they serve the model; unset: base_model. Compared before the first step."""
+    vllm_sync_interval: int = 1
+    """Send weights every so many optimiser steps. Smaller is closer to on-policy: lower it when
+    importance_sampling_ratio/min falls towards 0."""
+    vllm_sync_method: Literal["auto", "file", "nccl", "adapter"] = "auto"
+    """adapter: only the LoRA adapter. file: safetensors through vllm_sync_directory. nccl: GPU to GPU. auto:
+    adapter for LoRA, file for servers on this host, else nccl."""
+    vllm_sync_directory: str = MEMORY
+    """Where weights for servers are put for a moment: memory of this host, or a shared file system."""
+    vllm_sync_address: str | None = None
+    """nccl: the address of this host under which the servers reach it; unset: its own on the way to them."""
+    vllm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the server computes in; auto: bfloat16 with bf16: true, else float32."""
+    vllm_timeout: float = 600.0
+    """Seconds to wait for a server that does not answer; then the run saves and stops."""
+    vllm_probe_tolerance: float | None = None
+    """Largest mean difference of log-probs between server and trainer after a sync; unset: 1e-3 where both
+    are fp32, else 0.1."""
+    vllm_allow_missing_servers: bool = False
+    """Go on with the servers that answer where others do not within vllm_timeout."""
+    async_prefetch: bool = False
+    """vllm: sample the next batch while this one trains; it is one update more off policy."""
+    vllm_python: str | None = None
+    """serve: the Python that has vLLM installed; unset: this one."""
+    vllm_max_model_len: int | None = None
+    """serve: longest prompt + completion; unset: max_prompt_length + max_completion_length, or the
+    model's."""
+    vllm_gpu_memory_utilization: float = 0.9
+    """serve: share of a GPU's memory for vLLM."""
+    vllm_tensor_parallel_size: int = 1
+    """serve: GPUs a server."""
+    log_completions: bool = False
+    """Show a few completions at every logged step, with their rewards or beside their truths, and all of them
+    in wandb."""
+
+    def check(self) -> None:
+        check_at_least_one(
+            self, "num_generations", "max_completion_length", "rollout_batch_size", "max_turns",
+            "vllm_sync_interval", "vllm_tensor_parallel_size", "max_prompt_length", "vllm_max_model_len",
+        )  # fmt: skip
+        for key in ("vllm_timeout", "vllm_probe_tolerance"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(key, value, "must be above 0")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            key = "vllm_gpu_memory_utilization"
+            raise ConfigError(key, self.vllm_gpu_memory_utilization, "must be above 0, at most 1")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError("temperature", self.temperature, "must be above 0")
+        for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            if getattr(self, key) != off:
+                raise ConfigError(
+                    key, getattr(self, key),
+                    "would make importance ratios wrong: the sampler renormalises over the tokens that it "
+                    f"keeps, the trainer does not; leave it at {off} and lower temperature instead",
+                )  # fmt: skip
+        if (self.rollout_engine == "replay") != (self.replay_path is not None):
+            raise ConfigError("replay_path", self.replay_path, "goes together with rollout_engine: replay")
+        if self.async_prefetch and self.rollout_engine != "vllm":
+            raise ConfigError(
+                "async_prefetch", True, "needs rollout_engine: vllm; in one process nothing overlaps"
+            )
+        if self.rollout_engine == "vllm":
+            if not self.vllm_server_base_url:
+                raise ConfigError("vllm_server_base_url", None, "must name at least one server")
+            for url in self.vllm_server_base_url:
+                if not url.startswith(("http://", "https://")):
+                    raise ConfigError("vllm_server_base_url", url, "must begin with http:// or https://")
+                if urlparse(url).username or urlparse(url).password:
+                    raise ConfigError(
+                        "vllm_server_base_url", None,
+                        "holds a user name or password, which would stand in config.yaml and the logs; reach "
+                        "the server through an SSH tunnel or a private network instead",
+                    )  # fmt: skip
+
+
+class Engine(Protocol):
+    """What samples: `rollouts.engines.EmbeddedEngine`, or `rollouts.vllm_client.VllmEngine`."""
+
+    def generate(
+        self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], temperature: float | None = None,
+        limits: list[int] | None = None, on_group: Callable[[int, list[Completion]], None] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
+        """`n` completions of each prompt, the same on every rank. A collective."""
+        ...
+
+    def sync(self, step: int, due: bool = False) -> dict[str, float]:
+        """Give it the weights of `step`, where it has not the trainer's own; metrics. A collective."""
+        ...
+
+    def version(self, step: int) -> int:
+        """Optimiser steps done by the weights that it samples from."""
+        ...
+
+
+@dataclass
+class Rollout:
+    """One completion of one prompt, as every engine makes it and as rollouts/step-N.jsonl records it."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    sampling_logprobs: list[float | None] | None = None
+    completion_mask: list[int] | None = None  # 0 on tokens of an environment; None: the policy wrote all
+    truncated: bool = False  # the last token does not end a turn
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    advantage: float = 0.0
+    step: int = 0  # optimiser steps done when it was sampled
+    weight_version: int = 0  # optimiser steps done by the weights that sampled it
+    row: str = ""  # file:line of the prompt
+    prompt_index: int = -1  # the prompt in the data set; −1 for a replay
+    ground_truth_ids: list[int] | None = None
+    ground_truth_mask: list[int] | None = None  # 0 on questions between true answers; None: all are answers
+    old_logprobs: list[float] | None = None  # log π_old of each token, where the trainer computed it
+    ref_logprobs: list[float] | None = None
+    entropies: list[float] | None = None
+
+    def written(self) -> list[int]:
+        return self.completion_mask or [1] * len(self.completion_ids)
+
+
+def to_json(rollout: Rollout) -> dict[str, Any]:
+    """Without what is unknown, and without what the trainer computed from its weights of the moment."""
+    mine = {"old_logprobs", "ref_logprobs", "entropies"}
+    return {k: v for k, v in vars(rollout).items() if v is not None and k not in mine}
+
+
+def write_rollouts(
+    directory: Path, step: int, rollouts: Sequence[Rollout], tokenizer: Tokenizer, kind: str = "step"
+) -> None:
+    """directory/step-N.jsonl, one completion a line, those of a prompt in a row; the replay engine reads
+    it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for rollout in rollouts:
+        texts = {
+            "prompt": tokenizer.decode(rollout.prompt_ids, special=True),
+            "completion": tokenizer.decode(rollout.completion_ids, special=True),
+        }
+        lines.append(json.dumps({**to_json(rollout), **texts}, ensure_ascii=False) + "\n")
+    write_atomically(directory / f"{kind}-{step}.jsonl", "".join(lines))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Replay
+# ------------------------------------------------------------------------------------------------------------
+
+
+def replay_lines(path: str, directory: Path) -> Iterator[tuple[str, int, str]]:
+    """(file, number, line) of a JSONL file, or of every step-N.jsonl of a directory in order."""
+    place = next((p for p in (directory / path, Path(path)) if p.exists()), None)
+    if place is None:
+        raise ConfigError("replay_path", path, f"does not exist (looked in {directory} and here)")
+    files = [place]
+    if place.is_dir():
+        steps = [p for p in place.glob("step-*.jsonl") if p.stem.removeprefix("step-").isdigit()]
+        files = sorted(steps, key=lambda p: int(p.stem.removeprefix("step-")))
+    for file in files:
+        number = 0
+        try:
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield str(file), number, line
+        except UnicodeDecodeError:
+            raise DataError(str(file), number + 1, "is not UTF-8 text (here or some lines on)") from None
+
+
+def place_of(rollout: Rollout) -> tuple[str, int]:
+    file, _, line = rollout.row.rpartition(":")
+    return file, int(line)
+
+
+def read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout:
+    def whole(values: Any) -> bool:
+        return isinstance(values, list) and bool(values) and all(type(v) is int and v >= 0 for v in values)
+
+    def figure(value: Any) -> bool:
+        return value is None or (type(value) in (int, float) and math.isfinite(value))
+
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(file, number, f"is not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(file, number, "must be an object")
+    for name in ("prompt_ids", "completion_ids"):
+        if not whole(row.get(name)):
+            raise DataError(file, number, f"{name} must be a non-empty list of token ids")
+    length = len(row["completion_ids"])
+    logprobs, mask, truth, truth_mask = (
+        row.get(k) for k in ("sampling_logprobs", "completion_mask", "ground_truth_ids", "ground_truth_mask")
+    )
+    if logprobs is not None:
+        if not isinstance(logprobs, list) or len(logprobs) != length:
+            raise DataError(
+                file, number, f"sampling_logprobs must have {length} entries, one a completion token"
+            )
+        if not all(figure(x) for x in logprobs):
+            raise DataError(file, number, "sampling_logprobs holds something that is no number")
+    if truth is not None and not whole(truth):
+        raise DataError(file, number, "ground_truth_ids must be a non-empty list of token ids")
+    for name, given, count in (
+        ("completion_mask", mask, length), ("ground_truth_mask", truth_mask, len(truth or [])),
+    ):  # fmt: skip
+        if given is None:
+            continue
+        if not isinstance(given, list) or len(given) != count or not all(x in (0, 1) for x in given):
+            raise DataError(file, number, f"{name} must have {count} entries of 0 or 1")
+    rewards = row.get("rewards", {})
+    if not isinstance(rewards, dict) or not all(figure(value) for value in rewards.values()):
+        raise DataError(file, number, "rewards must be {name: number or null}")
+    steps = [row.get("step", 0), row.get("weight_version", row.get("step", 0))]
+    if not all(type(x) is int and abs(x) < 2**63 for x in steps):
+        raise DataError(file, number, "step and weight_version must be whole numbers")
+    last = row["completion_ids"][-1]
+    return Rollout(
+        row["prompt_ids"], row["completion_ids"], logprobs, mask,
+        truncated=bool(row.get("truncated", last not in stops)),
+        rewards={str(k): None if v is None else float(v) for k, v in rewards.items()},
+        step=steps[0], weight_version=steps[1],
+        row=f"{file}:{number}", ground_truth_ids=truth, ground_truth_mask=truth_mask,
+    )  # fmt: skip

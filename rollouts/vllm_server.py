@@ -1,0 +1,227 @@
+"""One vLLM server by HTTP: what may be asked of it, what an answer must look like, and the command that
+starts it."""
+
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import httpx
+import torch
+
+from run.config import BallastError
+
+
+class EngineError(BallastError):
+    """A rollout engine that cannot go on: the line names the server, the step and the remedy."""
+
+
+@dataclass
+class Completion:
+    """What a sampler wrote after a prompt."""
+
+    ids: list[int]
+    logprobs: list[float | None]  # of each token under the distribution that it was drawn from; None: unknown
+    finish_reason: str  # stop or length
+
+
+# ------------------------------------------------------------------------------------------------------------
+# vLLM servers
+# ------------------------------------------------------------------------------------------------------------
+
+
+# Everything that a request leaves out, a server may fill from the checkpoint's generation_config.json.
+NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+           "frequency_penalty": 0.0}  # fmt: skip
+THREADS_A_SERVER = 64
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"  # noqa: S108 - names in it are random
+PROBE_ANSWER = 16  # tokens that the probe lets a server sample
+
+
+class ServerLost(Exception):
+    """A server that does not answer, or answers 5xx: it may come back."""
+
+
+class StaleServer(Exception):
+    """A server whose weights are not the ones that were sent last: it was restarted, or somebody else's."""
+
+
+class Server:
+    """One vLLM server, by HTTP. Routes under development mode carry the weights."""
+
+    def __init__(self, url: str, timeout: float):
+        self.url = url.rstrip("/")
+        # A generation may take long; connecting may not.
+        self.client = httpx.Client(
+            base_url=self.url, timeout=httpx.Timeout(timeout, connect=10.0),
+            limits=httpx.Limits(max_connections=None),
+        )  # fmt: skip
+
+    def ask(self, method: str, path: str, json: Any = None, **kwargs) -> Any:
+        """The decoded answer. ServerLost: no answer or 5xx. EngineError: 4xx, with the server's own words."""
+        try:
+            response = self.client.request(method, path, json=json, **kwargs)
+        except httpx.HTTPError as error:
+            raise ServerLost(f"{self.url}{path}: {str(error) or type(error).__name__}") from None
+        if response.status_code >= 500:
+            raise ServerLost(f"{self.url}{path}: {response.status_code} {response.text[:200]}")
+        if response.status_code >= 400:
+            hint = ""
+            if response.status_code == 404 and path != "/v1/completions":
+                hint = "; start the server with `python grpo.py serve`, which switches these routes on"
+            words = " ".join(response.text[:300].split())
+            raise EngineError(f"{self.url}{path}: answered {response.status_code}: {words}{hint}")
+        if not response.headers.get("content-type", "").startswith("application/json"):
+            return response.text or None  # some routes answer nothing, or a sentence
+        try:
+            return response.json()
+        except ValueError:
+            raise EngineError(f"{self.url}{path}: answered something that is not JSON") from None
+
+    def healthy(self) -> bool:
+        try:
+            return self.client.get("/health", timeout=5.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def models(self) -> dict[str, dict]:
+        answer = self.ask("GET", "/v1/models")
+        if not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
+            raise EngineError(f"{self.url}/v1/models: no list of models; is it a vLLM server?")
+        return {str(e["id"]): e for e in answer["data"] if isinstance(e, dict) and "id" in e}
+
+    def abort(self) -> None:
+        """End all that is in flight: its blocks would keep the prefix cache from being emptied."""
+        self.ask("POST", "/abort_requests", {})
+
+    def reset_prefix_cache(self) -> bool:
+        """Whether it is empty now: a server answers 200 also where requests hold blocks."""
+        answer = self.ask("POST", "/reset_prefix_cache")
+        return not (isinstance(answer, dict) and answer.get("success") is False)
+
+    def version(self) -> str:
+        answer = self.ask("GET", "/weight_info")
+        return str(answer.get("weight_version")) if isinstance(answer, dict) else "unknown"
+
+    def set_version(self, version: str) -> None:
+        self.ask("POST", "/update_weight_version", {"new_version": version})
+
+    def remote_call(self, method: str, *arguments: str) -> list:
+        answer = self.ask("POST", "/collective_rpc", {"method": method, "args": list(arguments)})
+        return answer.get("results", []) if isinstance(answer, dict) else []
+
+
+def sync_method(options: Any) -> str:
+    """What vllm_sync_method: auto means: what is written to memory of this host can be read here only."""
+    if options.vllm_sync_method != "auto":
+        return options.vllm_sync_method
+    hosts = {urlparse(url).hostname for url in options.vllm_server_base_url}
+    if hosts <= {"127.0.0.1", "localhost", "::1"} or options.vllm_sync_directory != MEMORY:
+        return "adapter" if options.adapter else "file"
+    return "nccl"
+
+
+def compare_received(sent: dict[str, list[int]], worker: Any, url: str, step: int) -> None:
+    """EngineError where a worker of the server has not received what was sent, tensor by tensor, or has
+    parameters that no tensor went to. `worker` is what ballast_load_weights answered."""
+    where = f"{url}: in the sync of step {step}"
+    try:
+        received, missing = worker["received"], worker["missing"]
+    except (TypeError, KeyError):
+        raise EngineError(f"{where} its worker answered in a form that is not understood; start it with "
+                          "`python grpo.py serve` of this version") from None  # fmt: skip
+    wrong = sorted(name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name))
+    if wrong:
+        raise EngineError(
+            f"{where} {len(wrong)} of {len(sent)} tensors did not arrive as they were sent, the first is "
+            f"{wrong[0]}; is vllm_sync_directory a file system that both see at once?"
+        )
+    if missing:
+        raise EngineError(
+            f"{where} {len(missing)} of its parameters got no weights, the first is {missing[0]}"
+        )
+
+
+def read_completions(
+    answer: Any, n: int, limit: int, url: str, prompt: list[int] | None = None, vocab_size: int | None = None
+) -> list[Completion]:
+    """The completions in a server's answer. EngineError where it is not what was asked for: never trained
+    on."""
+    beyond = math.inf if vocab_size is None else vocab_size
+    try:
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        found = []
+        for choice in choices:
+            ids, reason = choice["token_ids"], choice["finish_reason"]
+            logprobs = choice["logprobs"]["token_logprobs"]
+            if reason not in ("stop", "length"):
+                raise ServerLost(f"{url}: ended a completion with {reason!r}")
+            if not ids or not all(type(i) is int and 0 <= i < beyond for i in ids) or len(ids) > limit:
+                raise EngineError(
+                    f"{url}: a completion of {len(ids)} token ids, asked for 1 to {limit} below {beyond}"
+                )
+            if len(logprobs) != len(ids):
+                raise EngineError(f"{url}: {len(ids)} tokens with {len(logprobs)} log-probs")
+            if prompt is not None and choice.get("prompt_token_ids") not in (None, prompt):
+                raise EngineError(f"{url}: answered another prompt than it was asked")
+            usable = [x if x is not None and math.isfinite(x) and x > -9999.0 else None for x in logprobs]
+            found.append(Completion(ids, usable, reason))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EngineError(f"{url}: an answer that is not understood ({error!r}); is it vLLM 0.32?") from None
+    if len(found) != n:
+        raise EngineError(f"{url}: {len(found)} completions, asked for {n}")
+    known = [x is not None for completion in found for x in completion.logprobs]
+    if len(known) >= 8 and not any(known):  # one is vLLM's own way of saying −∞; all of them are a fault
+        raise EngineError(
+            f"{url}: {len(known)} tokens and not one usable log-prob; start it with `python grpo.py serve`"
+        )
+    return found
+
+
+def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], list[str]]:
+    """Environment and command line of the vLLM server that this config needs, on CPU or GPU."""
+    where = urlparse(url)
+    gpu = torch.cuda.is_available()
+    dtype = options.vllm_dtype
+    dtype = ("bfloat16" if options.bf16 else "float32") if dtype == "auto" else dtype
+    # The worker extension alone goes on the server's path: our module names (kernels, data) are others' too.
+    folder = Path(options.output_dir).resolve() / "server"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).resolve().parent / "vllm_worker.py", folder / "vllm_worker.py")
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": str(folder),
+    }  # fmt: skip
+    command = [
+        options.vllm_python or sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        "--model", model, "--served-model-name", options.vllm_model_name or options.base_model,
+        "--host", where.hostname or "127.0.0.1", "--port", str(where.port or 8000), "--dtype", dtype,
+        "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--seed", str(options.seed),
+        "--worker-extension-cls", "vllm_worker.WeightReceiver",
+    ]  # fmt: skip
+    longest = options.vllm_max_model_len
+    if longest is None and options.max_prompt_length:
+        longest = options.max_prompt_length + options.max_completion_length
+    if longest is not None:
+        command += ["--max-model-len", str(longest)]
+    method = sync_method(options)
+    if method == "adapter":
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        most = max(options.lora_r, len(options.tokens) + len(options.special_tokens) + 2)  # a rank a new row
+        most = most if options.tokens or options.special_tokens else options.lora_r
+        rank = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= most), most)
+        command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
+    if gpu:
+        command += ["--gpu-memory-utilization", str(options.vllm_gpu_memory_utilization)]
+        command += ["--tensor-parallel-size", str(options.vllm_tensor_parallel_size)]
+        if method == "nccl":
+            command += ["--weight-transfer-config", '{"backend": "nccl"}']
+    else:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+        # A request with a seed whose prompt is read in two parts ends vLLM's engine on CPUs.
+        command += ["--enforce-eager", "--no-enable-chunked-prefill"]
+    return environment, command

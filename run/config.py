@@ -1,0 +1,413 @@
+"""Configuration: a flat YAML file and `key=value` overrides become one dataclass, or one line that says what
+is wrong.
+
+Every option is a field of a dataclass that stands beside the code that reads it, with its meaning as the
+string under the field; a recipe's config inherits those dataclasses, so a YAML file stays flat and an option
+is documented once. jsonargparse does the parsing, the type checks and `--help`; this file adds the
+`key=value` form, the nearest name for a misspelt key, and errors of one line.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import math
+import os
+import re
+import reprlib
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jsonargparse
+import yaml
+
+
+def check_interval(options: Any, steps: str, per_epoch: str) -> None:
+    """ConfigError unless the option `steps` is a count or a share of the run and stands alone."""
+    every = getattr(options, steps)
+    if every is not None and not (0 < every < 1 or (every >= 1 and every == int(every))):
+        raise ConfigError(steps, every, "must be a number of steps, or a share of the run below 1")
+    check_at_least_one(options, per_epoch)
+    if every is not None and getattr(options, per_epoch) is not None:
+        raise ConfigError(per_epoch, getattr(options, per_epoch), f"contradicts {steps}; keep one of the two")
+
+
+Config = TypeVar("Config")
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def run_command(work: Callable[[], int | None]) -> NoReturn:
+    """A command that is no training run: its exit code, or one line and 2 for what the user can mend."""
+    try:
+        sys.exit(work())
+    except BallastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's own flush fails at its end
+        sys.exit(0)
+
+
+class BallastError(Exception):
+    """A fault that the user can mend: printed as one line, exit code 2. The traceback goes to run.log
+    only."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str, longest: int = 1000) -> str:
+    """`text` as a terminal may show it: line ends, control characters and lone surrogates of a user's data
+    are escaped, and what is very long loses its middle."""
+    if len(text) > longest:
+        text = f"{text[: longest * 2 // 3]} … {text[-longest // 3 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """repr(value), but never long: a few levels deep, a few entries of each."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxdict = 4
+
+
+class ConfigError(BallastError):
+    """An option with an impossible value. `key` names it, `remedy` says what to do."""
+
+    def __init__(self, key: str, value: Any, remedy: str):
+        self.key, self.value, self.remedy = key, value, remedy
+        super().__init__(f"{key}: {remedy}" if value is None else f"{key}: {shown(value)} {remedy}")
+
+
+class UnknownOption(ConfigError):
+    """A key that the config class does not have."""
+
+
+class CheckpointError(BallastError):
+    """A checkpoint that cannot be read, or that this decoder would compute wrongly."""
+
+
+class DataError(BallastError):
+    """A row or file that training must not use. One line: file:line, reason, remedy."""
+
+    def __init__(self, file: str, line: int | None, reason: str, remedy: str = ""):
+        self.file, self.line, self.reason, self.remedy = file, line, reason, remedy
+        where = f"{file}:{line}" if line is not None else file
+        super().__init__(f"{where}: {reason}" + (f"; {remedy}" if remedy else ""))
+
+
+def _parser(config_class: type, **kwargs) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def read_yaml_file(path: Path, key: str) -> Any:
+    """What a YAML file holds. ConfigError where it cannot be read (`key` names the option that asked for it),
+    or is no YAML, with the line."""
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(key, str(path), f"cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(where, None, f"is not valid YAML: {problem}") from None
+
+
+def read_options(path: Path, key: str = "--config") -> dict:
+    """The `key: value` lines of a YAML file. Raises as `read_yaml_file`, and where it holds anything else."""
+    values = read_yaml_file(path, key)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), None, "must hold `key: value` lines at the top level")
+    return values
+
+
+MOST_NODES = 100_000  # in a YAML file, with every alias written out
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """yaml.safe_load for a file that may be hostile. ConfigError where aliases make it huge, or where it is
+    nested beyond measure; yaml.YAMLError, or ValueError for a number that is none, where it is no YAML."""
+    sizes: dict[int, int] = {}  # of a node, by its identity; 0 while it is being counted
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            pairs = node.value if isinstance(node.value, list) else []
+            parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] = min(MOST_NODES + 1, 1 + sum(size(part) for part in parts))
+        elif sizes[id(node)] == 0:
+            raise ConfigError(name, None, "holds a value that contains itself")
+        return sizes[id(node)]
+
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if size(root) > MOST_NODES:
+            raise ConfigError(name, None, f"has more than {MOST_NODES:,} values: no config has")
+        return loader.construct_document(root)
+    except RecursionError:
+        raise ConfigError(name, None, "is nested too deeply") from None
+
+
+def type_name(typehint: Any) -> str:
+    """`int`, `str | None`, `one of cosine, linear`, …, as a reader of YAML would say it."""
+    if typing.get_origin(typehint) is typing.Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(typehint))
+    if typing.get_origin(typehint) in (typing.Union, types.UnionType):
+        return " or ".join(type_name(part) for part in typing.get_args(typehint))
+    if typehint is type(None):
+        return "null"
+    return (
+        typehint.__name__ if isinstance(typehint, type) and not typing.get_args(typehint) else str(typehint)
+    )
+
+
+@functools.cache
+def _checker(config_class: type) -> jsonargparse.ArgumentParser:
+    return _parser(config_class)
+
+
+def _checked(config_class: type, hints: dict[str, Any], values: dict[str, tuple[Any, str]]) -> dict[str, Any]:
+    """option → value as its type, from option → (value, where it was set). ConfigError for the first that
+    cannot be."""
+    parser = _checker(config_class)
+    given = {key: value for key, (value, _) in values.items()}
+    if all(value is not None for value in given.values()):  # all in one go, which is ten times as fast
+        with contextlib.suppress(*_UNFIT):
+            parsed = parser.parse_object(given)
+            return {key: parsed[key] for key in given}
+    return {key: _check(parser, key, hints[key], value, where) for key, (value, where) in values.items()}
+
+
+_UNFIT = (jsonargparse.ArgumentError, TypeError, ValueError, KeyError, AttributeError, RecursionError)
+
+
+def _check(parser: jsonargparse.ArgumentParser, name: str, typehint: Any, value: Any, where: str) -> Any:
+    """`value` as the type of option `name`; ConfigError where it cannot be."""
+    try:
+        if value is None and type(None) not in typing.get_args(typehint):
+            raise TypeError
+        return parser.parse_object({name: value})[name]
+    except _UNFIT:
+        raise ConfigError(where, value, f"must be {type_name(typehint)}") from None
+
+
+def _given(argv: list[str], names: set[str]) -> tuple[dict[str, tuple[Any, str]], Path]:
+    """What a command line sets, option → (value, where it was set); and the folder of its YAML file. `names`
+    are the options: a key like option.entry sets one entry of a dict."""
+    values: dict[str, tuple[Any, str]] = {}
+    directory = Path.cwd()
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if word == "--config" or word.startswith("--config="):
+            if "=" not in word and position == len(argv):
+                raise ConfigError("--config", None, "needs a file: --config x.yaml")
+            path = Path(word.split("=", 1)[1] if "=" in word else argv[position])
+            position += 0 if "=" in word else 1
+            directory = path.resolve().parent
+            values |= {str(key): (value, f"{path}: {key}") for key, value in read_options(path).items()}
+            continue
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals:
+            raise ConfigError(
+                word, None, "is not understood; options are given as key=value, e.g. learning_rate=2e-5"
+            )
+        key = key.replace("-", "_")
+        try:
+            value = load_yaml(text, key)
+        except (yaml.YAMLError, ValueError):
+            value = text
+        root, dot, inner = key.partition(".")
+        if dot and root in names:  # gradient_checkpointing_kwargs.use_reentrant=true sets one entry of a dict
+            before = values[root][0] if root in values else {}
+            values[root] = ({**(before if isinstance(before, dict) else {}), inner: value}, key)
+        else:
+            values[key] = (value, key)
+    return values, directory
+
+
+def given_options(argv: list[str]) -> set[str]:
+    """The names of the options that a command line and its YAML file set."""
+    return {key.partition(".")[0] for key in _given(list(argv), set())[0]}
+
+
+def parse_config(
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    *,
+    description: str = "",
+    ignore_unknown: bool = False,
+) -> Config:
+    """The config that `--config FILE key=value …` describes; later arguments win over earlier ones and over
+    the file.
+
+    `ignore_unknown` lets a tool that needs some of a recipe's options read the recipe's whole file. Raises
+    ConfigError: unknown key (with the nearest known one), wrong type, unreadable file, or what the class's
+    own `__post_init__` refuses. `--help` prints every option and exits.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    usage = "%(prog)s --config FILE.yaml [key=value …]"
+    if "-h" in argv or "--help" in argv:
+        parser = _parser(config_class, description=description, usage=usage)
+        parser.add_argument("--config", help="YAML file with the options below, one `key: value` a line")
+        parser.print_help()
+        sys.exit(0)
+    names = {field.name for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
+    values, directory = _given(argv, names)
+
+    for key, (_, where) in list(values.items()):
+        if key not in names:
+            if ignore_unknown:
+                values.pop(key)
+                continue
+            if why := getattr(config_class, "not_here", {}).get(key):
+                raise UnknownOption(where, None, f"is not an option here: {why}")
+            near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
+            hint = f"did you mean `{near[0]}`?" if near else "run with --help to see every option"
+            raise UnknownOption(where, None, f"is not an option; {hint}")
+    config = config_of(config_class, values)
+    if hasattr(config, "config_directory"):
+        config.config_directory = str(directory)  # type: ignore[attr-defined]
+    return config
+
+
+def config_of(config_class: type[Config], values: dict[str, tuple[Any, str]]) -> Config:
+    """The config of option → (value, where it was set). Raises ConfigError for a value of the wrong type, or
+    what the class refuses."""
+    checked = _checked(config_class, typing.get_type_hints(config_class), values)
+    return config_class(**{key: _plain(value) for key, value in checked.items()})
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's Namespace back to dicts, so that a config prints and compares as the YAML that it came
+    from."""
+    if isinstance(value, jsonargparse.Namespace):
+        return {key: _plain(item) for key, item in vars(value).items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def check_every_part(options: Any) -> None:
+    """The check that stands in each dataclass that a config is made of, whatever recipe it belongs to. Raises
+    ConfigError."""
+    for part in reversed(type(options).__mro__):
+        if "check" in vars(part):
+            part.check(options)
+
+
+def refuse_unread(options: Any, names: set[str], reason: str) -> None:
+    """ConfigError for the first of these options that is not at its default: nothing would read it."""
+    for entry in dataclasses.fields(options):
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default  # type: ignore[misc]
+        if entry.name in names and getattr(options, entry.name) != default:
+            raise ConfigError(entry.name, getattr(options, entry.name), reason)
+
+
+def option_names(*parts: type) -> set[str]:
+    """The options of some dataclasses."""
+    return {entry.name for part in parts for entry in dataclasses.fields(part)}
+
+
+def check_at_least_one(options: Any, *keys: str) -> None:
+    """ConfigError for the first of these options that is set and below 1."""
+    for key in keys:
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            hint = (
+                "must be at least 1, or left out" if _default(options, key) is None else "must be at least 1"
+            )
+            raise ConfigError(key, value, hint)
+
+
+def _default(options: Any, key: str) -> Any:
+    return next(f.default for f in dataclasses.fields(options) if f.name == key)
+
+
+def check_ranges(options: Any, *ranges: tuple[str, float, float]) -> None:
+    """ConfigError for the first (option, low, high) that is set and outside its range, or not finite."""
+    for key, low, high in ranges:
+        value = getattr(options, key)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise ConfigError(key, value, f"must lie between {low} and {high}")
+
+
+def import_attribute(key: str, name: str, directory: str | Path) -> Any:
+    """What `name`, module.attribute, stands for in `directory` (of the config) or an installed package.
+
+    Raises ConfigError that names `key`, the path that was searched and the command that tests it.
+    """
+    module, _, attribute = name.rpartition(".")
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # user code may raise anything at import
+        raise ConfigError(
+            key, name,
+            f"cannot be imported ({type(error).__name__}: {error}); looked in {Path(directory).resolve()}, "
+            f"then among installed packages; try: cd {directory} && python -c 'import {module or name}; "
+            f"{name}'",
+        ) from error  # fmt: skip
+
+
+def resolve_checkpoint(
+    path_or_repo_id: str,
+    revision: str | None = None,
+    directory: Path | None = None,
+    *,
+    only_config: bool = False,
+) -> Path:
+    """The local directory of a checkpoint: as given, relative to `directory` (of the config) first, or by hub
+    id. With `only_config` no weights are downloaded.
+
+    Raises CheckpointError where there is none.
+    """
+    path = Path(path_or_repo_id).expanduser()
+    for place in (directory / path if directory else path, path):
+        if place.is_dir():
+            return place
+    if (
+        path.exists()
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_repo_id)
+        or path_or_repo_id.startswith(".")
+    ):
+        raise CheckpointError(
+            f"{path_or_repo_id}: not a directory with a checkpoint, and not a hub id (owner/name)"
+        )
+    from huggingface_hub import snapshot_download  # slow to import; most checkpoints are directories
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["config.json"] if only_config else ["*.json", "*.safetensors", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(path_or_repo_id, revision=revision, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{path_or_repo_id}: no such directory, and no such model on the hub (private? `hf auth login`)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path_or_repo_id}: no such directory, and the hub did not answer: {reason}"
+        ) from None
+
+
+def yaml_of(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0].removesuffix("...").strip()

@@ -1,0 +1,80 @@
+"""Files that are there whole or not at all, and the lock on an output directory."""
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from run.config import ConfigError
+
+_claimed: dict[Path, int] = {}  # directories that this process holds, with their locks' descriptors
+
+
+def claim(output_dir: Path) -> None:
+    """Make the directory, and keep every other run out of it while this process lives: two would write over
+    each other's checkpoints. ConfigError where another run is in it, or where nothing can be written."""
+    output_dir = output_dir.resolve()
+    if output_dir in _claimed:
+        return
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        remedy = f"cannot be written ({error.strerror}); choose another"
+        raise ConfigError("output_dir", str(output_dir), remedy) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        remedy = f"is another run's at this moment ({holder}): choose another, or stop that run"
+        raise ConfigError("output_dir", str(output_dir), remedy) from None
+    except OSError as error:  # a network file system without locks
+        logging.getLogger("ballast").warning(
+            "output_dir cannot be locked (%s): see to it that no other run uses it", error.strerror
+        )
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _claimed[output_dir] = descriptor
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is either the old one or the whole new one, also after a power cut."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Make a finished directory appear under its name at once: flush every file, rename, flush the parent."""
+    for file in aside.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    _sync_directory(aside)
+    if (
+        final.exists()
+    ):  # rename cannot replace a directory that holds files: move the old one out of the way first
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        aside.rename(final)
+    _sync_directory(final.parent)

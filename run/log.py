@@ -1,0 +1,39 @@
+"""What a run prints, and run.log."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from run.config import ConfigError
+from run.files import claim
+
+log = logging.getLogger("ballast")
+
+
+def start_log(output_dir: Path, main: bool) -> None:
+    """Everything printed goes to run.log too. LOG_LEVEL=DEBUG shows more on the console; the file always has
+    it."""
+    name = os.environ.get("LOG_LEVEL", "INFO").upper()
+    level = logging.getLevelNamesMapping().get(name)
+    if level is None:
+        raise ConfigError("LOG_LEVEL", name, "is not a level; use DEBUG, INFO, WARNING or ERROR")
+    log.handlers.clear()
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    if main:
+        log.addHandler(_Console(level))
+        claim(output_dir)
+        to_file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(to_file)
+    else:
+        log.addHandler(logging.NullHandler())
+
+
+class _Console(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(record.getMessage(), file=sys.stdout)  # above the progress bar, not through it
+        sys.stdout.flush()

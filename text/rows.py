@@ -1,0 +1,228 @@
+"""Rows on disk: JSONL, JSON, Parquet and text files, data sets of the hub, generated tasks. Each has its file
+and line, and so has what cannot be read.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from run.config import ConfigError, DataError
+from text.tokenizer import read_text
+
+
+@dataclass
+class Row:
+    file: str
+    line: int
+    value: dict
+
+
+def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield DataError(str(path), number, f"is not valid JSON ({error})")
+                    continue
+                if isinstance(value, dict):
+                    yield Row(str(path), number, value)
+                else:
+                    yield DataError(str(path), number, "must be a JSON object")
+    except OSError as error:
+        raise DataError(str(path), None, f"cannot be read ({error.strerror})") from None
+
+
+def _read_json(path: Path) -> Iterator[Row | DataError]:
+    try:
+        values = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(str(path), getattr(error, "lineno", None), f"is not valid JSON ({error})") from None
+    if isinstance(values, dict):
+        lists = [v for v in values.values() if isinstance(v, list)]
+        values = lists[0] if len(lists) == 1 else values
+    if not isinstance(values, list):
+        raise DataError(
+            str(path), None, "must hold a JSON list of objects", "or use .jsonl with one object a line"
+        )
+    for number, value in enumerate(values, 1):
+        good = isinstance(value, dict)
+        yield Row(str(path), number, value) if good else DataError(str(path), number, "must be a JSON object")
+
+
+def _read_parquet(path: Path) -> Iterator[Row | DataError]:
+    import pyarrow  # slow to import; most data is JSONL
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(str(path), number, value)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(str(path), None, f"cannot be read as Parquet ({error})") from None
+
+
+READERS = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+
+
+def _reasoning_gym(spec: dict, name: str) -> Iterator[Row | DataError]:
+    try:
+        import reasoning_gym  # an extra of its own: .[tiny]
+    except ImportError:
+        raise ConfigError("datasets", spec["path"], "needs the package: pip install -e '.[tiny]'") from None
+    try:
+        rows = reasoning_gym.create_dataset(
+            name,
+            size=int(spec.get("size", 1000)),
+            seed=int(spec.get("seed", 0)),
+            **(spec.get("params") or {}),
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError("datasets", spec["path"], f"reasoning-gym says: {error}") from None
+    for number, row in enumerate(rows, 1):
+        instruct = {"instruction": row["question"], "output": row["answer"]}
+        yield Row(spec["path"], number, {**row, **instruct})
+
+
+DATASET_KEYS = {"path", "name", "type", "weight", "split", "columns", "system", "size", "seed", "params"}
+
+
+def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] | None:
+    """The files that the card of a hub data set (README.md) names for a subset and a split; None where it
+    names none. The card is YAML between two lines of ---, with configs: [{config_name, data_files}]."""
+    card = folder / "README.md"
+    head = re.match(r"---\r?\n(.*?)\n---", read_text(card), re.DOTALL) if card.is_file() else None
+    try:
+        entries = (yaml.safe_load(head.group(1)) or {}).get("configs") if head else None
+    except (yaml.YAMLError, AttributeError):
+        entries = None
+    listed = entries if isinstance(entries, list) else []
+    entries = [entry for entry in listed if isinstance(entry, dict) and entry.get("data_files")]
+    names = [str(entry.get("config_name")) for entry in entries]
+    if subset is None and len(entries) > 1:
+        usual = [str(e.get("config_name")) for e in entries if e.get("default")] or ["default"]
+        if usual[0] not in names:
+            raise ConfigError("datasets", str(folder), f"has subsets: set name to one of {', '.join(names)}")
+        subset = usual[0]
+    if subset == "default" and subset not in names and not (folder / subset).is_dir():
+        subset = None  # what the hub calls a data set that has no subsets
+    entry = next((e for e in entries if subset in (None, str(e.get("config_name")))), None)
+    if entry is None:
+        if subset is not None and not (folder / subset).is_dir():
+            known = ", ".join(names) or ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+            raise ConfigError("datasets", subset, f"is no subset of {folder}; there are {known or 'none'}")
+        return None
+    given = entry["data_files"]
+    patterns: dict[str, list[str]] = {}
+    for one in given if isinstance(given, list) else [given]:
+        part, path = (one.get("split", "train"), one.get("path")) if isinstance(one, dict) else ("train", one)
+        patterns.setdefault(str(part), []).extend(path if isinstance(path, list) else [str(path)])
+    if split not in patterns:
+        raise ConfigError("datasets", split, f"is no split of {folder}; there are {', '.join(patterns)}")
+    return sorted({file for pattern in patterns[split] for file in folder.glob(pattern) if file.is_file()})
+
+
+def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
+    """The files of a dataset, and the slice of rows to take."""
+    path, split = spec["path"], str(spec.get("split") or "")
+    matched = re.fullmatch(r"([\w.\-]*)(?:\[(.*)\])?", split)
+    if not matched:
+        raise ConfigError("datasets", split, "is not a split; write train, test[:100] or train[10%:]")
+    name, rows, subset = matched.group(1), matched.group(2), spec.get("name")
+    if subset is not None and not isinstance(subset, str):
+        raise ConfigError("datasets", subset, "name must be text: a subset of the data set")
+    if path.startswith("hf://datasets/"):
+        from huggingface_hub import snapshot_download  # slow to import; most data is on this disk
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        parts = path.removeprefix("hf://datasets/").split("/")
+        owner, _, revision = parts[1].partition("@") if len(parts) > 1 else ("", "", "")
+        if not owner:
+            raise ConfigError("datasets", path, "write hf://datasets/owner/name")
+        try:
+            local = Path(
+                snapshot_download(
+                    f"{parts[0]}/{owner}", repo_type="dataset", revision=revision or None,
+                    allow_patterns=["README.md", *("*" + ending for ending in (*READERS, ".txt"))],
+                )
+            ).joinpath(*parts[2:])  # fmt: skip
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DataError(path, None, f"could not be had from the hub: {reason}") from None
+    else:
+        local = Path(path).expanduser()
+        if not local.is_absolute():
+            local = next(
+                (p for p in (directory / local, Path.cwd() / local) if p.exists()), directory / local
+            )
+    if local.is_file():
+        return [local], rows
+    if not local.is_dir():
+        raise DataError(path, None, "no such file or directory", f"looked in {directory} and {Path.cwd()}")
+    if files := _files_of_card(local, subset, name or "train"):
+        return files, rows
+    local = local / subset if subset and (local / subset).is_dir() else local
+    endings = set(READERS) | ({".txt", ".md", ".py"} if spec.get("type") == "text" else set())
+    files = sorted(p for p in local.rglob("*") if p.suffix in endings and not p.name.startswith("."))
+    named = [
+        p
+        for p in files
+        if re.search(rf"(^|[^a-z]){re.escape(name or 'train')}([^a-z]|$)", str(p.relative_to(local)))
+    ]
+    if name and not named:
+        raise DataError(path, None, f"no file of split {name!r}", f"there are {[p.name for p in files][:5]}")
+    if not (named or files):
+        raise DataError(path, None, f"no {', '.join(sorted(endings))} file in this directory")
+    return named or files, rows
+
+
+def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
+    """The rows of one entry of `datasets`, in order; a row that cannot be parsed comes as the error that says
+    so."""
+    unknown = set(spec) - DATASET_KEYS
+    if unknown:
+        raise ConfigError(
+            "datasets", sorted(unknown)[0], f"is not a key of a dataset; known: {sorted(DATASET_KEYS)}"
+        )
+    if not isinstance(spec.get("path"), str):
+        raise ConfigError("datasets", spec, "each entry needs a path")
+    if spec["path"].startswith("reasoning-gym:"):
+        rows, cut = list(_reasoning_gym(spec, spec["path"].split(":", 1)[1])), None
+    else:
+        files, cut = locate(spec, directory)
+
+        def read() -> Iterator[Row | DataError]:
+            for file in files:
+                reader = READERS.get(file.suffix)
+                if reader is not None:
+                    yield from reader(file)
+                elif spec.get("type") == "text":
+                    yield Row(str(file), 1, {"text": read_text(file)})
+                else:
+                    raise DataError(
+                        str(file), None, "has an ending that is not known", f"known: {sorted(READERS)}"
+                    )
+
+        if not cut:
+            yield from read()
+            return
+        rows = list(read())
+    if cut:
+        ends = []
+        for text, default in zip([*cut.split(":"), ""][:2], (0, len(rows)), strict=True):
+            number = re.fullmatch(r"(-?\d+)(%?)", text.strip()) if text.strip() else None
+            if text.strip() and not number:
+                raise ConfigError("datasets", spec["split"], "is not a slice; write [:100] or [10%:]")
+            value = int(number.group(1)) if number else default
+            ends.append(len(rows) * value // 100 if number and number.group(2) else value)
+        rows = rows[ends[0] : ends[1]]
+    yield from rows

@@ -1,0 +1,709 @@
+"""Text to token ids: a checkpoint's tokenizer, its chat template in a sandbox, and which tokens of a
+conversation the assistant wrote."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+
+from run.config import ConfigError, DataError
+from text.templates import CHATML, SHIPPED_TEMPLATES, BadRow, Sandbox
+
+IGNORE = -100  # label of a token that is not trained
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(str(path), None, f"is not UTF-8 text (byte {error.start})", "convert it") from None
+    except OSError as error:
+        raise DataError(str(path), None, f"cannot be read ({error.strerror})") from None
+
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+MORE_TEMPLATES = "additional_chat_templates"  # transformers' folder for named templates
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer and chat template, token ids in and out."""
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        config: dict,
+        template: str | None,
+        source: str,
+        stop_ids=(),
+        templates: dict[str, str] | None = None,
+    ):
+        core.no_truncation()
+        core.no_padding()
+        self.core, self.config, self.template, self.source = core, config, template, source
+        self.special = {name: self._text(config.get(name)) for name in SPECIAL_NAMES if config.get(name)}
+        self.eos_id = core.token_to_id(self.special["eos_token"]) if "eos_token" in self.special else None
+        pad = core.token_to_id(self.special["pad_token"]) if "pad_token" in self.special else None
+        self.pad_id = next(
+            (i for i in (pad, self.eos_id) if i is not None), 0
+        )  # padding is never trained nor seen
+        self.added = {token.content: i for i, token in core.get_added_tokens_decoder().items()}
+        self.kwargs: dict = {}
+        self._extra_stops = list(stop_ids)
+        self._environment = Sandbox()
+        self.new_ids: list[int] = []  # tokens that the config added to the checkpoint's
+        self.templates = dict(templates or {})  # further ones by name, such as tool_use
+        self._compiled: dict[str, jinja2.Template] = {}
+        self._found: dict[str, str] = {}  # what is the same for every conversation of a template
+
+    @staticmethod
+    def _text(token: Any) -> Any:
+        return token.get("content") if isinstance(token, dict) else token
+
+    @staticmethod
+    def load(directory: str | Path) -> "Tokenizer":
+        """From a checkpoint's folder. Raises DataError where there is no tokenizer.json or it cannot be
+        read."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            hint = "only tokenizer.model is there; save it once with a fast tokenizer" if list(
+                directory.glob("tokenizer.model")
+            ) else "the checkpoint has no tokenizer"  # fmt: skip
+            raise DataError(str(path), None, "is missing", hint)
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(str(path), None, f"cannot be read ({error})") from None
+
+        def read(name: str) -> dict:
+            file = directory / name
+            if not file.exists():
+                return {}
+            try:
+                value = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, OSError, RecursionError) as error:
+                raise DataError(str(file), None, f"is not valid JSON ({error})") from None
+            if not isinstance(value, dict):
+                raise DataError(str(file), None, "must hold a JSON object")
+            return value
+
+        config = {**read("special_tokens_map.json"), **read("tokenizer_config.json")}
+        template = config.pop("chat_template", None)
+        named: dict[str, Any] = {"default": template} if template is not None else {}
+        if isinstance(template, list):  # several named templates
+            named = {
+                str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)
+            }
+        files = {file.stem: file for file in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))}
+        if (directory / "chat_template.jinja").exists():
+            files["default"] = directory / "chat_template.jinja"
+        if files:  # they win over tokenizer_config.json, as in transformers
+            named = {name: read_text(file) for name, file in files.items()}
+        if not all(isinstance(text, str) for text in named.values()):
+            raise DataError(str(directory / "tokenizer_config.json"), None, "chat_template is not text")
+        template = named.pop("default", None)
+        for name in SPECIAL_NAMES:
+            if config.get(name) and not isinstance(Tokenizer._text(config[name]), str):
+                raise DataError(str(directory / "tokenizer_config.json"), None, f"{name} is not text")
+        stops = read("generation_config.json").get("eos_token_id") or read("config.json").get("eos_token_id")
+        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+        if not all(type(stop) is int and 0 <= stop < 2**31 for stop in stops):
+            raise DataError(
+                str(directory / "generation_config.json"), None, "eos_token_id holds no token ids"
+            )
+        try:
+            return Tokenizer(core, config, template, str(directory), stops, named)
+        except UnicodeEncodeError as error:
+            file = str(directory / "tokenizer_config.json")
+            raise DataError(file, None, f"a special token is no text ({error})") from None
+
+    @staticmethod
+    def train(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE tokenizer with single digits and the ChatML template."""
+        core = tokenizers.Tokenizer(tokenizers.models.BPE())
+        core.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [
+                tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        core.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
+        core.train_from_iterator(texts, trainer)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False,
+        }  # fmt: skip
+        return Tokenizer(core, config, CHATML, "trained here")
+
+    def configure(self, options: Any, directory: Path) -> "Tokenizer":
+        """This tokenizer with the config's template, special tokens and further tokens."""
+        unknown = set(options.special_tokens) - set(SPECIAL_NAMES)
+        if unknown:
+            raise ConfigError(
+                "special_tokens", sorted(unknown)[0], f"is not one of {', '.join(SPECIAL_NAMES)}"
+            )
+        known = self.core.get_vocab(with_added_tokens=True)
+        self.core.add_special_tokens(
+            [t for t in options.special_tokens.values() if self.core.token_to_id(t) is None]
+        )
+        self.core.add_tokens([t for t in options.tokens if self.core.token_to_id(t) is None])
+        template, named = self.template, self.templates
+        if options.chat_template in self.templates:
+            template, named = self.templates[options.chat_template], {}
+        elif options.chat_template in SHIPPED_TEMPLATES:
+            (template, needed), named = SHIPPED_TEMPLATES[options.chat_template], {}
+            self.core.add_special_tokens([t for t in needed if self.core.token_to_id(t) is None])
+        elif options.chat_template and re.search(r"\{[{%]", options.chat_template):  # the template itself
+            template, named = options.chat_template, {}
+        elif options.chat_template:
+            path = Path(options.chat_template)
+            path = path if path.is_absolute() or not (directory / path).exists() else directory / path
+            if not path.exists():
+                known = [*SHIPPED_TEMPLATES, *self.templates, "a .jinja file", "the template itself"]
+                raise ConfigError(
+                    "chat_template", options.chat_template,
+                    f"is no file (looked in {directory} and here); give {', '.join(known)}",
+                )  # fmt: skip
+            template, named = read_text(path), {}
+        stops = self._extra_stops
+        configured = Tokenizer(
+            self.core, {**self.config, **options.special_tokens}, template, self.source, stops, named
+        )
+        configured.kwargs = dict(options.chat_template_kwargs)
+        now = self.core.get_vocab(with_added_tokens=True)
+        configured.new_ids = sorted(i for token, i in now.items() if token not in known)
+        return configured
+
+    def __len__(self) -> int:
+        return self.core.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1: what an embedding needs."""
+        return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: EOS, those of generation_config.json, and what closes the template's
+        turns."""
+        ids = {i for i in (self.eos_id, *self._extra_stops) if i is not None}
+        if self.template:
+            # A template that closes nothing with a special token ends its turns with one of the others.
+            with contextlib.suppress(BadRow):
+                ids.add(self.turn_end())
+        return sorted(ids)
+
+    def turn_end(self) -> int:
+        """The special token that closes an assistant turn in the chat template, the first of several. BadRow
+        where there is none."""
+        closing = self._usual_closing(None, {}).lstrip()
+        token = max((token for token in self.added if closing.startswith(token)), key=len, default=None)
+        if token is None:
+            raise BadRow("the chat template closes an answer with no special token: a model could never stop")
+        return self.added[token]
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of `text`; `special` lets the tokenizer add its own BOS."""
+        try:
+            return self.core.encode(text, add_special_tokens=special).ids
+        except (TypeError, UnicodeEncodeError):  # what the library says of a lone surrogate
+            raise BadRow("the text holds half a character (a lone surrogate)") from None
+
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        return self.core.decode(ids, skip_special_tokens=not special)
+
+    def save(self, directory: Path) -> None:
+        """Write what transformers and vLLM need to read this tokenizer, its template and its stop tokens."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            source = Path(self.source) / name
+            if source.exists():
+                shutil.copyfile(source, directory / name)
+        self.core.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        if self.template:
+            (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        for name, template in self.templates.items():
+            if Path(name).name != name:
+                raise DataError(
+                    self.source, None, f"a chat template is named {name!r}, which is no file name"
+                )
+            (directory / MORE_TEMPLATES).mkdir(exist_ok=True)
+            (directory / MORE_TEMPLATES / f"{name}.jinja").write_text(template, encoding="utf-8")
+        generation = Path(self.source) / "generation_config.json"
+        values = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+        stops = self.stop_ids
+        if stops:
+            values["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        values.setdefault("pad_token_id", self.pad_id)
+        (directory / "generation_config.json").write_text(
+            json.dumps(values, indent=2) + "\n", encoding="utf-8"
+        )
+
+    # --------------------------------------------------------------------------------------------------------
+    # Conversations
+    # --------------------------------------------------------------------------------------------------------
+
+    def _render(self, messages: list[dict], tools: list | None, generation_prompt: bool, kwargs: dict) -> str:
+        source = self._template_for(tools)
+        try:
+            if source not in self._compiled:
+                self._compiled[source] = self._environment.template(source)
+            self._environment.turns = 0
+            return self._compiled[source].render(
+                messages=[_as_templates_read(message) for message in messages], tools=tools or None,
+                documents=None, add_generation_prompt=generation_prompt,
+                **{**self.special, **self.kwargs, **kwargs},
+            )  # fmt: skip
+        except jinja2.TemplateError as error:
+            raise BadRow(f"the chat template refuses it: {error.message or type(error).__name__}") from None
+        except Exception as error:  # a template can divide by zero, recurse, …
+            raise BadRow(f"the chat template fails on it: {type(error).__name__}: {error}") from None
+
+    def _template_for(self, tools: list | None) -> str:
+        """With several named templates transformers takes `tool_use` for conversations with tools."""
+        if tools and "tool_use" in self.templates:
+            return self.templates["tool_use"]
+        if self.template is None and self.templates:
+            raise BadRow(
+                f"the tokenizer has no default chat template; set chat_template to one of "
+                f"{', '.join(sorted(self.templates))}"
+            )
+        if self.template is None:
+            raise BadRow("the tokenizer has no chat template; set chat_template: chatml or a .jinja file")
+        return self.template
+
+    def render(
+        self, messages: list[dict], tools: list | None = None, generation_prompt: bool = False, **kwargs
+    ) -> str:
+        """The conversation as text, as transformers' apply_chat_template renders it. Raises BadRow."""
+        text = self._render(messages, tools, generation_prompt, kwargs)
+        for mark in self._environment.marks:
+            text = text.replace(mark, "")
+        return text
+
+    def with_readable_parts(self, messages: list[dict], tools: list | None = None, **kwargs) -> list[dict]:
+        """The messages, their lists of text parts joined where the template cannot read lists: it fails on
+        them, or writes them out as Python does."""
+        lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+        if not lists:
+            return messages
+        try:
+            text = self.render(messages, tools, **kwargs)
+            if not any(str(content) in text for content in lists):
+                return messages
+        except BadRow:  # it will say so again, unless the list was the reason
+            pass
+        return [
+            {**m, "content": "".join(part["text"] for part in m["content"])}
+            if isinstance(m.get("content"), list)
+            else m
+            for m in messages
+        ]
+
+    def encode_prompt(self, messages: list[dict], tools: list | None = None, **kwargs) -> list[int]:
+        """Token ids up to where the assistant's answer begins."""
+        return self.encode(self.render(messages, tools, generation_prompt=True, **kwargs))
+
+    def encode_chat(
+        self, messages: list[dict], tools: list | None = None, *, train_on_inputs: bool = False, **kwargs
+    ) -> tuple[list[int], list[int]]:
+        """(input_ids, labels) of `encode_conversation`."""
+        chat = self.encode_conversation(messages, tools, train_on_inputs=train_on_inputs, **kwargs)
+        return chat.input_ids, chat.labels
+
+    def encode_conversation(
+        self, messages: list[dict], tools: list | None = None, *, train_on_inputs: bool = False, **kwargs
+    ) -> "Conversation":
+        """Token ids of a conversation, labels −100 except on what the assistant wrote and its end of turn.
+
+        The spans are the template's `{% generation %}` blocks, exactly, where it has them; otherwise those of
+        `_assistant_spans`, with the tokens that close a turn. Either way each end of a span is checked: the
+        text before it, tokenised alone, must be exactly the first tokens of the whole. BadRow where that
+        fails, for then no mask would be right.
+        """
+        marked = self._render(messages, tools, False, kwargs)
+        begin, end = self._environment.marks
+        text = marked.replace(begin, "").replace(end, "")
+        ids = self.encode(text)
+        chat = Conversation(ids, list(ids))
+        if train_on_inputs:
+            return chat
+        assistant = [m for m in messages if m.get("role") == "assistant"]
+        trained = [bool(m.get("train", True)) and m.get("weight", 1) != 0 for m in assistant]
+        if begin in marked:
+            spans = self._generation_spans(marked)
+            if not all(trained) and len(spans) != len(trained):
+                raise BadRow(
+                    f"{len(trained)} assistant turns, {len(spans)} generation blocks: train/weight is unclear"
+                )
+            trained = trained if len(spans) == len(trained) else [True] * len(spans)
+        else:
+            spans = self._assistant_spans(messages, tools, text, kwargs)
+        if len(spans) == len(assistant):
+            chat.lost = [
+                lost
+                for m, span in zip(assistant, spans, strict=True)
+                for lost in _lost(m, text[slice(*span)])
+            ]
+        chat.labels = [IGNORE] * len(ids)
+        for (start, stop), train in zip(spans, trained, strict=True):
+            if not train or start == stop:
+                continue
+            first = self._boundary(text, ids, start, "start", may_move=begin not in marked)
+            last = self._boundary(text, ids, stop, "end")
+            chat.labels[first:last] = ids[first:last]
+        return chat
+
+    def _generation_spans(self, marked: str) -> list[tuple[int, int]]:
+        begin, end = self._environment.marks
+        spans, position = [], 0
+        for piece in re.split(f"({re.escape(begin)}|{re.escape(end)})", marked):
+            if piece == begin:
+                spans.append((position, position))
+            elif piece == end:
+                spans[-1] = (spans[-1][0], position)
+            else:
+                position += len(piece)
+        return spans
+
+    def _assistant_spans(
+        self, messages: list[dict], tools: list | None, text: str, kwargs: dict
+    ) -> list[tuple[int, int]]:
+        """Where each assistant turn stands in the rendered conversation `text`, with the tokens that end it.
+
+        Each turn is rendered once more with something in it, its content or the last argument of its last
+        tool call, replaced by a word that occurs nowhere else. What the template writes before the turn and
+        after it must then be the beginning and the end of `text`: that holds however a template trims,
+        reorders or drops things, and also for consecutive assistant turns and for templates that drop the
+        reasoning of earlier turns, where comparing shorter and longer conversations goes wrong.
+        """
+        spans, previous = [], 0
+        for i, message in enumerate(messages):
+            if message.get("role") == "assistant":
+                spans.append(self._assistant_span(messages, i, tools, text, previous, kwargs))
+                previous = spans[-1][1]
+        return spans
+
+    def _assistant_span(
+        self, messages: list[dict], i: int, tools: list | None, text: str, previous: int, kwargs: dict
+    ) -> tuple[int, int]:
+        """The span of the assistant turn `messages[i]`, which begins at `previous` or later."""
+        shown, problems = self._shown_parts(messages, i, tools, previous, kwargs)
+        if not shown:
+            about_content = [problem for problem in problems if "its content" in problem]
+            raise BadRow(f"message {i}: {[*about_content, *problems][0]}")
+        first, last = (
+            min(shown, key=lambda part: len(part.before)),
+            min(shown, key=lambda part: len(part.after)),
+        )
+        start = self._turn_start(messages, i, tools, text, previous, kwargs, first)
+        closed = self._closing(messages, i, last, tools, kwargs)
+        if start is not None and closed is None:
+            # The template closes nothing: then only an end token that the content itself ends in can stop it.
+            content = text[start : max(start, len(text) - len(last.after))].rstrip()
+            if text.endswith(last.after) and content.endswith(tuple(self._end_tokens(tools, kwargs)) or "\0"):
+                return start, start + len(content)
+            raise BadRow(
+                f"message {i}: an assistant turn is not closed by a special token in the chat template: the "
+                "model could never stop"
+            )
+        end = len(text) - len(last.after) + closed if closed is not None else -1
+        if start is None or end < start or not text.endswith(last.after[closed:]):
+            raise BadRow(
+                f"message {i}: cannot tell where this assistant turn begins and ends in the chat template"
+            )
+        if first is not last and self._begins_before(messages, i + 1, tools, kwargs, len(text) - end):
+            raise BadRow(
+                f"message {i}: the chat template writes message {i + 1} into the middle of this turn"
+            )
+        return start, end
+
+    def _shown_parts(
+        self, messages: list[dict], i: int, tools: list | None, previous: int, kwargs: dict
+    ) -> tuple[list["_Part"], list[str]]:
+        """The parts of turn i that the template shows, found by a word in the place of each; and why others
+        were not found."""
+        word, shown, problems = "answer" + secrets.token_hex(8), [], []
+        header = self._generation_prompt(tools, kwargs)
+        for place, probe in _probes(messages[i], word):
+            before = shown[0].before if shown else ""
+            if place == _LAST_RESORT and shown:
+                break
+            if place == "call's name" and shown and shown[-1].place == "call's arguments":
+                continue  # either finds the call
+            if place in ("reasoning", "<think> block") and header and before.count(header, previous) == 1:
+                continue  # the turn begins behind the header, whatever comes first
+            try:
+                text = self.render([*messages[:i], probe, *messages[i + 1 :]], tools, **kwargs)
+            except BadRow as error:
+                problems.append(
+                    f"to find where this assistant turn begins and ends its {place} was replaced by a word, "
+                    f"and {error}; use a template that marks turns with {{% generation %}} (chat_template), "
+                    "or leave the row out"
+                )
+                continue
+            if text.count(word) == 1:
+                before, after = text.split(word)
+                shown.append(_Part(place, probe, word, before, after))
+            else:
+                problems.append(f"the chat template shows its {place} {text.count(word)} times, not once")
+        return shown, problems
+
+    def _begins_before(
+        self, messages: list[dict], i: int, tools: list | None, kwargs: dict, left: int
+    ) -> bool:
+        """Whether the template shows message i before the last `left` characters of the conversation."""
+        if i >= len(messages) or messages[i].get("role") == "assistant":
+            return False
+        word = "answer" + secrets.token_hex(8)
+        with contextlib.suppress(BadRow):
+            changed = [*messages[:i], {**messages[i], "content": word}, *messages[i + 1 :]]
+            _, found, after = self.render(changed, tools, **kwargs).partition(word)
+            return bool(found) and len(after) > left
+        return False
+
+    def _turn_start(
+        self, messages: list[dict], i: int, tools: list | None, text: str, previous: int, kwargs: dict,
+        part: "_Part",
+    ) -> int | None:  # fmt: skip
+        """Where the model begins to write turn i: behind the generation prompt, if the template put one there
+        (so what it writes before the content, reasoning or a call's brackets, is trained too)."""
+        header, before = self._generation_prompt(tools, kwargs), part.before
+        at = before.rfind(header, previous) if header else -1
+        if at >= 0 and before.count(header, previous) == 1 and text.startswith(before[: at + len(header)]):
+            return at + len(header)
+        if header:  # without one the prompt ends before the turn's own header
+            with contextlib.suppress(BadRow):  # not every template renders a part of a conversation
+                prompt = self.render(messages[:i], tools, True, **kwargs)
+                start = len(_common_beginning(text, prompt))
+                if start >= previous and not prompt[start:].strip():
+                    return start
+        if at >= 0 and text.startswith(before[: at + len(header)]):
+            return at + len(header)
+        calls = part.place.startswith("call")
+        if calls:  # its brackets stand before the word: an answer would begin before them
+            with contextlib.suppress(BadRow):
+                answer = {"role": "assistant", "content": part.word}
+                before = self.render([*messages[:i], answer], tools, **kwargs).partition(part.word)[0]
+        start = len(_common_beginning(text, before))
+        if start >= previous and not before[start:].strip():
+            return start
+        return self._end_of_question(messages, i, tools, text, kwargs, previous) if calls else None
+
+    def _end_of_question(
+        self, messages: list[dict], i: int, tools: list | None, text: str, kwargs: dict, previous: int
+    ) -> int | None:
+        """Where what the template writes after message i − 1, as a prompt for an answer, ends in `text`: for
+        templates that move something else, such as the list of tools, when the conversation goes on."""
+        if not i or not isinstance(messages[i - 1].get("content"), str):
+            return None
+        word = "answer" + secrets.token_hex(8)
+        asked = [*messages[: i - 1], {**messages[i - 1], "content": word}]
+        with contextlib.suppress(BadRow):
+            _, _, after = self.render([*asked, *messages[i:]], tools, **kwargs).partition(word)
+            _, _, closing = self.render(asked, tools, True, **kwargs).partition(word)
+            same = _common_beginning(after, closing)
+            start = len(text) - len(after) + len(same)
+            if same.endswith(tuple(self.added) or "\0") and text.endswith(after) and start >= previous:
+                return start
+        return None
+
+    def _closing(
+        self, messages: list[dict], i: int, part: "_Part", tools: list | None, kwargs: dict
+    ) -> int | None:
+        """The length of what turn i still writes after its last part, up to the special token that closes it.
+
+        The template writes that at the end of a conversation which ends in this turn too, however many tokens
+        it takes; what comes next belongs to the next turn. A token that the content ends in closes nothing.
+        """
+        after, calls = part.after, bool(part.probe.get("tool_calls"))
+        usual = self._usual_closing(tools, kwargs)
+        if not calls and usual and after.startswith(usual):
+            return len(usual)
+        ending = after if i + 1 == len(messages) else ""
+        if not ending:
+            with contextlib.suppress(BadRow):
+                ending = self.render([*messages[:i], part.probe], tools, **kwargs).partition(part.word)[2]
+        same = _common_beginning(after, ending).rstrip()
+        # Where answers are not closed, the last token of a call closes its brackets, not the turn
+        closers = tuple(self._end_tokens(tools, kwargs) if calls and not usual else self.added)
+        if same.endswith(closers or "\0"):
+            return len(same)
+        if calls:  # they stand in between
+            ends = [after.find(t) + len(t) for t in self._end_tokens(tools, kwargs) if t in after]
+            return min(ends, default=None)
+        rest = after.lstrip()
+        closing = max((token for token in self.added if rest.startswith(token)), key=len, default=None)
+        return None if closing is None else len(after) - len(rest) + len(closing)
+
+    def _end_tokens(self, tools: list | None, kwargs: dict) -> list[str]:
+        """The texts of the tokens that end an answer."""
+        ids = {self.eos_id, *self._extra_stops}
+        usual = self._usual_closing(tools, kwargs)
+        return [
+            token for token, i in self.added.items() if i in ids or usual.startswith(token) or token == usual
+        ]
+
+    def _generation_prompt(self, tools: list | None, kwargs: dict) -> str:
+        """What the template writes before an answer, found by rendering a question with and without it."""
+        question = [{"role": "user", "content": "a"}]
+
+        def find() -> str:
+            with_prompt = self.render(question, tools, True, **kwargs)
+            without = self.render(question, tools, False, **kwargs)
+            return with_prompt.removeprefix(without) if with_prompt.startswith(without) else ""
+
+        return self._once("prompt", tools, kwargs, find)
+
+    def _usual_closing(self, tools: list | None, kwargs: dict) -> str:
+        """What the template writes after an answer, up to its last special token; "" where it writes none."""
+
+        def find() -> str:
+            word = "answer" + secrets.token_hex(8)
+            chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": word}]
+            closing = self.render(chat, tools, **kwargs).partition(word)[2].rstrip()
+            return closing if closing.endswith(tuple(self.added) or "\0") else ""
+
+        return self._once("closing", tools, kwargs, find)
+
+    def _once(self, what: str, tools: list | None, kwargs: dict, find: Callable[[], str]) -> str:
+        """`find()`, remembered; "" where the template refuses."""
+        key = what + json.dumps([tools, kwargs], sort_keys=True, default=str)
+        if key not in self._found:
+            self._found[key] = ""
+            with contextlib.suppress(BadRow):
+                self._found[key] = find()
+        return self._found[key]
+
+    def _boundary(self, text: str, ids: list[int], at: int, what: str, may_move: bool = False) -> int:
+        """The index of the token that begins at character `at` of `text`."""
+        for place in (at, len(text[:at].rstrip())) if may_move else (at,):
+            # Sentencepiece-like tokenizers glue a leading space to the answer's first word: then the answer
+            # begins there.
+            before = self.encode(text[:place])
+            if ids[: len(before)] == before:
+                return len(before)
+        raise BadRow(
+            f"a token reaches across the {what} of an assistant turn ({text[max(0, at - 10) : at + 10]!r})"
+        )
+
+
+@dataclass
+class Conversation:
+    """An encoded conversation."""
+
+    input_ids: list[int]
+    labels: list[int]
+    lost: list[str] = field(default_factory=list)  # what the row has and the template does not show
+
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
+
+
+def _common_beginning(a: str, b: str) -> str:
+    return os.path.commonprefix([a, b])  # noqa: RUF071 - of any two texts, in spite of its name
+
+
+def _as_templates_read(message: dict) -> dict:
+    """A message as transformers hands it to a template: without nulls, reasoning under the name that they
+    read."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    return (
+        message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    )
+
+
+_LAST_RESORT = "content (without its calls)"
+
+
+@dataclass
+class _Part:
+    """A part of a turn that a template shows, found by a word in its place."""
+
+    place: str
+    probe: dict  # the message with the word
+    word: str
+    before: str  # the conversation before the word, and after it
+    after: str
+
+
+def _probes(message: dict, word: str) -> Iterator[tuple[str, dict]]:
+    """(part, the message with `word` in its place): content, reasoning, the first and the last call. Some
+    templates show the content or the calls of a turn, not both, and some refuse a turn without its calls."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    reasoning = {key: word for key in REASONING if isinstance(message.get(key), str)}
+    if isinstance(content, str) and "</think>" in content:
+        opened, closed = content.find("<think>"), content.rindex("</think>")
+        yield "content", {**message, "content": content[: closed + 8] + word}
+        if 0 <= opened < closed:
+            yield "<think> block", {**message, "content": content[: opened + 7] + word + content[closed:]}
+    else:
+        yield "content", {**message, "content": word}
+    if reasoning:
+        yield "reasoning", {**message, **reasoning}
+    if not isinstance(calls, list):
+        return
+    for k in sorted({0, len(calls) - 1}):
+        if calls and isinstance(calls[k], dict):
+            function = calls[k].get("function", calls[k])
+            for key, value in (("arguments", _with_word(function, word)), ("name", word)):
+                if value is not None:
+                    changed = {**function, key: value}
+                    call = {**calls[k], "function": changed} if "function" in calls[k] else changed
+                    yield f"call's {key}", {**message, "tool_calls": [*calls[:k], call, *calls[k + 1 :]]}
+    yield (
+        _LAST_RESORT,
+        {k: v for k, v in message.items() if k not in REASONING and k != "tool_calls"} | {"content": word},
+    )
+
+
+def _with_word(function: Any, word: str) -> Any:
+    """The arguments of a call with the last one's value replaced; None where there is nothing to replace."""
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    as_text = isinstance(arguments, str)
+    if as_text:
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(arguments, dict):
+        return None
+    changed = {**arguments, list(arguments)[-1]: word} if arguments else {word: 1}
+    return json.dumps(changed) if as_text else changed
+
+
+def _lost(message: dict, shown: str) -> list[str]:
+    """What an assistant turn has and the text of its span does not show."""
+    lost = []
+    calls = message.get("tool_calls") or []
+    names = [call.get("function", call).get("name") for call in calls if isinstance(call, dict)]
+    if any(isinstance(name, str) and name not in shown for name in names):
+        lost.append("tool calls")
+    content = message.get("content")
+    if calls and isinstance(content, str) and content.strip() and content.strip()[:40] not in shown:
+        lost.append("content beside tool calls")
+    return lost
