@@ -11,7 +11,9 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib
+import importlib.util
 import math
 import os
 import re
@@ -21,6 +23,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
@@ -352,13 +355,15 @@ def check_ranges(options: Any, *ranges: tuple[str, float, float]) -> None:
 def import_attribute(key: str, name: str, directory: str | Path) -> Any:
     """What `name`, module.attribute, stands for in `directory` (of the config) or an installed package.
 
-    Raises ConfigError that names `key`, the path that was searched and the command that tests it.
+    A file of `directory` is loaded by its path, under a name of its own: it may be called as one of our
+    modules is. Raises ConfigError that names `key`, the path that was searched and the command that tests it.
     """
     module, _, attribute = name.rpartition(".")
-    if str(directory) not in sys.path:
-        sys.path.insert(0, str(directory))
+    path = Path(directory).resolve() / (module.replace(".", "/") + ".py")
+    if str(path.parent) not in sys.path:  # last: for what the file itself imports from beside it
+        sys.path.append(str(path.parent))
     try:
-        return getattr(importlib.import_module(module), attribute)
+        return getattr(_load_file(path) if path.is_file() else importlib.import_module(module), attribute)
     except Exception as error:  # user code may raise anything at import
         raise ConfigError(
             key, name,
@@ -366,6 +371,21 @@ def import_attribute(key: str, name: str, directory: str | Path) -> Any:
             f"then among installed packages; try: cd {directory} && python -c 'import {module or name}; "
             f"{name}'",
         ) from error  # fmt: skip
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module in this file, made once."""
+    name = f"ballast_user.{hashlib.sha256(str(path).encode()).hexdigest()[:8]}.{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def resolve_checkpoint(
