@@ -144,9 +144,14 @@ class World:
         return f"{self.size} × {name} in {'bf16' if options.bf16 else 'fp32'}"
 
 
+def world_size() -> int:
+    """How many processes torchrun has started: known before they have met."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def init(options: DistOptions) -> World:
     """Join the other processes (torchrun's environment) or be a world of one."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = int(os.environ.get("RANK", 0)), world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     if options.deterministic:

@@ -10,10 +10,9 @@ import functools
 import hashlib
 import math
 import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,17 +24,15 @@ from torch.nn.functional import normalize
 import dist
 from checkpoints import building
 from checkpoints.adapters import base_of
-from checkpoints.families import Architecture
-from checkpoints.saving import Checkpointer, CheckpointOptions, save_final
-from checkpoints.weights import read_architecture, resized
-from data import EncodingOptions, Prompt, RowOptions, load_tokenizer, prepare, read_prompts
+from checkpoints.saving import CheckpointOptions
+from data import EncodingOptions, Prompt, RowOptions, prepare
 from dist import DistOptions, OptimizerOptions
 from health import memory, monitor
 from health.forensics import ForensicOptions, Forensics
-from health.monitor import LogOptions, MetricLogger
+from health.monitor import LogOptions
 from kernels import SharedPrompts
 from model import ModelOptions, Transformer, forward_only, load_balancing_loss, without_gradients
-from numerics.losses import TokenStatistics, linear_cross_entropy, linear_logprobs
+from numerics.losses import linear_cross_entropy, linear_logprobs
 from rollouts.blocks import (
     BlockOptions,
     BlockPass,
@@ -46,42 +43,53 @@ from rollouts.blocks import (
     sample_blocks,
     write_blocks,
 )
-from rollouts.engines import ReplayEngine, as_rollouts, make_engine
+from rollouts.engines import RolloutQueue, as_rollouts, make_engine
 from rollouts.environments import play
 from rollouts.policy import (
     PolicyBatch,
     PolicyOptions,
     Tally,
-    accumulate_gradients,
     can_share_prompts,
     cannot_share_prompts,
     check_sampler,
     collate,
     completion_metrics,
-    entropy_bonus,
     keep_logprobs,
     measures_kl,
     report_kl,
+    sampler_ratio,
+    tally_policy,
     token_logprobs,
 )
-from rollouts.rollout import Rollout, write_rollouts
+from rollouts.prompts import PromptData, read_prompt_data
+from rollouts.rollout import Engine, Rollout, write_rollouts
+from rollouts.truths import Conversation, true_completion, true_rollout
 from rollouts.vllm_client import VllmEngine
-from rollouts.vllm_server import Completion, EngineError
+from rollouts.vllm_server import EngineError
 from run.config import (
     ConfigError,
-    DataError,
     check_at_least_one,
     check_every_part,
     check_ranges,
     option_names,
-    parse_config,
     refuse_unread,
-    resolve_checkpoint,
 )
-from run.log import log, start_log
-from run.loop import run
-from text.packing import LoopOptions, PromptOrder, settle_intervals, split_held_out, weights_of, with_weights
-from text.templates import BadRow
+from run.log import log
+from run.loop import (
+    Run,
+    begin,
+    build,
+    cli,
+    describe,
+    end_step,
+    finish,
+    plan,
+    resume,
+    router_aux_coef,
+    save_model,
+    stop,
+)
+from text.packing import LoopOptions, PromptOrder, split_held_out, weights_of, with_weights
 from text.tokenizer import IGNORE, Tokenizer
 
 
@@ -155,6 +163,13 @@ class Config(
         "reward_funcs": "features are the reward; use grpo.py for functions",
         "streaming_partial_batch": "there is nothing to score early here",
         "random_init": "train with sft.py first", "tokenizer_vocab_size": "train with sft.py first",
+        **dict.fromkeys(
+            ("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "num_iterations",
+             "sapo_temperature_pos", "sapo_temperature_neg", "use_bias_correction_kl",
+             "off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef", "entropy_target",
+             "mask_truncated_completions"),
+            "a batch serves one update here, a policy gradient without a ratio to clip; use grpo.py",
+        ),
     }  # fmt: skip
 
     @staticmethod
@@ -288,41 +303,6 @@ def advantages(
     return reward - (alignment_coef * others - diversity_coef * apart)
 
 
-def block_features(
-    network: Transformer, batch: BlockPass, documents: list[Document], config: Config
-) -> tuple[Tensor, Tensor]:
-    """(features of the blocks [R', D'], of the true tokens of each block [blocks, D']), of the frozen
-    network."""
-    depths = feature_depths(network, config)
-    with without_gradients(network):
-        states = network.hidden_states(batch.input_ids, shared_prompts=batch.shared, layers=depths)[0][0]
-
-    def pooled(rows: Tensor, prefix_sums: Tensor, prefixes: Tensor) -> Tensor:
-        own = states[rows]  # [r, G, D']
-        if config.embed_method == "last_token":
-            return own[:, -1]
-        if config.embed_method == "completion_mean":
-            return own.mean(1)
-        if config.embed_method == "concat":
-            G = own.shape[1]
-            return torch.cat([own[:, min(G - 1, int(share * G))] for share in (0.25, 0.5, 0.75)], dim=-1)
-        return (prefix_sums + own.sum(1)) / (prefixes + own.shape[1])[:, None]
-
-    sums, prefixes, start = [], [], 0
-    for document in documents:  # running sums of a document's states serve every prefix of it
-        places = batch.document_rows[start : start + len(document.ids)]
-        running = states[places].cumsum(0)
-        sums += [running[a - 1] for a in document.anchors]
-        prefixes += document.anchors
-        start += len(document.ids)
-    m = batch.block_rows.shape[0] // len(prefixes)
-    sums, lengths = torch.stack(sums), torch.tensor(prefixes, device=states.device)
-    return (
-        pooled(batch.block_rows, sums.repeat_interleave(m, 0), lengths.repeat_interleave(m)),
-        pooled(batch.truth_rows, sums, lengths),
-    )
-
-
 def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """Features of the samples [P, n, D] and of the truth [P, D] → advantages [P, n], and what to report by
     prefix."""
@@ -333,7 +313,7 @@ def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict
         x, g, fallback = whiten(samples, truth, config.whitening)
     align, diverse = alignment(x, g), diversity(x)
     n = samples.shape[1]
-    facts = {
+    stats = {
         "alignment": align.mean(-1), "diversity": diverse.mean(-1), "cfm_loss": cfm_loss(x, g),
         "reward": (config.alignment_coef * align - config.diversity_coef * diverse).mean(-1),
         "alignment_cosine": torch.nn.functional.cosine_similarity(samples, truth[:, None], dim=-1).mean(-1),
@@ -343,19 +323,17 @@ def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict
         "whitening_fallbacks": torch.full((len(x),), float(fallback > 0)),
     }  # fmt: skip
     estimator = config.advantage_estimator
-    return advantages(align, diverse, estimator, config.alignment_coef, config.diversity_coef), facts
+    return advantages(align, diverse, estimator, config.alignment_coef, config.diversity_coef), stats
 
 
-def feature_network(
-    arch: Architecture, checkpoint: Path, config: Config, world: dist.World
-) -> Transformer | None:
+def feature_network(run: Run, config: Config) -> Transformer | None:
     """The frozen copy of the starting weights, sharded like the model; None with LoRA, where the model
     without its adapters serves."""
     if config.adapter:
         return None
     away = config.offload_feature_network or config.fsdp_cpu_offload
     copied = replace(config, fsdp_cpu_offload=away)
-    return building.build_model(arch, checkpoint, copied, world, frozen=True)
+    return building.build_model(run.arch, run.checkpoint, copied, run.world, frozen=True)
 
 
 @contextmanager
@@ -374,9 +352,9 @@ def on_device(frozen: Transformer | None, config: Config, world: dist.World) -> 
 
 JUDGED = ("alignment_cosine", "cfm_loss", "cfm_unwhitened", "reward", "pairwise_cosine")  # held out
 
-# ------------------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------------------
+
+def feature_depths(network: Transformer, config: Config) -> tuple[int, ...]:
+    return tuple(int(share * network.arch.num_layers) for share in config.feature_layers)
 
 
 def main(config: Config) -> None:
@@ -386,675 +364,368 @@ def main(config: Config) -> None:
         strided(config)
 
 
-def strided(config: Config) -> None:
-    # 1. Set up.
-    output_dir, directory = Path(config.output_dir), Path(config.config_directory)
-    world = dist.init(config)
-    start_log(output_dir, world.main)
-    dist.seed_everything(config.seed, world.rank)
-    interrupt = dist.Interrupt()
+# ------------------------------------------------------------------------------------------------------------
+# Structured: prompts with a true completion
+# ------------------------------------------------------------------------------------------------------------
 
-    # 2. Documents.
-    checkpoint = dist.main_first(
-        lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
-    )
-    arch = read_architecture(checkpoint, config.ignore_config_fields)
-    cache = Path(config.dataset_prepared_path or output_dir / "prepared")
-    tokenizer = load_tokenizer(checkpoint, config, directory)
 
-    def read(specs: list[dict], wanted: Callable[[int], np.ndarray]) -> tuple[list[Document], int, str]:
-        """(documents with a block, how many have none, the data's fingerprint)."""
-        if not specs:
-            return [], 0, ""
-        dataset = dist.main_first(lambda: prepare(specs, tokenizer, config, directory, cache), world)
-        found = [read_document(dataset, int(row), config) for row in wanted(len(dataset))]
-        return [d for d in found if d.anchors], sum(not d.anchors for d in found), dataset.fingerprint
+@dataclass
+class StepSize:
+    """What an optimiser step holds, over all micro-batches and ranks: losses are divided by it."""
 
-    split = functools.partial(split_held_out, val_set_size=config.val_set_size, seed=config.seed)
-    if config.test_datasets:
-        judged, _, _ = read(config.test_datasets, np.arange)
-    else:
-        judged, _, _ = read(config.datasets, lambda rows: split(rows)[1])
-    if config.rollout_engine == "replay":
-        assert config.replay_path is not None
-        size = max(arch.vocab_size, tokenizer.vocab_size)
-        n, G = config.n_samples_per_prompt, config.generate_max_len
-        documents, skipped = read_blocks(config.replay_path, directory, n, G, size), 0
-        fingerprint = hashlib.sha256(repr([d.ids for d in documents]).encode()).hexdigest()
-    else:
-        documents, skipped, fingerprint = read(config.datasets, lambda rows: split(rows)[0])
-    if skipped:
-        log.info("data: %d of %d documents are too short for a block", skipped, skipped + len(documents))
-    a_step = config.micro_batch_size * config.gradient_accumulation_steps * world.size
-    if len(documents) < a_step:
-        key = "replay_path" if config.rollout_engine == "replay" else "context_length"
-        raise ConfigError(
-            key, getattr(config, key),
-            f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
-            f"a step takes {a_step}",
-        )  # fmt: skip
-    weights = weights_of(config.datasets) or [1.0]
-    order = PromptOrder([d.source for d in documents], a_step, config.seed, weights)
-    fingerprint = with_weights(fingerprint, weights)
-    epoch_steps = len(documents) // a_step if config.rollout_engine == "replay" else order.batches(1.0)
-    total_steps = config.max_steps or order.batches(config.num_epochs)
-    if config.rollout_engine == "replay":
-        total_steps = min(epoch_steps, config.max_steps or epoch_steps)
-    dist.check_schedule(config, total_steps)
-    settle_intervals(config, total_steps, epoch_steps)
-    checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
-    keys = ("base_model", "adapter", "lora_r", "optimizer", "seed", "stride", "context_length",
-    "generate_max_len",
-            "n_samples_per_prompt", "sequence_len", "val_set_size")  # fmt: skip
-    identity = {**{k: asdict(config)[k] for k in keys}, "documents a step": a_step, "data": fingerprint}
-    resume_from, saved = checkpointer.to_resume(identity)
+    completions: int
+    tokens: float  # that the policy wrote
+    true_tokens: int  # of the true completions, each prompt's once
+    ranks: int
 
-    # 3. Model, optimiser, and the frozen network of the features: with LoRA the model without its adapters.
-    size = max(arch.vocab_size, tokenizer.vocab_size)
-    arch = resized(arch, size, config.pad_vocab_to_multiple_of)
-    model = building.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
-    if reason := cannot_share_prompts(model):
-        raise ConfigError("base_model", config.base_model, f"cannot be trained in blocks: {reason}")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = dist.make_optimizers(model, config)
-    frozen = feature_network(arch, checkpoint, config, world)
-    log.info(
-        "%s: %s parameters, %s trained; %s documents, %s held out; %d steps of %d documents on %s",
-        arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
-        f"{len(documents):,}",
-        f"{len(judged):,}", total_steps, a_step, world.devices(config),
-    )  # fmt: skip
+    @staticmethod
+    def of(rollouts: Sequence[Rollout], n: int, ranks: int) -> "StepSize":
+        tokens = max(1.0, float(sum(sum(r.written()) for r in rollouts)))
+        true_tokens = sum(sum(true_rollout(r).written()) for r in rollouts[::n])
+        return StepSize(len(rollouts), tokens, true_tokens, ranks)
 
-    # 4. Resume.
-    state: dict[str, Any] = {"num_tokens": 0, "eval_before": None, "identity": identity}
-    step = 0
-    if resume_from is not None:
-        step, state = saved["step"], {**saved, "identity": identity}
-        checkpointer.load(resume_from, model, optimizers, config.seed)
-    logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
 
-    def rollout(part: list[Document], *seed: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """(tokens [blocks, n, G], log-probs, advantages [blocks, n], facts by block) of a micro-batch."""
-        n, G = config.n_samples_per_prompt, config.generate_max_len
-        drawn = random.Random(repr((config.seed, *seed))).getrandbits(62)
-        generator = torch.Generator(world.device).manual_seed(drawn)
-        model.eval()
-        if part[0].recorded is None:
-            tokens, logprobs = sample_blocks(model, part, n, G, config.temperature, generator)
-        else:
-            recorded = zip(*(d.recorded for d in part if d.recorded is not None), strict=True)
-            tokens, logprobs = (torch.cat(x).flatten(0, 1).to(world.device) for x in recorded)
-        batch = BlockPass.make(part, tokens)
-        with on_device(frozen, config, world), base_of(model, frozen) as network:
-            features, truth = block_features(network, batch, part, config)
-        model.train()
-        advantage, facts = energy(features.view(len(truth), n, -1).double(), truth.double(), config)
-        return tokens.view(len(truth), n, G), logprobs.view(len(truth), n, G), advantage.float(), facts
+@dataclass
+class TruthBatch:
+    """True completions. `counts` is false on a rank without rows: it computes a dummy batch of weight 0."""
 
-    def evaluated(step: int) -> dict[str, float]:
-        """Energy of fresh samples, and cross-entropy, on held-out documents."""
-        tally = Tally()
-        mine = judged[world.rank :: world.size] or judged[:1]
-        most = math.ceil(math.ceil(len(judged) / world.size) / config.micro_batch_size)
-        for k in range(most):  # as many on every rank: each is a collective
-            part = mine[k * config.micro_batch_size : (k + 1) * config.micro_batch_size] or mine[:1]
-            tokens, _, _, facts = rollout(part, -1, k, world.rank)
-            G = config.generate_max_len
-            truth = torch.tensor([d.ids[a : a + G] for d in part for a in d.anchors], device=tokens.device)
-            right = (tokens == truth[:, None]).all(-1)
-            tally.mean("eval/exact", right.sum().item(), right.numel())  # samples equal to the true tokens
-            with without_gradients(model):
-                nll, count = document_nll(model, part)
-            for name in JUDGED:
-                tally.mean(f"eval/{name}", facts[name].sum().item(), len(facts[name]))
-            tally.mean("eval/loss", nll.item(), count)
-        return tally.result(world)
+    batch: PolicyBatch
+    counts: bool
 
-    watch = Forensics(model, config, world, tokenizer)
 
-    aux_coef = (
-        arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
-    )
+def policy_gradient(
+    logprobs: Tensor, batch: PolicyBatch, size: StepSize, config: Config
+) -> tuple[Tensor, dict[str, Any]]:
+    """REINFORCE on the samples, logprobs [B, T]: the gradient of −A · log π, summed over tokens and divided
+    by the step's, weighed by π/μ where the sampler's own log-probs are known, with a KL penalty. A batch
+    serves one update, so the policy that sampled it is π itself: there is no ratio to clip."""
+    advantages, old = batch.advantages[:, None].to(logprobs.dtype), logprobs.detach()
+    counts, weight = (batch.mask > 0) & (advantages != 0), torch.ones_like(logprobs)
+    stats: dict[str, Any] = {"mask": batch.mask, "old_logprobs": old}
+    if batch.sampling_logprobs is not None:
+        ratio, applied, outside, known = sampler_ratio(old, batch.sampling_logprobs, batch.mask, config)
+        stats |= {"sampler_ratio": ratio, "sampler_applied": applied, "sampler_outside": outside,
+                  "sampler_known": known}  # fmt: skip
+        if config.vllm_importance_sampling_correction:
+            weight = applied.detach()
+            counts = counts & (weight > 0)
+    likelier = torch.where(counts, logprobs - old, 0.0).exp()  # 1, with the gradient of log π
+    loss = torch.where(counts, -likelier * advantages * weight, 0.0)
+    ref_logprobs = batch.stored("ref_logprobs")
+    if ref_logprobs is not None:
+        back = ref_logprobs - logprobs
+        k3 = back.exp() - back - 1  # Schulman's estimator
+        stats["kl"] = k3.detach()
+        loss = loss + config.beta * k3 if config.beta else loss
+    return (loss * batch.mask).sum() / size.tokens, stats
 
-    def pass_loss(
-        part: list[Document], tokens: Tensor, weight: Tensor, rollout_tokens: int, counted: int | None,
-        share: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, TokenStatistics]:  # fmt: skip
-        """(what the backward pass starts from, loss, its REINFORCE part, Σ −log p of the true tokens,
-        log-probs) of some samples of every block, this `share` of the step's passes. Sums over the whole
-        step: × world.size undoes FSDP's mean."""
-        batch = BlockPass.make(part, tokens)
-        nll = None
-        hidden, router_logits = model.hidden_states(batch.input_ids, shared_prompts=batch.shared)
-        made = linear_logprobs(
-            hidden[0].index_select(0, batch.sources.flatten()), model.head_weight,
-            batch.input_ids[0, batch.block_rows.flatten()], temperature=config.temperature,
-            softcap=arch.final_softcap,
-        )  # fmt: skip
-        rl_loss = -(weight * made.logprobs).sum() / rollout_tokens
-        loss = config.rl_coef * rl_loss
-        if counted is not None:
-            nll, _ = document_nll(model, part, hidden[0].index_select(0, batch.document_rows))
-            loss = loss + config.ce_coef * nll / counted
-        start = loss
-        if aux_coef and router_logits:  # a mixture's experts stay in use
-            start = loss + aux_coef * share * load_balancing_loss(router_logits, arch)
-        return start * world.size, loss.detach(), rl_loss.detach(), nll, made
 
-    # 5. The loop.
-    if judged and state["eval_before"] is None:
-        state["eval_before"] = evaluated(step)
-        logger.log(step, state["eval_before"])
-    seconds = dist.Timer()
-    while step < total_steps:
-        raced = dist.begin_step(step + 1, world)
-        # a. This step's documents, the same on every rank, and this rank's micro-batches.
-        replayed = config.rollout_engine == "replay"
-        chosen = [
-            documents[i]
-            for i in (range(step * a_step, (step + 1) * a_step) if replayed else order.batch(step))
-        ]
-        mb = config.micro_batch_size
-        places = [(k * world.size + world.rank) * mb for k in range(config.gradient_accumulation_steps)]
-        parts = [chosen[place : place + mb] for place in places]
-        blocks = sum(len(d.anchors) for d in chosen)
-        rollout_tokens = blocks * config.n_samples_per_prompt * config.generate_max_len
-        counted = max(1, sum(d.trained_tokens for d in chosen))
-
-        with monitor.profiled(step + 1, config, output_dir, world.rank, world.device):
-            # b. Samples of every block, their energy, and advantages over the siblings of a block.
-            tally, drawn, losses = Tally(), [], []
-            for k, part in enumerate(parts):
-                tokens, sampled, advantage, facts = rollout(part, step, k, world.rank)
-                for name, values in facts.items():
-                    tally.mean(f"ebft/{name}", values.sum().item(), len(values))
-                tally.mean(
-                    "ebft/advantages_std",
-                    advantage.std(-1).sum().item() if advantage.shape[1] > 1 else 0.0,
-                    len(advantage),
-                )
-                drawn.append((tokens, sampled, advantage))
-
-                # c. REINFORCE on the samples, a few at a time so that memory stays near one sample's;
-                # cross-entropy on the true tokens with the first.
-                n = config.n_samples_per_prompt
-                given = functools.partial(advantages_by_document, part, advantage)
-                for first in range(0, n, config.samples_a_pass):
-                    now = slice(first, min(n, first + config.samples_a_pass))
-                    weight = advantage[:, now].reshape(-1, 1).expand(-1, config.generate_max_len).flatten()
-                    compute = functools.partial(
-                        pass_loss, part, tokens[:, now].flatten(0, 1), weight, rollout_tokens,
-                        counted if config.ce_coef and first == 0 else None,
-                        len(part) / len(chosen) * (now.stop - now.start) / n,
-                    )  # fmt: skip
-                    start, loss, rl_loss, nll, made = watch.forward(compute, [d.name for d in part], given)
-                    start.backward()
-                    losses.append(loss)
-                    if nll is not None:
-                        tally.mean("ebft/ce_loss", nll.item(), sum(d.trained_tokens for d in part))
-                    gap = (made.logprobs.detach() - sampled[:, now].flatten()).abs()
-                    tally.mean("entropy", made.entropy.sum().item(), len(gap))
-                    tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), len(gap))
-                    tally.max("sampling/sampling_logp_difference/max", gap.max().item())
-                    tally.mean("ebft/rl_loss", rl_loss.item(), 1.0 / world.size if k + first == 0 else 0.0)
-
-            # d. The norm before clipping; nothing that is not finite may reach the weights.
-            norm, with_gradient = dist.gradient_norm(trained)
-            rate = dist.learning_rate(step, config, total_steps)
-            if watch.healthy(step + 1, losses, norm):
-                dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
-                rate = dist.update(optimizers, rate)
-        step += 1
-
-        # e. Metrics, evaluation, checkpoint.
-        tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
-        metrics = tally.result(world)
-        state["num_tokens"] += sum(len(d.ids) for d in chosen) + rollout_tokens
-        metrics |= {
-            "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
-            "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(skipped),
-            "step_time": seconds(), **watch.metrics(),
-            "epoch": step * a_step / order.epoch_size, **memory.peak_memory(world.device), **raced,
-        }  # fmt: skip
-        write_blocks(output_dir / "rollouts", step - 1, parts, drawn, places, world)
-        logger.advance()
-        stopping = logger.stopping(interrupt.signal, step, world)
-        if judged and (
-            step == total_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
-        ):
-            metrics |= evaluated(step)
-            state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
-        logger.observe(step, metrics)
-        if step % config.logging_steps == 0 or step == total_steps or "eval/loss" in metrics:
-            logger.log(step, metrics)
-            if config.log_completions and world.main:
-                show_blocks(parts[0], drawn[0], tokenizer)
-        if stopping or (
-            config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
-        ):
-            checkpointer.save(step, model, optimizers, state)
-        seconds()
-        if stopping and step < total_steps:
-            checkpointer.finish()
-            logger.stopped(step, world)
-            return
-    checkpointer.finish()
-
-    # 6. Final save and report.
-    final = save_final(model, tokenizer, config, world)
-    logger.close()
-    if judged:
-        monitor.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
-    monitor.say_saved(final)
-    dist.finish()
+def ebft_loss(
+    model: Transformer, batch: PolicyBatch | TruthBatch, size: StepSize, config: Config, aux_coef: float
+) -> tuple[Tensor, dict[str, Any]]:
+    """This micro-batch's part of the step's loss, and what was computed on the way: the policy gradient of
+    samples, or ce_coef · cross-entropy of true completions. FSDP averages gradients over ranks: × ranks."""
+    if isinstance(batch, TruthBatch):
+        nll = -token_logprobs(model, batch.batch, 1.0)[0].sum()
+        if not batch.counts:  # where, not a product with 0: a stranger's row may be infinite
+            nll = torch.where(torch.zeros_like(nll, dtype=torch.bool), nll, 0.0)
+        return nll * (config.ce_coef / size.true_tokens * size.ranks), {"nll": nll.detach()}
+    logprobs, entropy, router_logits, nonfinite = token_logprobs(model, batch, config.temperature)
+    loss, stats = policy_gradient(logprobs, batch, size, config)
+    stats |= {"loss": loss.detach(), "entropy": entropy.detach(), "nonfinite_hidden_states": nonfinite}
+    if aux_coef and router_logits:
+        real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
+        balance = load_balancing_loss(router_logits, model.arch, real)
+        loss = loss + aux_coef * len(batch.rollouts) / size.completions * balance
+    return loss * size.ranks, stats
 
 
 def structured(config: Config) -> None:
-    """Prompts with a true completion: engines and policy loss of GRPO, with energies in the place of
-    rewards."""
     # 1. Set up.
-    output_dir, directory = Path(config.output_dir), Path(config.config_directory)
-    world = dist.init(config)
-    start_log(output_dir, world.main)
-    dist.seed_everything(config.seed, world.rank)
-    interrupt = dist.Interrupt()
     n, mb, accumulation = config.num_generations, config.micro_batch_size, config.gradient_accumulation_steps
-    batch_size = mb * accumulation * world.size
+    batch_size = mb * accumulation * dist.world_size()
     if batch_size % n:
-        raise ConfigError(
-            "micro_batch_size",
-            mb,
-            f"makes a step of {batch_size} completions, no multiple of num_generations ({n})",
-        )
+        problem = f"makes a step of {batch_size} completions, no multiple of num_generations ({n})"
+        raise ConfigError("micro_batch_size", mb, problem)
+    run = begin(config)
+    world, tokenizer = run.world, run.tokenizer
 
-    # 2. Prompts and their truths.
-    checkpoint = dist.main_first(
-        lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
-    )
-    arch = read_architecture(checkpoint, config.ignore_config_fields)
-    tokenizer = load_tokenizer(checkpoint, config, directory)
-    prompts: list[Prompt] = []
-    held_out: list[Prompt] = []
-    replay, data = None, ""
-    if config.rollout_engine == "replay":
-        assert config.replay_path is not None
-        replay = ReplayEngine(config.replay_path, directory, config, tokenizer)
-        bare = next((r.row for r in replay.rollouts if r.ground_truth_ids is None), None)
-        if bare is not None:
-            raise ConfigError("replay_path", bare, "has no ground_truth_ids, which EBFT compares with")
-        data = replay.fingerprint
-        total_steps = len(replay.rollouts) // batch_size
-        if not total_steps:
-            raise ConfigError(
-                "replay_path", config.replay_path, f"holds fewer rollouts than a step's {batch_size}"
-            )
-    else:
-        prompts, data = read_prompts(
-            config.datasets, tokenizer, config, directory, config.max_prompt_length, config.chat_turns
-        )
-        if config.val_set_size:
-            train_rows, held_rows = split_held_out(len(prompts), config.val_set_size, config.seed)
-            prompts, held_out = [prompts[i] for i in train_rows], [prompts[i] for i in held_rows]
-    if config.test_datasets:
-        held_out, _ = read_prompts(
-            config.test_datasets, tokenizer, config, directory, config.max_prompt_length, config.chat_turns
-        )
-    truths = [true_completion(p, tokenizer, config.max_turns) for p in prompts]
-    held_truths = [true_completion(p, tokenizer, config.max_turns) for p in held_out]
-    conversing = any("remaining_turns" in p.columns for p in (*prompts, *held_out))
-    if conversing and config.async_prefetch:
-        raise ConfigError("async_prefetch", True, "does not work with remaining_turns; drop one of the two")
-    if replay is None:
-        source, weights = [prompt.source for prompt in prompts], weights_of(config.datasets)
-        order, data = PromptOrder(source, batch_size // n, config.seed, weights), with_weights(data, weights)
-        total_steps, epoch_steps = config.max_steps or order.batches(config.num_epochs), order.batches(1.0)
-    else:
-        total_steps, epoch_steps = min(total_steps, config.max_steps or total_steps), total_steps
-    dist.check_schedule(config, total_steps)
-    settle_intervals(config, total_steps, epoch_steps)
-    checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
-    keys = ("base_model", "mode", "adapter", "lora_r", "optimizer", "seed", "num_generations", "val_set_size",
-            "rollout_engine")  # fmt: skip
-    identity = {**{k: asdict(config)[k] for k in keys}, "completions a step": batch_size, "data": data}
-    resume_from, saved = checkpointer.to_resume(identity)
+    # 2. Prompts and their true completions.
+    prompts = read_prompt_data(config, tokenizer, run.directory, batch_size, turns=config.chat_turns)
+    total_steps = min(prompts.batches, config.max_steps or prompts.batches)
+    plan(run, total_steps, prompts.batches_per_epoch, **{
+        "completions a step": batch_size, "data": prompts.fingerprint,
+    })  # fmt: skip
+    train, held_out = (TruthSampler(which, run) for which in (prompts.train, prompts.held_out))
+    refuse_without_truth(prompts, train, held_out, config)
 
     # 3. Model, optimiser, the frozen network of the features (and of kl), engine.
-    size = max(arch.vocab_size, tokenizer.vocab_size)
-    arch = resized(arch, size, config.pad_vocab_to_multiple_of)
-    model = building.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
+    model, optimizers = build(run)
     if reason := cannot_share_prompts(model):
         raise ConfigError("base_model", config.base_model, f"cannot give features: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = dist.make_optimizers(model, config)
-    frozen = feature_network(arch, checkpoint, config, world)
-    share = can_share_prompts(model, config.share_prompts)
-    aux_coef = (
-        arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
-    )
-    log.info(
-        "%s: %s parameters, %s trained; %s prompts, %s held out; %d steps of %d completions on %s, "
-        "%s rollouts",
-        arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
-        f"{len(prompts):,}" if replay is None else "recorded", f"{len(held_out):,}", total_steps, batch_size,
-        world.devices(config), config.rollout_engine,
+    frozen = feature_network(run, config)
+    reference = frozen if config.beta else None
+    share_prompts, aux_coef = can_share_prompts(model, config.share_prompts), router_aux_coef(run)
+    trained_on = "recorded" if prompts.replay else f"{len(prompts.train):,}"
+    describe(
+        run, model, f"{trained_on} prompts, {len(prompts.held_out):,} held out; {total_steps} steps of "
+        f"{batch_size} completions on {world.devices(config)}, {config.rollout_engine} rollouts",
     )  # fmt: skip
     report_kl(config)
-    state: dict[str, Any] = {"num_tokens": 0, "eval_before": None, "identity": identity}
-    step, ahead = 0, None
-    if resume_from is not None:
-        step, state = saved["step"], {**saved, "identity": identity}
-        checkpointer.load(resume_from, model, optimizers, config.seed)
-        stored = state.pop("ahead")
-        ahead = None if stored is None else [Rollout(**r) for r in stored]
-    logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
-    engine = make_engine(model, config, tokenizer, world, prompts)
-    watch = Forensics(model, config, world, tokenizer)
 
-    def longest(truths: list[Truth]) -> int:
-        wanted = max(math.ceil(len(ids) * config.gt_length_multiplier) for ids, _ in truths)
-        limit = max(64, wanted) if config.adaptive_max_tokens else config.max_completion_length
-        return min(limit, config.max_completion_length)
+    # 4. Resume.
+    resume(run, model, optimizers)
+    state = run.state
+    engine = make_engine(model, config, tokenizer, world, prompts.train)
+    train.engine = held_out.engine = engine
+    queue = train.queue(prompts, batch_size, state.pop("ahead", None))
+    forensics = Forensics(model, config, world, tokenizer)
 
-    def job(number: int) -> tuple[list[list[int]], list[int]]:
-        """(ids of the prompts, most tokens of each) of a step's batch."""
-        which = order.batch(number)
-        return [prompts[i].ids for i in which], [longest([truths[i] for i in which])] * len(which)
-
-    def with_truth(made: list[Rollout], of: list[Truth]) -> list[Rollout]:
-        for rollout in made:
-            rollout.ground_truth_ids, rollout.ground_truth_mask = of[rollout.prompt_index]
-        return made
-
-    def rolled(groups: list[list[Completion]], step: int, number: int) -> list[Rollout]:
-        which = order.batch(number)
-        made = as_rollouts(groups, [prompts[i] for i in which], which, step, engine, tokenizer.stop_ids)
-        return with_truth(made, truths)
-
-    def sampled(
-        source: list[Prompt], of: list[Truth], which: Sequence[int], n: int, step: int, *seed: int
-    ) -> list[Rollout]:
-        """n completions of each of these prompts, or conversations, on every rank. A collective."""
-        asked, limit = [source[i] for i in which], longest([of[i] for i in which])
-        key = (config.seed, *seed)
-        if conversing:
-            made = play(
-                engine, Conversation, asked, which, n, step=step, seed=key, tokenizer=tokenizer, world=world,
-                options=replace(config, max_completion_length=limit),
-            )  # fmt: skip
-        else:
-            groups = engine.generate([p.ids for p in asked], n, seed=key, limits=[limit] * len(asked))
-            made = as_rollouts(groups, asked, which, step, engine, tokenizer.stop_ids)
-        return with_truth(made, of)
-
-    def energies(rollouts: list[Rollout], n: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(advantages [groups, n], facts by group), every rank its share of the groups."""
-        groups = [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
-        mine = groups[world.rank :: world.size]
-        found = []
-        most, at_once = math.ceil(len(groups) / world.size), max(1, mb // n)
-        for begin in range(0, most, at_once):  # as many on every rank: each is a collective
-            part = mine[begin : begin + at_once] or groups[:1]
-            with on_device(frozen, config, world), base_of(model, frozen) as network:
-                samples, truth = group_features(network, part, config)
-            if begin < len(mine):
-                advantage, facts = energy(samples.double(), truth.double(), config)
-                found += [
-                    (advantage[k].tolist(), {name: v[k].item() for name, v in facts.items()})
-                    for k in range(len(part))
-                ]
-        shares = dist.gather(found, world)
-        whole = [shares[i % world.size][i // world.size] for i in range(len(groups))]
-        names = whole[0][1]
-        return torch.tensor([a for a, _ in whole]), {k: torch.tensor([f[k] for _, f in whole]) for k in names}
-
-    def evaluated(step: int) -> dict[str, float]:
-        engine.sync(step, due=True)
-        k = config.eval_num_generations
-        made = sampled(held_out, held_truths, range(len(held_out)), k, step, -1, step)
-        model.eval()
-        _, facts = energies(made, k)
-        tally = Tally()
-        with without_gradients(model):
-            for _, compute in truth_nll(model, made[::k], config, world):
-                _, nll, count = compute(1.0)
-                tally.mean("eval/loss", nll.item(), count)
-        model.train()
-        if world.main:
-            write_rollouts(output_dir / "rollouts", step, made, tokenizer, kind="eval")
-        right = sum(r.completion_ids == r.ground_truth_ids for r in made)
-        return {"eval/exact": right / len(made), **tally.result(world),
-                **{f"eval/{name}": facts[name].mean().item() for name in JUDGED}}  # fmt: skip
-
-    # 4. The loop.
-    pending = False
+    # 5. The loop.
     try:
-        if held_out and state["eval_before"] is None:
-            state["eval_before"] = evaluated(step)
-            logger.log(step, state["eval_before"])
-        while step < total_steps:
-            raced = dist.begin_step(step + 1, world)
-            seconds, took, sync = dist.Timer(), {}, {}
+        if prompts.held_out and state["eval_before"] is None:
+            state["eval_before"] = evaluate_structured(model, frozen, held_out, run)
+            run.logger.log(run.step, state["eval_before"])
+        while run.step < total_steps:
+            rank_timing = dist.begin_step(run.step + 1, world)
+            timer, seconds_by_phase = dist.Timer(), {}
             # a. Samples of each prompt, from the engine or a recorded file.
-            if replay is not None:
-                rollouts = replay.batch(step, batch_size)
-            elif ahead is not None:
-                rollouts = ahead
-            else:
-                if pending:
-                    assert isinstance(engine, VllmEngine)
-                    rollouts = rolled(engine.collect(step), step, step)
-                else:
-                    sync = engine.sync(step)
-                    rollouts = sampled(prompts, truths, order.batch(step), n, step, step)
-            ahead, pending = None, False
-            took["generate"] = seconds()
-            if config.async_prefetch and step + 1 < total_steps:
-                assert isinstance(engine, VllmEngine)
-                sync = engine.sync(step) or sync
-                ids, limits = job(step + 1)
-                engine.prefetch(ids, n, seed=(config.seed, step + 1), limits=limits)
-                pending = True
+            rollouts = queue.next(run.step, run.step, last=run.step + 1 >= total_steps)
+            seconds_by_phase["generate"] = timer()
 
             # b. Their energies, and advantages over the siblings.
-            advantage, facts = energies(rollouts, n)
+            advantage, energy_stats = energies(model, frozen, rollouts, n, run)
             for rollout, value in zip(rollouts, advantage.flatten().tolist(), strict=True):
                 rollout.advantage, rollout.rewards = config.rl_coef * value, {}
             if world.main:
-                write_rollouts(output_dir / "rollouts", step, rollouts, tokenizer)
-            took["features"] = seconds()
+                write_rollouts(run.output_dir / "rollouts", run.step, rollouts, tokenizer)
+            seconds_by_phase["features"] = timer()
 
-            with monitor.profiled(step + 1, config, output_dir, world.rank, world.device):
-                # c. The policy's step, as in GRPO: this rank's micro-batches of the whole batch.
-                micro = [rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)]
-                check_sampler(engine, model, rollouts, micro, config, world, share)
-                with on_device(frozen if config.beta else None, config, world):
+            tally, losses, skipped = Tally(), [], 0
+            size = StepSize.of(rollouts, n, world.size)
+            with monitor.profiled(run.step + 1, config, run.output_dir, world.rank, world.device):
+                # c. Loss and backward, over this rank's micro-batches of the whole batch.
+                micro_batches = [
+                    rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)
+                ]
+                check_sampler(engine, model, rollouts, micro_batches, config, world, share_prompts)
+                with on_device(reference, config, world):
+                    kl = measures_kl(config, run.step, 1)
                     keep_logprobs(
-                        model, frozen if config.beta else None, micro, config, world, share, old=False,
-                        kl=measures_kl(config, step, 1),
-                    )  # fmt: skip
-                tally, losses, skipped = accumulate_gradients(
-                    model, rollouts, micro, config, world, share, watch, step=step + 1, reused=False,
-                    bonus=entropy_bonus(config, state.get("entropy", 0.0)), aux_coef=aux_coef,
-                )  # fmt: skip
-                if config.ce_coef:  # and the cross-entropy of the true completions, each prompt once
-                    counted = sum(sum(true_rollout(r).written()) for r in rollouts[::n])
-                    for batch, compute in truth_nll(model, rollouts[::n], config, world):
-                        start, nll, count = watch.forward(functools.partial(compute, counted), batch.rows)
-                        start.backward()
-                        losses.append(config.ce_coef * nll / counted)
-                        tally.mean("ebft/ce_loss", nll.item(), count)
+                        model, reference, micro_batches, config, world, share_prompts, old=False, kl=kl
+                    )
+                for k, micro_batch in enumerate(micro_batches):
+                    across = rollouts[k * world.size * mb : (k + 1) * world.size * mb]
+                    if not (any(r.advantage for r in across) or config.beta):
+                        skipped += 1  # by all ranks alike: every rank knows all advantages
+                        continue
+                    batch = collate(micro_batch, world.device, share_prompts)
+                    forensics.remember(batch, batch.rows, batch.given)
+                    loss, stats = ebft_loss(model, batch, size, config, aux_coef)
+                    loss.backward()
+                    losses.append(stats["loss"])
+                    tally_policy(tally, stats, batch, run.step + 1)
+                # And the cross-entropy of the true completions, each prompt's once.
+                for truth in truth_batches(rollouts[::n], run) if config.ce_coef else ():
+                    forensics.remember(truth, truth.batch.rows)
+                    loss, stats = ebft_loss(model, truth, size, config, aux_coef)
+                    loss.backward()
+                    losses.append(config.ce_coef * stats["nll"] / size.true_tokens)
+                    tally.mean("ebft/ce_loss", stats["nll"].item(), len(truth.batch.targets) * truth.counts)
+
+                # d. The norm before clipping; nothing that is not finite may reach the weights.
                 norm, with_gradient = dist.gradient_norm(trained)
-                rate = dist.learning_rate(step, config, total_steps)
-                if losses and watch.healthy(step + 1, losses, norm):
+                rate = dist.learning_rate(run.step, config, total_steps)
+                loss_of = functools.partial(ebft_loss, model, size=size, config=config, aux_coef=aux_coef)
+                if losses and forensics.healthy(run.step + 1, losses, norm, loss_of):
                     dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
                     rate = dist.update(optimizers, rate)
-            step += 1
-            took["train"] = seconds()
+            run.step += 1
+            seconds_by_phase["train"] = timer()
 
-            # d. Metrics, evaluation, checkpoint.
+            # e. Metrics over the whole step, on all ranks alike.
             tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
             state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
-            policy_metrics = tally.result(world)
-            state["entropy"] = policy_metrics.get("entropy", state.get("entropy", 0.0))
             metrics: dict[str, float] = {
-                **policy_metrics, **completion_metrics(rollouts), **sync,
-                **{f"ebft/{name}": values.mean().item() for name, values in facts.items()},
+                **tally.result(world), **completion_metrics(rollouts), **queue.metrics,
+                **{f"ebft/{name}": values.mean().item() for name, values in energy_stats.items()},
                 "ebft/advantages_std": advantage.std(-1).mean().item() if n > 1 else 0.0,
                 "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
-                "skipped_micro_batches": float(skipped), "step_time": sum(took.values()),
-                "weight_version_lag": float(step - 1 - min(r.weight_version for r in rollouts)),
-                **{f"step_time/{k}": v for k, v in took.items()}, **watch.metrics(),
-                **memory.peak_memory(world.device), **raced,
+                "skipped_micro_batches": float(skipped), "step_time": sum(seconds_by_phase.values()),
+                "weight_version_lag": float(run.step - 1 - min(r.weight_version for r in rollouts)),
+                **{f"step_time/{phase}": value for phase, value in seconds_by_phase.items()},
+                **forensics.metrics(), **memory.peak_memory(world.device), **rank_timing,
             }  # fmt: skip
-            logger.advance()
-            stopping = logger.stopping(interrupt.signal, step, world)
-            last = step == total_steps
-            evaluating = bool(held_out) and (
-                last or (config.eval_steps is not None and step % config.eval_steps == 0)
-            )
-            saving = config.save_steps is not None and (last or step % config.save_steps == 0)
-            if pending and (evaluating or saving or stopping):
-                assert isinstance(engine, VllmEngine)
-                ahead, pending = rolled(engine.collect(step), step, step), False
-            if evaluating:
-                metrics |= evaluated(step)
+
+            # f. Evaluate, log, save.
+            due = end_step(run, evaluates=bool(prompts.held_out))
+            if due.evaluate or due.save:
+                queue.settle(run.step, run.step)  # before new weights are sent
+            if due.evaluate:
+                metrics |= evaluate_structured(model, frozen, held_out, run)
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
-            logger.observe(step, metrics)
-            if step % config.logging_steps == 0 or last or evaluating:
-                logger.log(step, metrics)
-                if world.main:
-                    for r in rollouts[: 2 if config.log_completions else 0]:
-                        shown = (
-                            tokenizer.decode(ids or []) for ids in (r.completion_ids, r.ground_truth_ids)
-                        )
-                        log.info("  %r, true %r, advantage %+.3f", *shown, r.advantage)
-            if saving or stopping:
-                engine.sync(step, due=True)
-                held = None if ahead is None else [vars(r) for r in ahead]
-                checkpointer.save(step, model, optimizers, {**state, "ahead": held})
-            if stopping and not last:
-                checkpointer.finish()
-                logger.stopped(step, world)
-                return
+            run.logger.observe(run.step, metrics)
+            if due.log or due.evaluate:
+                run.logger.log(run.step, metrics)
+                show_samples(rollouts[: 2 if config.log_completions and world.main else 0], run)
+            if due.save:
+                engine.sync(run.step, due=True)
+                run.checkpointer.save(run.step, model, optimizers, with_prefetched(state, queue))
+            if due.stop:
+                return stop(run)
     except EngineError as error:
-        if step > (checkpointer.steps() or [0])[-1]:  # nothing of the run is lost to a server
-            checkpointer.save(step, model, optimizers, {**state, "ahead": None})
-            checkpointer.finish()
-            raise EngineError(f"{error}; step {step} is saved, the same command goes on from it") from None
+        if run.step > (run.checkpointer.steps() or [0])[-1]:  # nothing of the run is lost to a server
+            run.checkpointer.save(run.step, model, optimizers, {**state, "ahead": None})
+            run.checkpointer.finish()
+            said = f"{error}; step {run.step} is saved, the same command goes on from it"
+            raise EngineError(said) from None
         raise
-    checkpointer.finish()
 
-    # 5. Final save and report.
-    final = save_final(model, tokenizer, config, world)
-    logger.close()
-    if held_out:
-        monitor.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
-    monitor.say_saved(final)
-    dist.finish()
+    # 6. Final save and report.
+    final = save_model(run, model)
+    finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
 
 
-Truth = tuple[list[int], list[int] | None]  # token ids, and 1 where an answer is (None: everywhere)
+def refuse_without_truth(
+    prompts: PromptData, train: "TruthSampler", held_out: "TruthSampler", config: Config
+) -> None:
+    """ConfigError for a replay without true completions, and for conversations that are prefetched."""
+    replayed = prompts.replay.rollouts if prompts.replay else []
+    bare = next((r.row for r in replayed if r.ground_truth_ids is None), None)
+    if bare is not None:
+        raise ConfigError("replay_path", bare, "has no ground_truth_ids, which EBFT compares with")
+    if (train.conversing or held_out.conversing) and config.async_prefetch:
+        raise ConfigError("async_prefetch", True, "does not work with remaining_turns; drop one of the two")
 
 
-def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) -> Truth:
-    """The row's true completion as the policy would have to write it, its end included: `ground_truth`, else
-    the answer that stood in the row, else `answer`. With `remaining_turns` all that follows the prompt."""
-    candidates = (prompt.columns.get("ground_truth"), prompt.completion, prompt.columns.get("answer"))
-    answer = next((c for c in candidates if isinstance(c, str) and c), None)
-    remaining = prompt.columns.get("remaining_turns") or []
-    if answer is None:
-        raise DataError(prompt.name, None, "has no true completion", "EBFT compares with one")
-    if isinstance(prompt.prompt, str):
-        if remaining:
-            raise DataError(prompt.name, None, "has remaining_turns, but its prompt is no list of messages")
-        return tokenizer.encode(answer) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id]), None
-    questions = questions_of(remaining, prompt.name)
-    if len(questions) >= max_turns:
-        raise DataError(
-            prompt.name, None, f"has {len(questions) + 1} answers", f"raise max_turns ({max_turns})"
-        )
-    tools, more = prompt.tools, prompt.columns.get("chat_template_kwargs") or {}
-    messages = [*prompt.prompt, {"role": "assistant", "content": answer}, *remaining]
-    begin, asked = len(prompt.ids), len(prompt.prompt)
-    try:
-        ids, labels = tokenizer.encode_chat(messages, tools, **more)
-        whole = tokenizer.render(messages, tools, **more)
-        answers = [i for i in range(asked, len(messages) - 1) if messages[i]["role"] == "assistant"]
-        same = ids[:begin] == prompt.ids and all(
-            whole.startswith(tokenizer.render(messages[: i + 1], tools, **more)) for i in answers
-        )
-    except BadRow as error:
-        raise DataError(prompt.name, None, str(error)) from None
-    if remaining and not same:  # what the policy reads back would not be what it wrote
-        raise DataError(
-            prompt.name, None, "has remaining_turns, but the chat template changes earlier turns",
-            "set strip_thinking: true, or another chat_template, e.g. chatml",
-        )  # fmt: skip
-    last = max(i for i, label in enumerate(labels) if label != IGNORE)
-    stops, begin_of_last = set(tokenizer.stop_ids), last
-    while begin_of_last and labels[begin_of_last - 1] != IGNORE:
-        begin_of_last -= 1
-    # A generation block may hold white space behind the end of the turn, which the policy never writes
-    last = max((i for i in range(begin_of_last, last + 1) if ids[i] in stops), default=last)
-    if ids[:begin] != prompt.ids:  # the template writes past turns in another way than the one to come
-        begin = begin_of_last
-    mask = [int(label != IGNORE) for label in labels[begin : last + 1]]
-    return ids[begin : last + 1], mask if remaining else None
+def with_prefetched(state: dict[str, Any], queue: RolloutQueue) -> dict[str, Any]:
+    """What a checkpoint keeps beside weights: the state, and the batch that was sampled before its time."""
+    return {**state, "ahead": None if queue.ahead is None else [vars(r) for r in queue.ahead]}
 
 
-def questions_of(remaining: list[dict], name: str = "") -> list[list[dict]]:
-    """What is said before each of the answers that `remaining_turns` holds. DataError names the row."""
-    questions, said = [], []
-    for message in remaining:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError(name, None, "remaining_turns must be a list of messages with text")
-        if message.get("role") == "assistant":
-            if not said:
-                raise DataError(name, None, "remaining_turns has an answer without a question before it")
-            questions.append(said)
-            said = []
-        else:
-            said.append(message)
-    if remaining and said:
-        raise DataError(name, None, "remaining_turns must end with an answer")
-    return questions
+def show_samples(rollouts: Sequence[Rollout], run: Run) -> None:
+    """log_completions: samples beside their truths."""
+    for r in rollouts:
+        texts = (run.tokenizer.decode(ids or []) for ids in (r.completion_ids, r.ground_truth_ids))
+        log.info("  %r, true %r, advantage %+.3f", *texts, r.advantage)
 
 
-class Conversation:
-    """The other side of a multi-turn row: its own next question, whatever the policy said."""
+class TruthSampler:
+    """Completions of prompts, each beside the true one."""
 
-    def reset(self, prompt: Any, remaining_turns: Sequence[dict] = (), **columns: Any) -> None:
-        self.questions = questions_of(list(remaining_turns))
+    engine: Engine
 
-    def step(self, text: str, ids: list[int]) -> tuple[list[dict] | None, float, bool]:
-        return (self.questions.pop(0), 0.0, False) if self.questions else (None, 0.0, True)
+    def __init__(self, prompts: list[Prompt], run: Run):
+        self.prompts, self.config, self.tokenizer, self.world = prompts, run.config, run.tokenizer, run.world
+        self.truths = [true_completion(p, run.tokenizer, run.config.max_turns) for p in prompts]
+        self.conversing = any("remaining_turns" in p.columns for p in prompts)
+
+    def limit(self, which: Sequence[int]) -> int:
+        """Most tokens of a completion, by the longest truth of the batch."""
+        config = self.config
+        wanted = max(math.ceil(len(self.truths[i][0]) * config.gt_length_multiplier) for i in which)
+        limit = max(64, wanted) if config.adaptive_max_tokens else config.max_completion_length
+        return min(limit, config.max_completion_length)
+
+    def sample(self, which: Sequence[int], n: int, step: int, *seed: int) -> list[Rollout]:
+        """n completions of each of these prompts, or conversations, on every rank. A collective."""
+        asked, limit, key = [self.prompts[i] for i in which], self.limit(which), (self.config.seed, *seed)
+        if self.conversing:
+            rollouts = play(
+                self.engine, Conversation, asked, which, n, step=step, seed=key, tokenizer=self.tokenizer,
+                world=self.world, options=replace(self.config, max_completion_length=limit),
+            )  # fmt: skip
+            return self._with_truth(rollouts)
+        groups = self.engine.generate([p.ids for p in asked], n, seed=key, limits=[limit] * len(asked))
+        return self._with_truth(as_rollouts(groups, asked, which, step, self.engine, self.tokenizer.stop_ids))
+
+    def _with_truth(self, rollouts: list[Rollout]) -> list[Rollout]:
+        for rollout in rollouts:
+            rollout.ground_truth_ids, rollout.ground_truth_mask = self.truths[rollout.prompt_index]
+        return rollouts
+
+    def queue(self, prompts: PromptData, batch_size: int, ahead: list[dict] | None) -> RolloutQueue:
+        """The batches of a run; `ahead`: the next one, as a checkpoint kept it."""
+        order, config, engine = prompts.order, self.config, self.engine
+
+        def sample(number: int, step: int, prefetched: bool) -> list[Rollout]:
+            if prompts.replay is not None:
+                return prompts.replay.batch(number, batch_size)
+            which = order.batch(number)
+            if not prefetched:
+                return self.sample(which, config.num_generations, step, number)
+            assert isinstance(engine, VllmEngine)
+            asked = [self.prompts[i] for i in which]
+            stop_ids = self.tokenizer.stop_ids
+            return self._with_truth(as_rollouts(engine.collect(step), asked, which, step, engine, stop_ids))
+
+        def prefetch(number: int) -> None:
+            assert isinstance(engine, VllmEngine)
+            which = order.batch(number)
+            limits = [self.limit(which)] * len(which)
+            ids = [self.prompts[i].ids for i in which]
+            engine.prefetch(ids, config.num_generations, seed=(config.seed, number), limits=limits)
+
+        kept = None if ahead is None else [Rollout(**r) for r in ahead]
+        return RolloutQueue(engine, sample, prefetch, asynchronous=config.async_prefetch, ahead=kept)
 
 
-def true_rollout(rollout: Rollout) -> Rollout:
-    """The true completion in the place of the sampled one."""
-    assert rollout.ground_truth_ids is not None
-    mask = rollout.ground_truth_mask
-    return Rollout(rollout.prompt_ids, rollout.ground_truth_ids, completion_mask=mask, row=rollout.row)
+def energies(
+    model: Transformer, frozen: Transformer | None, rollouts: Sequence[Rollout], n: int, run: Run
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(advantages [groups, n], statistics by group), every rank its share of the groups. A collective."""
+    config, world = run.config, run.world
+    groups = [list(rollouts[i : i + n]) for i in range(0, len(rollouts), n)]
+    mine = groups[world.rank :: world.size]
+    found = []
+    most, at_once = math.ceil(len(groups) / world.size), max(1, config.micro_batch_size // n)
+    for first in range(0, most, at_once):  # as many on every rank: each is a collective
+        part = mine[first : first + at_once] or groups[:1]
+        with on_device(frozen, config, world), base_of(model, frozen) as network:
+            samples, truth = group_features(network, part, config)
+        if first < len(mine):
+            advantage, stats = energy(samples.double(), truth.double(), config)
+            found += [
+                (advantage[k].tolist(), {name: v[k].item() for name, v in stats.items()})
+                for k in range(len(part))
+            ]
+    shares = dist.gather(found, world)
+    whole = [shares[i % world.size][i // world.size] for i in range(len(groups))]
+    names = whole[0][1]
+    return torch.tensor([a for a, _ in whole]), {k: torch.tensor([s[k] for _, s in whole]) for k in names}
 
 
-def truth_nll(
-    model: Transformer, rollouts: Sequence[Rollout], config: Config, world: dist.World
-) -> Iterator[tuple[PolicyBatch, Callable[[float], tuple[Tensor, Tensor, int]]]]:
-    """The true completions, this rank's share in micro-batches, as many on every rank (one that fills up
-    counts nothing); and for each what gives (what the backward pass starts from, Σ −log p, tokens), of a step
-    of so many tokens."""
+def evaluate_structured(
+    model: Transformer, frozen: Transformer | None, sampler: TruthSampler, run: Run
+) -> dict[str, float]:
+    """Energy of fresh samples, and cross-entropy of the truths, on the held-out prompts. A collective."""
+    k, step = run.config.eval_num_generations, run.step
+    sampler.engine.sync(step, due=True)
+    rollouts = sampler.sample(range(len(sampler.prompts)), k, step, -1, step)
+    model.eval()
+    _, stats = energies(model, frozen, rollouts, k, run)
+    tally = Tally()
+    with without_gradients(model):
+        for truth in truth_batches(rollouts[::k], run):
+            nll = -token_logprobs(model, truth.batch, 1.0)[0].sum().item()  # on every rank: a collective
+            count = len(truth.batch.targets) * truth.counts
+            tally.mean("eval/loss", nll if truth.counts else 0.0, count)
+    model.train()
+    if run.world.main:
+        write_rollouts(run.output_dir / "rollouts", step, rollouts, run.tokenizer, kind="eval")
+    right = sum(r.completion_ids == r.ground_truth_ids for r in rollouts)
+    return {"eval/exact": right / len(rollouts), **tally.result(run.world),
+            **{f"eval/{name}": stats[name].mean().item() for name in JUDGED}}  # fmt: skip
 
-    def compute(batch: PolicyBatch, real: bool, counted: float) -> tuple[Tensor, Tensor, int]:
-        nll = -token_logprobs(model, batch, 1.0)[0].sum()
-        if not real:  # where, not a product with 0: a stranger's row may be infinite
-            nll = torch.where(torch.zeros_like(nll, dtype=torch.bool), nll, 0.0)
-        return nll * (config.ce_coef / counted * world.size), nll.detach(), len(batch.targets) * real
 
-    mine, mb = rollouts[world.rank :: world.size], config.micro_batch_size
+def truth_batches(rollouts: Sequence[Rollout], run: Run) -> Iterator[TruthBatch]:
+    """The true completions of these rollouts: this rank's share, in as many micro-batches on every rank."""
+    world, mb = run.world, run.config.micro_batch_size
+    mine = rollouts[world.rank :: world.size]
     for k in range(math.ceil(math.ceil(len(rollouts) / world.size) / mb)):
         part = mine[k * mb : (k + 1) * mb]
-        batch = collate([true_rollout(r) for r in part or rollouts[:1]], world.device)
-        yield batch, functools.partial(compute, batch, bool(part))
+        yield TruthBatch(collate([true_rollout(r) for r in part or rollouts[:1]], world.device), bool(part))
 
 
 @forward_only
@@ -1094,8 +765,332 @@ def group_features(
     return made[:, 1:], made[:, 0]
 
 
-def feature_depths(network: Transformer, config: Config) -> tuple[int, ...]:
-    return tuple(int(share * network.arch.num_layers) for share in config.feature_layers)
+# ------------------------------------------------------------------------------------------------------------
+# Strided: short rollouts that branch off the prefixes of a document
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BlockStepSize:
+    """What an optimiser step holds, over all micro-batches and ranks: losses are divided by it."""
+
+    documents: int
+    tokens: int  # that were sampled
+    true_tokens: int  # of the documents, trained
+    ranks: int
+
+
+@dataclass
+class BlockBatch:
+    """Some samples of every block of a micro-batch of documents."""
+
+    documents: list[Document]
+    tokens: Tensor  # [blocks · m, G]
+    advantages: Tensor  # [blocks · m · G]
+    share: float  # of the samples of these documents
+    with_truth: bool  # whether the cross-entropy of the documents is part of this pass
+
+
+def strided_loss(
+    model: Transformer, batch: BlockBatch, size: BlockStepSize, config: Config, aux_coef: float
+) -> tuple[Tensor, dict[str, Any]]:
+    """This pass's part of the step's loss: REINFORCE on the samples, −Σ A · log π over the step's tokens, and
+    ce_coef · cross-entropy of the true tokens. FSDP averages gradients over ranks: × ranks."""
+    blocks = BlockPass.make(batch.documents, batch.tokens)
+    hidden, router_logits = model.hidden_states(blocks.input_ids, shared_prompts=blocks.shared)
+    sampled = linear_logprobs(
+        hidden[0].index_select(0, blocks.sources.flatten()), model.head_weight,
+        blocks.input_ids[0, blocks.block_rows.flatten()], temperature=config.temperature,
+        softcap=model.arch.final_softcap,
+    )  # fmt: skip
+    rl_loss = -(batch.advantages * sampled.logprobs).sum() / size.tokens
+    loss, nll = config.rl_coef * rl_loss, None
+    if batch.with_truth:
+        nll, _ = document_nll(model, batch.documents, hidden[0].index_select(0, blocks.document_rows))
+        loss = loss + config.ce_coef * nll / size.true_tokens
+    stats = {
+        "loss": loss.detach(), "rl_loss": rl_loss.detach(), "nll": None if nll is None else nll.detach(),
+        "entropy": sampled.entropy.detach(), "logprobs": sampled.logprobs.detach(),
+    }  # fmt: skip
+    if aux_coef and router_logits:  # a mixture's experts stay in use
+        share = len(batch.documents) / size.documents * batch.share
+        loss = loss + aux_coef * share * load_balancing_loss(router_logits, model.arch)
+    return loss * size.ranks, stats
+
+
+def strided(config: Config) -> None:
+    # 1. Set up.
+    run = begin(config)
+    world = run.world
+
+    # 2. Documents.
+    data = read_documents(run, config)
+    n, mb = config.n_samples_per_prompt, config.micro_batch_size
+    plan(run, data.total_steps, data.steps_per_epoch, **{
+        "documents a step": data.order.size, "data": data.fingerprint,
+    })  # fmt: skip
+
+    # 3. Model, optimiser, and the frozen network of the features.
+    model, optimizers = build(run)
+    if reason := cannot_share_prompts(model):
+        raise ConfigError("base_model", config.base_model, f"cannot be trained in blocks: {reason}")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen, aux_coef = feature_network(run, config), router_aux_coef(run)
+    describe(
+        run, model, f"{len(data.documents):,} documents, {len(data.held_out):,} held out; {run.total_steps} "
+        f"steps of {data.order.size} documents on {world.devices(config)}",
+    )  # fmt: skip
+
+    # 4. Resume.
+    resume(run, model, optimizers)
+    state = run.state
+    forensics = Forensics(model, config, world, run.tokenizer)
+
+    # 5. The loop.
+    if data.held_out and state["eval_before"] is None:
+        state["eval_before"] = evaluate_strided(model, frozen, data.held_out, run)
+        run.logger.log(run.step, state["eval_before"])
+    seconds = dist.Timer()
+    while run.step < run.total_steps:
+        rank_timing = dist.begin_step(run.step + 1, world)
+        # a. This step's documents, the same on every rank, and this rank's micro-batches.
+        chosen = data.step(run.step)
+        places = [(k * world.size + world.rank) * mb for k in range(config.gradient_accumulation_steps)]
+        parts = [chosen[place : place + mb] for place in places]
+        blocks = sum(len(d.anchors) for d in chosen)
+        size = BlockStepSize(len(chosen), blocks * n * config.generate_max_len,
+                             max(1, sum(d.trained_tokens for d in chosen)), world.size)  # fmt: skip
+        tally, drawn, losses = Tally(), [], []
+        with monitor.profiled(run.step + 1, config, run.output_dir, world.rank, world.device):
+            for k, part in enumerate(parts):
+                # b. Samples of every block, their energy, and advantages over the siblings of a block.
+                seed = (run.step, k, world.rank)
+                tokens, sampled, advantage, stats = sample_and_judge(model, frozen, part, run, *seed)
+                drawn.append((tokens, sampled, advantage))
+                tally_energy(tally, stats, advantage)
+
+                # c. REINFORCE on the samples, a few at a time so that memory stays near one sample's;
+                # cross-entropy on the true tokens with the first.
+                for first in range(0, n, config.samples_a_pass):
+                    batch = block_batch(part, tokens, advantage, first, config)
+                    given = functools.partial(advantages_by_document, part, advantage)
+                    forensics.remember(batch, [d.name for d in part], given)
+                    loss, stats = strided_loss(model, batch, size, config, aux_coef)
+                    loss.backward()
+                    losses.append(stats["loss"])
+                    tally_blocks(tally, stats, part, sampled[:, first : first + config.samples_a_pass])
+                    steps = 1.0 / world.size if k + first == 0 else 0.0
+                    tally.mean("ebft/rl_loss", stats["rl_loss"].item(), steps)
+
+            # d. The norm before clipping; nothing that is not finite may reach the weights.
+            norm, with_gradient = dist.gradient_norm(trained)
+            rate = dist.learning_rate(run.step, config, run.total_steps)
+            loss_of = functools.partial(strided_loss, model, size=size, config=config, aux_coef=aux_coef)
+            if forensics.healthy(run.step + 1, losses, norm, loss_of):
+                dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
+                rate = dist.update(optimizers, rate)
+        run.step += 1
+
+        # e. Metrics over the whole step, on all ranks alike.
+        tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
+        state["num_tokens"] += sum(len(d.ids) for d in chosen) + size.tokens
+        metrics = tally.result(world) | {
+            "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
+            "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(data.skipped),
+            "step_time": seconds(), "epoch": run.step * data.order.size / data.order.epoch_size,
+            **forensics.metrics(), **memory.peak_memory(world.device), **rank_timing,
+        }  # fmt: skip
+        write_blocks(run.output_dir / "rollouts", run.step - 1, parts, drawn, places, world)
+
+        # f. Evaluate, log, save.
+        due = end_step(run, evaluates=bool(data.held_out))
+        if due.evaluate:
+            metrics |= evaluate_strided(model, frozen, data.held_out, run)
+            state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+        run.logger.observe(run.step, metrics)
+        if due.log or due.evaluate:
+            run.logger.log(run.step, metrics)
+            if config.log_completions and world.main:
+                show_blocks(parts[0], drawn[0], run.tokenizer)
+        if due.save:
+            run.checkpointer.save(run.step, model, optimizers, state)
+        seconds()  # evaluating and saving are not training time
+        if due.stop:
+            return stop(run)
+
+    # 6. Final save and report.
+    final = save_model(run, model)
+    finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
+
+
+@dataclass
+class DocumentData:
+    documents: list[Document]
+    held_out: list[Document]
+    order: PromptOrder  # of documents; its size is a step's
+    replayed: bool
+    total_steps: int
+    steps_per_epoch: int
+    skipped: int  # documents that are too short for a block
+    fingerprint: str
+
+    def step(self, number: int) -> list[Document]:
+        size = self.order.size
+        in_order = range(number * size, (number + 1) * size)
+        return [self.documents[i] for i in (in_order if self.replayed else self.order.batch(number))]
+
+
+def read_documents(run: Run, config: Config) -> DocumentData:
+    """The documents that are trained on, or a replay of them, and those that are held out. ConfigError where
+    they are too few for a step."""
+    cache = Path(config.dataset_prepared_path or run.output_dir / "prepared")
+
+    def read(specs: list[dict], held_out: bool | None) -> tuple[list[Document], int, str]:
+        """(documents with a block, how many have none, the data's fingerprint); `held_out`: which part of a
+        split, None for all."""
+        if not specs:
+            return [], 0, ""
+        dataset = dist.main_first(
+            lambda: prepare(specs, run.tokenizer, config, run.directory, cache), run.world
+        )
+        split = split_held_out(len(dataset), val_set_size=config.val_set_size, seed=config.seed)
+        rows = np.arange(len(dataset)) if held_out is None else split[held_out]
+        found = [read_document(dataset, int(row), config) for row in rows]
+        return [d for d in found if d.anchors], sum(not d.anchors for d in found), dataset.fingerprint
+
+    held_out = read(config.test_datasets, None)[0] if config.test_datasets else read(config.datasets, True)[0]
+    replayed = config.rollout_engine == "replay"
+    if replayed:
+        assert config.replay_path is not None
+        vocab_size = max(run.arch.vocab_size, run.tokenizer.vocab_size)
+        n, G = config.n_samples_per_prompt, config.generate_max_len
+        documents, skipped = read_blocks(config.replay_path, run.directory, n, G, vocab_size), 0
+        fingerprint = hashlib.sha256(repr([d.ids for d in documents]).encode()).hexdigest()
+    else:
+        documents, skipped, fingerprint = read(config.datasets, False)
+    if skipped:
+        log.info("data: %d of %d documents are too short for a block", skipped, skipped + len(documents))
+    a_step = config.micro_batch_size * config.gradient_accumulation_steps * run.world.size
+    if len(documents) < a_step:
+        key = "replay_path" if replayed else "context_length"
+        raise ConfigError(
+            key, getattr(config, key),
+            f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
+            f"a step takes {a_step}",
+        )  # fmt: skip
+    weights = weights_of(config.datasets) or [1.0]
+    order = PromptOrder([d.source for d in documents], a_step, config.seed, weights)
+    per_epoch = len(documents) // a_step if replayed else order.batches(1.0)
+    total = config.max_steps or order.batches(config.num_epochs)
+    total = min(per_epoch, config.max_steps or per_epoch) if replayed else total
+    fingerprint = with_weights(fingerprint, weights)
+    return DocumentData(documents, held_out, order, replayed, total, per_epoch, skipped, fingerprint)
+
+
+def sample_and_judge(
+    model: Transformer, frozen: Transformer | None, part: list[Document], run: Run, *seed: int
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(tokens [blocks, n, G], log-probs, advantages [blocks, n], statistics by block) of a micro-batch."""
+    config, world = run.config, run.world
+    n, G = config.n_samples_per_prompt, config.generate_max_len
+    drawn = random.Random(repr((config.seed, *seed))).getrandbits(62)
+    generator = torch.Generator(world.device).manual_seed(drawn)
+    model.eval()
+    if part[0].recorded is None:
+        tokens, logprobs = sample_blocks(model, part, n, G, config.temperature, generator)
+    else:
+        recorded = zip(*(d.recorded for d in part if d.recorded is not None), strict=True)
+        tokens, logprobs = (torch.cat(x).flatten(0, 1).to(world.device) for x in recorded)
+    with on_device(frozen, config, world), base_of(model, frozen) as network:
+        features, truth = block_features(network, BlockPass.make(part, tokens), part, config)
+    model.train()
+    advantage, stats = energy(features.view(len(truth), n, -1).double(), truth.double(), config)
+    return tokens.view(len(truth), n, G), logprobs.view(len(truth), n, G), advantage.float(), stats
+
+
+def block_batch(
+    part: list[Document], tokens: Tensor, advantage: Tensor, first: int, config: Config
+) -> BlockBatch:
+    """samples_a_pass of every block's samples, from the `first` on. tokens [blocks, n, G]."""
+    n = tokens.shape[1]
+    chosen = slice(first, min(n, first + config.samples_a_pass))
+    weight = advantage[:, chosen].reshape(-1, 1).expand(-1, tokens.shape[2]).flatten()
+    with_truth = bool(config.ce_coef) and first == 0
+    return BlockBatch(part, tokens[:, chosen].flatten(0, 1), weight, (chosen.stop - first) / n, with_truth)
+
+
+def tally_energy(tally: Tally, stats: dict[str, Tensor], advantage: Tensor) -> None:
+    """Add the energies of a micro-batch, and how far its advantages [blocks, n] spread."""
+    for name, values in stats.items():
+        tally.mean(f"ebft/{name}", values.sum().item(), len(values))
+    spread = advantage.std(-1).sum().item() if advantage.shape[1] > 1 else 0.0
+    tally.mean("ebft/advantages_std", spread, len(advantage))
+
+
+def tally_blocks(tally: Tally, stats: dict[str, Any], part: list[Document], sampled: Tensor) -> None:
+    """Add one pass; `sampled` are the log-probs that its tokens were drawn from."""
+    if stats["nll"] is not None:
+        tally.mean("ebft/ce_loss", stats["nll"].item(), sum(d.trained_tokens for d in part))
+    gap = (stats["logprobs"] - sampled.flatten()).abs()
+    tally.mean("entropy", stats["entropy"].sum().item(), len(gap))
+    tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), len(gap))
+    tally.max("sampling/sampling_logp_difference/max", gap.max().item())
+
+
+def evaluate_strided(
+    model: Transformer, frozen: Transformer | None, held_out: list[Document], run: Run
+) -> dict[str, float]:
+    """Energy of fresh samples, and cross-entropy, on held-out documents. A collective."""
+    tally, world, config = Tally(), run.world, run.config
+    mb, G = config.micro_batch_size, config.generate_max_len
+    mine = held_out[world.rank :: world.size] or held_out[:1]
+    for k in range(math.ceil(math.ceil(len(held_out) / world.size) / mb)):  # as many on every rank
+        part = mine[k * mb : (k + 1) * mb] or mine[:1]
+        tokens, _, _, stats = sample_and_judge(model, frozen, part, run, -1, k, world.rank)
+        truth = torch.tensor([d.ids[a : a + G] for d in part for a in d.anchors], device=tokens.device)
+        right = (tokens == truth[:, None]).all(-1)
+        tally.mean("eval/exact", right.sum().item(), right.numel())  # samples equal to the true tokens
+        with without_gradients(model):
+            nll, count = document_nll(model, part)
+        for name in JUDGED:
+            tally.mean(f"eval/{name}", stats[name].sum().item(), len(stats[name]))
+        tally.mean("eval/loss", nll.item(), count)
+    return tally.result(world)
+
+
+def block_features(
+    network: Transformer, batch: BlockPass, documents: list[Document], config: Config
+) -> tuple[Tensor, Tensor]:
+    """(features of the blocks [R', D'], of the true tokens of each block [blocks, D']), of the frozen
+    network."""
+    depths = feature_depths(network, config)
+    with without_gradients(network):
+        states = network.hidden_states(batch.input_ids, shared_prompts=batch.shared, layers=depths)[0][0]
+
+    def pooled(rows: Tensor, prefix_sums: Tensor, prefixes: Tensor) -> Tensor:
+        own = states[rows]  # [r, G, D']
+        if config.embed_method == "last_token":
+            return own[:, -1]
+        if config.embed_method == "completion_mean":
+            return own.mean(1)
+        if config.embed_method == "concat":
+            G = own.shape[1]
+            return torch.cat([own[:, min(G - 1, int(share * G))] for share in (0.25, 0.5, 0.75)], dim=-1)
+        return (prefix_sums + own.sum(1)) / (prefixes + own.shape[1])[:, None]
+
+    sums, prefixes, start = [], [], 0
+    for document in documents:  # running sums of a document's states serve every prefix of it
+        places = batch.document_rows[start : start + len(document.ids)]
+        running = states[places].cumsum(0)
+        sums += [running[a - 1] for a in document.anchors]
+        prefixes += document.anchors
+        start += len(document.ids)
+    m = batch.block_rows.shape[0] // len(prefixes)
+    sums, lengths = torch.stack(sums), torch.tensor(prefixes, device=states.device)
+    return (
+        pooled(batch.block_rows, sums.repeat_interleave(m, 0), lengths.repeat_interleave(m)),
+        pooled(batch.truth_rows, sums, lengths),
+    )
 
 
 def advantages_by_document(part: list[Document], advantage: Tensor) -> dict[str, Tensor]:
@@ -1130,15 +1125,5 @@ def show_blocks(part: list[Document], drawn: tuple[Tensor, Tensor, Tensor], toke
         log.info("  after %r: %r, true %r, advantage %+.3f", before, tokenizer.decode(ids), truth, value)
 
 
-def cli() -> None:
-    """torchrun ebft.py, or ballast-ebft where the package is installed."""
-    run(
-        main,
-        lambda: parse_config(
-            Config, sys.argv[1:], description=" ".join((__doc__ or "").split("\n\n")[0].split())
-        ),
-    )
-
-
 if __name__ == "__main__":
-    cli()
+    cli(main, Config, __doc__)

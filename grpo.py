@@ -12,49 +12,53 @@ divided by what the whole step holds, over all micro-batches and ranks, so it do
 is cut.
 """
 
-import importlib.util
-import json
+import functools
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import dist
 from checkpoints import building
-from checkpoints.saving import Checkpointer, CheckpointOptions, save_final
-from checkpoints.weights import load_pretrained, read_architecture, resized
-from data import DataOptions, Prompt, load_tokenizer, read_prompts
+from checkpoints.saving import CheckpointOptions
+from data import DataOptions, Prompt
 from dist import DistOptions, OptimizerOptions, World
 from health import memory, monitor
 from health.forensics import ForensicOptions, Forensics
-from health.monitor import LogOptions, MetricLogger
-from model import ModelOptions
-from rollouts.engines import EmbeddedEngine, ReplayEngine, as_rollouts, make_engine
+from health.monitor import LogOptions
+from model import ModelOptions, Transformer, load_balancing_loss
+from rollouts.engines import RolloutQueue, as_rollouts, make_engine
 from rollouts.environments import load_environment, play
 from rollouts.policy import (
+    PolicyBatch,
     PolicyOptions,
-    accumulate_gradients,
+    Tally,
     can_share_prompts,
     check_sampler,
+    collate,
     completion_metrics,
-    entropy_bonus,
     keep_logprobs,
     measures_kl,
     report_kl,
+    sampler_ratio,
+    tally_policy,
+    token_logprobs,
 )
+from rollouts.prompts import PromptData, read_prompt_data
 from rollouts.rewards import RewardError, RewardOptions, Scorer
-from rollouts.rollout import Engine, Rollout, write_rollouts
+from rollouts.rollout import Engine, Rollout, show_rollouts, write_rollouts
+from rollouts.trial import score_samples
 from rollouts.vllm_client import VllmEngine
-from rollouts.vllm_server import Completion, EngineError, server_command
+from rollouts.vllm_server import Completion, EngineError, serve
+from run import loop
 from run.config import (
     BallastError,
     ConfigError,
@@ -62,18 +66,76 @@ from run.config import (
     check_every_part,
     check_ranges,
     parse_config,
-    resolve_checkpoint,
 )
-from run.log import _Console, log, start_log
-from run.loop import run
-from text.packing import LoopOptions, PromptOrder, settle_intervals, split_held_out, weights_of, with_weights
+from run.log import log
+from run.loop import (
+    Run,
+    begin,
+    build,
+    describe,
+    end_step,
+    finish,
+    plan,
+    resume,
+    router_aux_coef,
+    save_model,
+    stop,
+)
+from text.packing import LoopOptions
 from text.tokenizer import Tokenizer
 
 
 @dataclass
+class LossOptions:
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
+    """How token losses become one number. dapo and bnpo: sum / tokens of the step. grpo: mean over
+    completions of each one's token mean. dr_grpo: sum / (completions · max_completion_length). cispo:
+    truncated ratio times log-probability, reduced as dapo. sapo: a sigmoid instead of the clip, reduced as
+    grpo."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """The ratio π/π_old of each token, or the geometric mean over the completion (GSPO)."""
+    epsilon: float = 0.2
+    """Clip range below 1."""
+    epsilon_high: float | None = None
+    """Clip range above 1; unset: epsilon. For cispo the largest ratio, usually 5."""
+    delta: float | None = None
+    """Upper bound of the ratio also where the advantage is negative."""
+    sapo_temperature_pos: float = 1.0
+    """sapo: steepness for positive advantages."""
+    sapo_temperature_neg: float = 1.05
+    """sapo: steepness for the others."""
+    use_bias_correction_kl: bool = False
+    """Weigh the KL of each token by its ratio: unbiased where the batch is off policy (DeepSeek-V3.2)."""
+    off_policy_mask_threshold: float | None = None
+    """Leave out completions with negative advantage whose mean log μ − log π exceeds this (DeepSeek-V3.2)."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit the length limit out of the loss."""
+    top_entropy_quantile: float = 1.0
+    """Train only on this share of tokens, those of highest entropy (arXiv 2506.01939)."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    entropy_target: float | None = None
+    """Give the bonus only while the entropy of the last step was below this."""
+
+    def check(self) -> None:
+        check_ranges(
+            self, ("epsilon", 0, math.inf), ("epsilon_high", 0, math.inf), ("delta", 0, math.inf),
+            ("entropy_coef", -math.inf, math.inf), ("entropy_target", 0, math.inf),
+            ("off_policy_mask_threshold", -math.inf, math.inf),
+        )  # fmt: skip
+        for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(key, getattr(self, key), "must be above 0")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ConfigError("epsilon_high", None, "loss_type cispo needs it: the largest ratio, e.g. 5.0")
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ConfigError("top_entropy_quantile", self.top_entropy_quantile, "must be above 0, at most 1")
+
+
+@dataclass
 class Config(
-    ModelOptions, DataOptions, RewardOptions, PolicyOptions, LoopOptions, OptimizerOptions, CheckpointOptions,
-    DistOptions, LogOptions, ForensicOptions,
+    ModelOptions, DataOptions, RewardOptions, LossOptions, PolicyOptions, LoopOptions, OptimizerOptions,
+    CheckpointOptions, DistOptions, LogOptions, ForensicOptions,
 ):  # fmt: skip
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of their group, of the batch, or not at all."""
@@ -144,6 +206,179 @@ class Config(
                 "lora_dropout", self.lora_dropout,
                 "makes the trained policy another one than the one that samples: set it to 0 here",
             )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepSize:
+    """What an optimiser step as a whole holds, over all micro-batches and ranks. Losses are divided by these
+    and never by a micro-batch's own counts: the result must not depend on how the step is cut."""
+
+    completions: int
+    tokens: float  # Σ m
+    ranks: int = 1
+    reused: bool = False  # the batch serves several steps: its π_old was kept
+    entropy_coef: float = 0.0  # of the bonus in this step
+    entropy_threshold: float | None = None  # tokens of less entropy are not trained on
+    trained_tokens: float = 1.0  # those that the bonus counts: Σ m, or as many as lie above the threshold
+
+    @staticmethod
+    def of(rollouts: Sequence[Rollout], options: Any, **more: Any) -> "StepSize":
+        tokens = sum(
+            sum(r.written()) for r in rollouts if not (options.mask_truncated_completions and r.truncated)
+        )
+        tokens = max(1.0, float(tokens))
+        return StepSize(len(rollouts), tokens, **{"trained_tokens": tokens, **more})
+
+
+def policy_loss(
+    logprobs: Tensor, *, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, options: Any,
+    size: StepSize, sampling_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None,
+    entropy_mask: Tensor | None = None, truncated: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """This micro-batch's part of the step's loss, and what was computed on the way (for the metrics).
+
+    All [B, T] but `advantages` and `truncated` [B]. The parts of all micro-batches and ranks add up to the
+    loss. Formulas: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO
+    2506.13585, SAPO 2511.20347; k3 is Schulman's estimator, (π_ref/π) − log(π_ref/π) − 1.
+    """
+    A = advantages[:, None].to(logprobs.dtype)
+    stats: dict[str, Tensor] = {}
+    if truncated is not None and options.mask_truncated_completions:
+        mask = mask * (~truncated)[:, None]
+    length = mask.sum(-1, keepdim=True).clamp(min=1)
+
+    # Which tokens count, and with what weight: what the sampler drew from need not be π_old (other precision,
+    # older weights).
+    counts = (mask > 0) & (A != 0)
+    weight: Tensor | float = 1.0
+    if options.off_policy_mask_threshold is not None:
+        drawn_from = old_logprobs if sampling_logprobs is None else sampling_logprobs
+        drift = torch.nan_to_num(drawn_from - logprobs.detach(), nan=0.0) * mask
+        keep = (A >= 0) | (drift.sum(-1, keepdim=True) / length <= options.off_policy_mask_threshold)
+        counts = counts & keep
+        stats["off_policy_masked"] = ~keep[:, 0]
+    if entropy_mask is not None:
+        counts = counts & (entropy_mask > 0)
+    if sampling_logprobs is not None:
+        stats["sampler_ratio"], applied, stats["sampler_outside"], stats["sampler_known"] = sampler_ratio(
+            old_logprobs, sampling_logprobs, mask, options
+        )
+        stats["sampler_applied"] = applied
+        if options.vllm_importance_sampling_correction:
+            weight = applied.detach()
+            counts = counts & (weight > 0)
+
+    # The ratio of the policy to the weights that made the batch. Tokens that do not count get a ratio of 1
+    # before the exponential: where it is infinite a product with 0 is NaN, and so is its gradient.
+    log_ratio = logprobs - old_logprobs
+    if options.importance_sampling_level == "sequence":
+        log_ratio = (torch.where(mask > 0, log_ratio, 0.0) * mask).sum(-1, keepdim=True) / length
+    every_ratio = log_ratio.detach().exp()
+    here = counts if log_ratio.shape == counts.shape else counts.any(-1, keepdim=True)
+    ratio = torch.where(here, log_ratio, 0.0).exp()
+    low, high = options.epsilon, options.epsilon_high if options.epsilon_high is not None else options.epsilon
+    if options.loss_type == "cispo":
+        loss = -ratio.clamp(max=high).detach() * A * logprobs
+        stats["cispo_clipped"] = (every_ratio > high) & (A > 0)
+    elif options.loss_type == "sapo":
+        steep = torch.where(A > 0, options.sapo_temperature_pos, options.sapo_temperature_neg)
+        loss = -A * torch.sigmoid(steep * (ratio - 1)) * 4 / steep
+    else:
+        bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
+        loss = -torch.minimum(bounded * A, ratio.clamp(1 - low, 1 + high) * A)
+        judged = every_ratio if options.delta is None else every_ratio.clamp(max=options.delta)
+        stats["clipped_low"], stats["clipped_high"] = (
+            (judged < 1 - low) & (A < 0),
+            (judged > 1 + high) & (A > 0),
+        )
+    loss = torch.where(counts, loss * weight, 0.0)
+
+    if ref_logprobs is not None:
+        back = ref_logprobs - logprobs
+        k3 = back.exp() - back - 1
+        stats["kl"] = k3.detach()
+        if options.beta:
+            loss = loss + options.beta * (k3 * log_ratio.exp() if options.use_bias_correction_kl else k3)
+
+    if options.loss_type in ("grpo", "sapo"):
+        total = ((loss * mask).sum(-1, keepdim=True) / length).sum() / size.completions
+    elif options.loss_type == "dr_grpo":
+        total = (loss * mask).sum() / (size.completions * options.max_completion_length)
+    else:
+        total = (loss * mask).sum() / size.tokens
+    stats["mask"] = mask
+    return total, stats
+
+
+def grpo_loss(
+    model: Transformer, batch: PolicyBatch, size: StepSize, config: Any, aux_coef: float
+) -> tuple[Tensor, dict[str, Any]]:
+    """This micro-batch's part of the step's loss, and what was computed on the way. FSDP averages gradients
+    over ranks, the loss is a sum over them: × ranks."""
+    logprobs, entropy, router_logits, nonfinite = token_logprobs(
+        model, batch, config.temperature, entropy_gradient=bool(size.entropy_coef)
+    )
+    old_logprobs, entropy_mask = logprobs.detach(), None
+    if size.reused:
+        old_logprobs = batch.stored("old_logprobs")
+        if old_logprobs is None:
+            raise BallastError(
+                "the checkpoint was written in the middle of a batch by a version before 0.3, without π_old; "
+                "resume from one at the end of a batch, or set resume: never"
+            )
+    if size.entropy_threshold is not None:
+        entropies = batch.stored("entropies")
+        assert entropies is not None
+        entropy_mask = entropies >= size.entropy_threshold
+    loss, stats = policy_loss(
+        logprobs, old_logprobs=old_logprobs, advantages=batch.advantages, mask=batch.mask, options=config,
+        size=size, sampling_logprobs=batch.sampling_logprobs, truncated=batch.truncated,
+        entropy_mask=entropy_mask, ref_logprobs=batch.stored("ref_logprobs"),
+    )  # fmt: skip
+    if size.entropy_coef:
+        counted = stats["mask"] if entropy_mask is None else stats["mask"] * entropy_mask
+        loss = loss - size.entropy_coef * (entropy * counted).sum() / size.trained_tokens
+    stats |= {"loss": loss.detach(), "entropy": entropy.detach(), "old_logprobs": old_logprobs,
+              "nonfinite_hidden_states": nonfinite}  # fmt: skip
+    if aux_coef and router_logits:
+        real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
+        balance = load_balancing_loss(router_logits, model.arch, real)
+        loss = loss + aux_coef * len(batch.rollouts) / size.completions * balance
+    return loss * size.ranks, stats
+
+
+def entropy_threshold(micro: Sequence[Sequence[Rollout]], options: Any, world: World) -> tuple[float, float]:
+    """The entropy above which the top `top_entropy_quantile` of a step's tokens lie, over all micro-batches
+    and ranks; and how many those are."""
+    mine = [
+        e
+        for part in micro
+        for r in part
+        if not (options.mask_truncated_completions and r.truncated)
+        for e, ours in zip(r.entropies or [], r.written(), strict=True)
+        if ours
+    ]
+    values = np.array([e for part in dist.gather(mine, world) for e in part])
+    if not len(values):
+        return math.inf, 1.0
+    threshold = float(np.quantile(values, 1 - options.top_entropy_quantile))
+    return threshold, float((values >= threshold).sum())
+
+
+def entropy_bonus(options: Any, last_entropy: float) -> float:
+    """entropy_coef; with entropy_target only while the last step's entropy was not above it."""
+    target = options.entropy_target
+    return 0.0 if target is not None and last_entropy > target else options.entropy_coef
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rewards to advantages
+# ------------------------------------------------------------------------------------------------------------
 
 
 def generation_batch_size(config: Config, world_size: int) -> int:
@@ -236,7 +471,7 @@ def refuse_no_rewards(rewards: Tensor, names: Sequence[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Prompts, samples, evaluation
+# Samples and evaluation
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -314,6 +549,23 @@ class Sampler:
         self.seconds["reward"] += seconds()
         return rollouts
 
+    def queue(self, prompts: PromptData, batch_size: int, ahead: list[dict] | None) -> RolloutQueue:
+        """The generation batches of a run; `ahead`: the next one, as a checkpoint kept it."""
+        order, seed = prompts.order, self.config.seed
+
+        def sample(generation: int, step: int, prefetched: bool) -> list[Rollout]:
+            if prompts.replay is not None:
+                return prompts.replay.batch(generation, batch_size)
+            return self.sample(order.batch(generation), step, (seed, generation), prefetched=prefetched)
+
+        def prefetch(generation: int) -> None:
+            self.prefetch(order.batch(generation), (seed, generation))
+
+        return RolloutQueue(
+            self.engine, sample, prefetch, asynchronous=self.config.async_prefetch,
+            ahead=None if ahead is None else [Rollout(**r) for r in ahead],
+        )  # fmt: skip
+
 
 def reward_table(rollouts: Sequence[Rollout], config: Config) -> tuple[Tensor, list[str], Tensor]:
     """(rewards [B, R] in fp64 with NaN where a function does not apply, their names, weights [R])."""
@@ -339,8 +591,10 @@ def pass_at_k(right: int, n: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def evaluate(sampler: Sampler, step: int, config: Config) -> tuple[dict[str, float], list[Rollout]]:
-    """Mean reward, pass@1 and pass@k on the held-out prompts; and the samples."""
+def evaluate(sampler: Sampler, run: Run) -> dict[str, float]:
+    """Mean reward, pass@1 and pass@k on the held-out prompts. A collective."""
+    config, step = run.config, run.step
+    sampler.engine.sync(step, due=True)
     indices, n = list(range(len(sampler.prompts))), config.eval_num_generations
     temperature = config.temperature if config.eval_temperature is None else config.eval_temperature
 
@@ -358,7 +612,9 @@ def evaluate(sampler: Sampler, step: int, config: Config) -> tuple[dict[str, flo
     if config.eval_greedy:
         greedy, _ = scored(1, 0.0)
         metrics["eval/greedy"] = (greedy >= config.eval_success_reward - 1e-9).double().mean().item()
-    return metrics, rollouts
+    if run.world.main:
+        write_rollouts(run.output_dir / "rollouts", step, rollouts, run.tokenizer, kind="eval")
+    return metrics
 
 
 class ReplayBuffer:
@@ -388,152 +644,68 @@ class ReplayBuffer:
 
 def main(config: Config) -> None:
     # 1. Set up.
-    output_dir, directory = Path(config.output_dir), Path(config.config_directory)
-    world = dist.init(config)
-    start_log(output_dir, world.main)
-    dist.seed_everything(config.seed, world.rank)
-    interrupt = dist.Interrupt()
-    batch_size, n = generation_batch_size(config, world.size), config.num_generations
+    batch_size = generation_batch_size(config, dist.world_size())
+    run = begin(config)
+    world, tokenizer, n = run.world, run.tokenizer, config.num_generations
     assert config.steps_per_generation is not None
-    accumulation, mb = config.gradient_accumulation_steps, config.micro_batch_size
-    slices = config.steps_per_generation // accumulation  # optimiser steps in one pass over a batch
-    updates = slices * config.num_iterations  # optimiser steps in all that a batch is used for
+    slices = config.steps_per_generation // config.gradient_accumulation_steps  # optimiser steps of one pass
+    updates = slices * config.num_iterations  # optimiser steps that a generation batch is used for
+    step_rows = batch_size // slices  # completions of an optimiser step
+    rows_at_once = config.micro_batch_size * world.size  # of one micro-batch of every rank
 
     # 2. Prompts.
-    checkpoint = dist.main_first(
-        lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
-    )
-    arch = read_architecture(checkpoint, config.ignore_config_fields)
-    tokenizer = load_tokenizer(checkpoint, config, directory)
-    prompts: list[Prompt] = []
-    held_out: list[Prompt] = []
-    replay, data = None, ""
-    if config.rollout_engine == "replay":
-        assert config.replay_path is not None
-        replay = ReplayEngine(config.replay_path, directory, config, tokenizer)
-        batches = len(replay.rollouts) // batch_size
-        data = replay.fingerprint
-        if not batches:
-            raise ConfigError(
-                "replay_path",
-                config.replay_path,
-                f"holds {len(replay.rollouts)} rollouts, a batch takes {batch_size}",
-            )
-        order = PromptOrder([0], 1, config.seed)
-    if config.datasets and (replay is None or config.val_set_size):
-        prompts, data = read_prompts(config.datasets, tokenizer, config, directory, config.max_prompt_length)
-    if config.val_set_size:
-        train_rows, held_rows = split_held_out(len(prompts), config.val_set_size, config.seed)
-        prompts, held_out = [prompts[i] for i in train_rows], [prompts[i] for i in held_rows]
-    if config.test_datasets:
-        held_out, _ = read_prompts(
-            config.test_datasets, tokenizer, config, directory, config.max_prompt_length
-        )
-    if replay is None:
-        source, weights = [prompt.source for prompt in prompts], weights_of(config.datasets)
-        order, data = PromptOrder(source, batch_size // n, config.seed, weights), with_weights(data, weights)
-        batches = (
-            math.ceil(config.max_steps / updates) if config.max_steps else order.batches(config.num_epochs)
-        )
-    total_steps = min(batches * updates, config.max_steps or batches * updates)
-    dist.check_schedule(config, total_steps)
-    settle_intervals(config, total_steps, updates * (order.batches(1.0) if replay is None else batches))
-    checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
-    identity = run_identity(config, batch_size, data)
-    resume_from, saved = checkpointer.to_resume(identity)
+    prompts = read_prompt_data(config, tokenizer, run.directory, batch_size, updates)
+    total_steps = min(prompts.batches * updates, config.max_steps or prompts.batches * updates)
+    plan(run, total_steps, updates * prompts.batches_per_epoch, **{
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "completions of a generation batch": batch_size, "data": prompts.fingerprint,
+    })  # fmt: skip
 
     # 3. Model, optimiser, reference, engine.
-    rows = max(arch.vocab_size, tokenizer.vocab_size)
-    arch = resized(arch, rows, config.pad_vocab_to_multiple_of)
-    model = building.build_model(arch, checkpoint, config, world, new_tokens=tokenizer.new_ids)
+    model, optimizers = build(run)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = dist.make_optimizers(model, config)
-    reference = None  # LoRA: the model itself with its adapters off, no second copy
-    if config.beta and not config.adapter:
-        moves = config.ref_model_sync_steps is not None  # by less than bf16 could hold
-        reference = building.build_model(arch, checkpoint, config, world, frozen=not moves)
-        reference.eval().requires_grad_(False)
-    share = can_share_prompts(model, config.share_prompts)
-    aux_coef = (
-        arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
-    )
-    log.info(
-        "%s: %s parameters, %s trained; %s prompts, %s held out; %d steps of %d completions on %s, "
-        "%s rollouts",
-        arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
-        f"{len(prompts):,}" if replay is None else "recorded", f"{len(held_out):,}", total_steps,
-        batch_size // slices, world.devices(config), config.rollout_engine,
+    reference = reference_model(run, config)
+    share_prompts, aux_coef = can_share_prompts(model, config.share_prompts), router_aux_coef(run)
+    trained_on = "recorded" if prompts.replay else f"{len(prompts.train):,}"
+    describe(
+        run, model, f"{trained_on} prompts, {len(prompts.held_out):,} held out; {total_steps} steps of "
+        f"{step_rows} completions on {world.devices(config)}, {config.rollout_engine} rollouts",
     )  # fmt: skip
-
     report_kl(config)
 
     # 4. Resume.
     moving = {"reference": reference} if reference is not None and config.ref_model_sync_steps else {}
-    state: dict[str, Any] = {"num_tokens": 0, "eval_before": None, "identity": identity}
-    step = 0
+    resume(run, model, optimizers, moving)
+    state = run.state
+    rollouts = [Rollout(**r) for r in state.pop("rollouts", [])]  # the generation batch in use
     buffer = ReplayBuffer(config.replay_buffer_size)
-    rollouts: list[Rollout] = []  # the generation batch in use
-    ahead: list[Rollout] | None = None  # the next one, where it was prefetched before a checkpoint
-    if resume_from is not None:
-        step, state = saved["step"], {**saved, "identity": identity}
-        checkpointer.load(resume_from, model, optimizers, config.seed, moving)
-        rollouts = [Rollout(**r) for r in state.pop("rollouts")]
-        ahead = None if state["ahead"] is None else [Rollout(**r) for r in state["ahead"]]
-        buffer.groups.extend([[Rollout(**r) for r in group] for group in state.pop("buffer")])
-        state.pop("ahead")
-    logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
-    engine = make_engine(model, config, tokenizer, world, prompts)
-    sampler = Sampler(engine, prompts, config, tokenizer, world)
-    judge = Sampler(engine, held_out, config, tokenizer, world) if held_out else None
-    watch = Forensics(model, config, world, tokenizer)
-
-    def evaluated(step: int) -> dict[str, float]:
-        assert judge is not None
-        engine.sync(step, due=True)
-        metrics, samples = evaluate(judge, step, config)
-        if world.main:
-            write_rollouts(output_dir / "rollouts", step, samples, tokenizer, kind="eval")
-        return metrics
+    buffer.groups.extend([[Rollout(**r) for r in group] for group in state.pop("buffer", [])])
+    engine = make_engine(model, config, tokenizer, world, prompts.train)
+    sampler = Sampler(engine, prompts.train, config, tokenizer, world)
+    queue = sampler.queue(prompts, batch_size, state.pop("ahead", None))
+    eval_sampler = Sampler(engine, prompts.held_out, config, tokenizer, world)
+    forensics = Forensics(model, config, world, tokenizer)
 
     def micro_batches(rollouts: list[Rollout]) -> list[list[Rollout]]:
         """This rank's share of some rollouts, cut into micro-batches."""
-        return [
-            rollouts[begin : begin + mb] for begin in range(world.rank * mb, len(rollouts), world.size * mb)
-        ]
-
-    pending = False  # whether the next batch is being prefetched
-
-    def fetch(generation: int, step: int) -> list[Rollout]:
-        """The rollouts of a generation batch, scored."""
-        if replay is not None:
-            return replay.batch(generation, batch_size)
-        return sampler.sample(order.batch(generation), step, (config.seed, generation), prefetched=pending)
+        mb = config.micro_batch_size
+        return [rollouts[i : i + mb] for i in range(world.rank * mb, len(rollouts), world.size * mb)]
 
     # 5. The loop.
     try:
-        if judge is not None and state["eval_before"] is None:
-            state["eval_before"] = evaluated(step)
-            logger.log(step, state["eval_before"])
-        while step < total_steps:
-            raced = dist.begin_step(step + 1, world)
-            generation, used = divmod(step, updates)
-            seconds = dist.Timer()
-            took = {"sync": 0.0, "logprob": 0.0, "train": 0.0}
-            sync_metrics: dict[str, float] = {}
-            sampler.seconds = {"generate": 0.0, "reward": 0.0}
+        if prompts.held_out and state["eval_before"] is None:
+            state["eval_before"] = evaluate(eval_sampler, run)
+            run.logger.log(run.step, state["eval_before"])
+        while run.step < total_steps:
+            rank_timing = dist.begin_step(run.step + 1, world)
+            generation, used = divmod(run.step, updates)
+            timer, seconds_by_phase = dist.Timer(), {"sync": 0.0, "logprob": 0.0, "train": 0.0}
+            sampler.seconds, queue.metrics = {"generate": 0.0, "reward": 0.0}, {}
             if used == 0:
                 # a. Roll out: num_generations completions of each prompt, scored. Token ids, never text.
-                if not pending and ahead is None and replay is None:
-                    sync_metrics = engine.sync(step)
-                    took["sync"] += seconds()
-                rollouts = ahead if ahead is not None else fetch(generation, step)
-                ahead, pending = None, False
-                seconds()
-                if config.async_prefetch and step + updates < total_steps:
-                    sync_metrics = engine.sync(step) or sync_metrics
-                    took["sync"] += seconds()
-                    sampler.prefetch(order.batch(generation + 1), (config.seed, generation + 1))
-                    pending = True
+                rollouts = queue.next(generation, run.step, last=run.step + updates >= total_steps)
+                seconds_by_phase["sync"] = queue.seconds
+                timer()
 
                 # b. Advantages: a completion is good only relative to its siblings.
                 table, names, weights = reward_table(rollouts, config)
@@ -544,55 +716,62 @@ def main(config: Config) -> None:
                 )
                 for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
                     rollout.advantage = advantage
-                batch_metrics |= reward_metrics(table, names) | completion_metrics(rollouts)
-                batch_metrics["weight_version_lag"] = float(step - min(r.weight_version for r in rollouts))
                 state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+                batch_metrics |= reward_metrics(table, names) | completion_metrics(rollouts)
+                batch_metrics["weight_version_lag"] = float(
+                    run.step - min(r.weight_version for r in rollouts)
+                )
                 if world.main:
-                    write_rollouts(output_dir / "rollouts", step, rollouts, tokenizer)
+                    write_rollouts(run.output_dir / "rollouts", run.step, rollouts, tokenizer)
                 shown = rollouts
                 if config.replay_buffer_size:
                     rollouts, replaced = buffer.refill(rollouts, n)
                     batch_metrics["replayed_groups"] = float(replaced)
                 state["batch_metrics"] = batch_metrics  # every step that uses the batch reports them
-
-                check_sampler(engine, model, rollouts, micro_batches(rollouts), config, world, share)
+                check_sampler(engine, model, rollouts, micro_batches(rollouts), config, world, share_prompts)
 
                 # c. π_old of the whole batch, before the first update moves the weights it is of; and π_ref.
                 keep_logprobs(
-                    model, reference, micro_batches(rollouts), config, world, share, old=updates > 1,
-                    kl=measures_kl(config, step, updates),
+                    model, reference, micro_batches(rollouts), config, world, share_prompts,
+                    old=updates > 1 or config.top_entropy_quantile < 1,
+                    kl=measures_kl(config, run.step, updates),
                 )  # fmt: skip
-                took["logprob"] += seconds()
+                seconds_by_phase["logprob"] = timer()
 
-            # The rows of this optimiser step, and this rank's micro-batches. Groups stay together: prompts
-            # came in random order already, and a micro-batch of a flat group can be skipped.
-            begin = (used % slices) * accumulation * world.size * mb
-            in_step = rollouts[begin : begin + accumulation * world.size * mb]
-            micro = micro_batches(in_step)
+            # The rows of this optimiser step. Groups stay together: prompts came in random order already, and
+            # a micro-batch of flat groups can be skipped.
+            step_rollouts = rollouts[(used % slices) * step_rows :][:step_rows]
+            size = step_size(step_rollouts, micro_batches(step_rollouts), run, reused=updates > 1)
 
-            # d. Loss and backward, over this rank's micro-batches: policy_loss in policy.py.
-            bonus = entropy_bonus(config, state.get("entropy", 0.0))
-            with monitor.profiled(step + 1, config, output_dir, world.rank, world.device):
-                tally, losses, skipped = accumulate_gradients(
-                    model, in_step, micro, config, world, share, watch, step=step + 1, reused=updates > 1,
-                    bonus=bonus,
-                    aux_coef=aux_coef,
-                )  # fmt: skip
+            # d. Loss and backward, over this rank's micro-batches.
+            tally, losses, skipped = Tally(), [], 0
+            with monitor.profiled(run.step + 1, config, run.output_dir, world.rank, world.device):
+                for k, micro_batch in enumerate(micro_batches(step_rollouts)):
+                    across = step_rollouts[k * rows_at_once : (k + 1) * rows_at_once]
+                    if not (any(r.advantage for r in across) or config.beta or size.entropy_coef):
+                        skipped += 1  # by all ranks alike: every rank knows all advantages
+                        continue
+                    batch = collate(micro_batch, world.device, share_prompts)
+                    forensics.remember(batch, batch.rows, batch.given)
+                    loss, stats = grpo_loss(model, batch, size, config, aux_coef)
+                    loss.backward()
+                    losses.append(stats["loss"])
+                    tally_policy(tally, stats, batch, run.step + 1)
 
                 # e. The norm before clipping; nothing that is not finite may reach the weights. A step
-                # without any signal leaves the optimiser alone: its momentum would move the weights on
-                # nothing.
+                # without any signal leaves the optimiser alone: momentum alone would still move the weights.
                 norm, with_gradient = dist.gradient_norm(trained)
-                rate = dist.learning_rate(step, config, total_steps)
-                if losses and watch.healthy(step + 1, losses, norm):
+                rate = dist.learning_rate(run.step, config, total_steps)
+                loss_of = functools.partial(grpo_loss, model, size=size, config=config, aux_coef=aux_coef)
+                if losses and forensics.healthy(run.step + 1, losses, norm, loss_of):
                     dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
                     rate = dist.update(optimizers, rate)
-            step += 1
-            took["train"] += seconds()
+            run.step += 1
+            seconds_by_phase["train"] = timer()
             if (
                 reference is not None
                 and config.ref_model_sync_steps
-                and step % config.ref_model_sync_steps == 0
+                and run.step % config.ref_model_sync_steps == 0
             ):
                 dist.mix_weights(reference, model, config.ref_model_mixup_alpha)
 
@@ -600,61 +779,75 @@ def main(config: Config) -> None:
             tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
             policy_metrics = tally.result(world)
             state["entropy"] = policy_metrics.get("entropy", state.get("entropy", 0.0))
-            took |= sampler.seconds
+            seconds_by_phase |= sampler.seconds
             metrics: dict[str, float] = {
-                **state["batch_metrics"], **policy_metrics,
-                "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
-                "skipped_micro_batches": float(skipped), "entropy_coef": bonus,
-                "epoch": order.size * (generation + 1) / order.epoch_size if replay is None else 0.0,
-                "step_time": sum(took.values()), **{f"step_time/{k}": v for k, v in took.items()},
-                **sync_metrics, **watch.metrics(), **memory.peak_memory(world.device), **raced,
+                **state["batch_metrics"], **policy_metrics, "grad_norm": norm.item(), "learning_rate": rate,
+                "num_tokens": state["num_tokens"], "skipped_micro_batches": float(skipped),
+                "entropy_coef": size.entropy_coef,
+                "epoch": prompts.epoch_of(generation),
+                "step_time": sum(seconds_by_phase.values()),
+                **{f"step_time/{phase}": value for phase, value in seconds_by_phase.items()},
+                **queue.metrics, **forensics.metrics(), **memory.peak_memory(world.device), **rank_timing,
             }  # fmt: skip
-            logger.advance()
-            stopping = logger.stopping(interrupt.signal, step, world)
-            evaluating = judge is not None and (
-                step == total_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
-            )
-            saving = config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
-            # What is under way was sampled from the old weights
-            if pending and (evaluating or saving or stopping):
-                ahead, pending = fetch(generation + 1, step), False
-            if evaluating:
-                metrics |= evaluated(step)
+
+            # g. Evaluate, log, save.
+            due = end_step(run, evaluates=bool(prompts.held_out))
+            if due.evaluate or due.save:
+                queue.settle(generation + 1, run.step)  # before new weights are sent
+            if due.evaluate:
+                metrics |= evaluate(eval_sampler, run)
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
-            logger.observe(step, metrics)
-            if step % config.logging_steps == 0 or step == total_steps or evaluating:
-                logger.log(step, metrics)
+            run.logger.observe(run.step, metrics)
+            if due.log or due.evaluate:
+                run.logger.log(run.step, metrics)
                 if config.log_completions and used == 0:
-                    show_completions(shown, tokenizer, logger, step)
-            if saving or stopping:
+                    show_rollouts(shown, tokenizer, run.logger, run.step)
+            if due.save:
                 # The servers get the weights of the checkpoint, so that a resumed run samples from the same.
-                engine.sync(step, due=True)
-                save(checkpointer, step, model, optimizers, state, rollouts, ahead, buffer, moving, world)
-            if stopping and step < total_steps:
-                checkpointer.finish()
-                logger.stopped(step, world)
-                return
+                engine.sync(run.step, due=True)
+                save(run, model, optimizers, rollouts, queue.ahead, buffer, moving)
+            if due.stop:
+                return stop(run)
     except EngineError as error:
         # Nothing of the run is lost to a server: what was trained so far is saved before the run ends.
-        if step > (checkpointer.steps() or [0])[-1]:
-            save(checkpointer, step, model, optimizers, state, rollouts, ahead, buffer, moving, world)
-            checkpointer.finish()
-            raise EngineError(f"{error}; step {step} is saved, the same command goes on from it") from None
+        if run.step > (run.checkpointer.steps() or [0])[-1]:
+            save(run, model, optimizers, rollouts, queue.ahead, buffer, moving)
+            run.checkpointer.finish()
+            raise EngineError(
+                f"{error}; step {run.step} is saved, the same command goes on from it"
+            ) from None
         raise
-    checkpointer.finish()
 
     # 6. Final save and report.
-    final = save_final(model, tokenizer, config, world)
-    logger.close()
-    if judge is not None:
-        monitor.report_evaluation(state["eval_before"], state.get("eval_after", state["eval_before"]))
-    monitor.say_saved(final)
-    dist.finish()
+    final = save_model(run, model)
+    finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
+
+
+def reference_model(run: Run, config: Config) -> Transformer | None:
+    """π_ref, where beta needs it and LoRA has not the model itself with its adapters off."""
+    if not config.beta or config.adapter:
+        return None
+    moves = config.ref_model_sync_steps is not None  # by less than bf16 could hold
+    model = building.build_model(run.arch, run.checkpoint, config, run.world, frozen=not moves)
+    return model.eval().requires_grad_(False)
+
+
+def step_size(
+    rollouts: list[Rollout], micro_batches: list[list[Rollout]], run: Run, reused: bool
+) -> StepSize:
+    """What the losses of an optimiser step are divided by. A collective with top_entropy_quantile."""
+    config = run.config
+    more: dict[str, Any] = {}
+    if config.top_entropy_quantile < 1:
+        threshold, count = entropy_threshold(micro_batches, config, run.world)
+        more = {"entropy_threshold": threshold, "trained_tokens": count}
+    bonus = entropy_bonus(config, run.state.get("entropy", 0.0))
+    return StepSize.of(rollouts, config, ranks=run.world.size, reused=reused, entropy_coef=bonus, **more)
 
 
 def save(
-    checkpointer: Checkpointer, step: int, model: Any, optimizers: list, state: dict, rollouts: list[Rollout],
-    ahead: list[Rollout] | None, buffer: ReplayBuffer, moving: dict[str, Any], world: World,
+    run: Run, model: Transformer, optimizers: list, rollouts: list[Rollout], ahead: list[Rollout] | None,
+    buffer: ReplayBuffer, moving: dict[str, Any],
 ) -> None:  # fmt: skip
     """A checkpoint with what the loop holds besides weights: the batch in use with its π_old and π_ref, a
     prefetched batch, the replay buffer. A collective."""
@@ -662,58 +855,14 @@ def save(
         i: (r.old_logprobs, r.ref_logprobs, r.entropies)
         for i, r in enumerate(rollouts) if r.old_logprobs or r.ref_logprobs
     }  # fmt: skip
-    for part in dist.gather(stored, world):
+    for part in dist.gather(stored, run.world):
         for i, (old, ref, entropies) in part.items():
             rollouts[i].old_logprobs, rollouts[i].ref_logprobs, rollouts[i].entropies = old, ref, entropies
-    checkpointer.save(step, model, optimizers, {
-        **state, "rollouts": [vars(r) for r in rollouts],
+    run.checkpointer.save(run.step, model, optimizers, {
+        **run.state, "rollouts": [vars(r) for r in rollouts],
         "ahead": None if ahead is None else [vars(r) for r in ahead],
         "buffer": [[vars(r) for r in group] for group in buffer.groups],
     }, moving)  # fmt: skip
-
-
-def show_completions(rollouts: list[Rollout], tokenizer: Tokenizer, logger: MetricLogger, step: int) -> None:
-    """log_completions: a few on the console, all of them to wandb (JSONL always has them)."""
-
-    def short(ids: list[int], width: int) -> str:
-        text = " ".join(tokenizer.decode(ids, special=True).split())
-        return text if len(text) <= width else "…" + text[1 - width :]
-
-    for r in rollouts[:4]:
-        rewards = "  ".join(f"{k} {'—' if v is None else f'{v:g}'}" for k, v in r.rewards.items())
-        log.info(
-            "  %s → %s   [%s  advantage %+.2f]",
-            short(r.prompt_ids, 48),
-            short(r.completion_ids, 60),
-            rewards,
-            r.advantage,
-        )
-    if logger.main and logger.wandb is not None:
-        import wandb  # a run without it does not wait for it
-
-        names = list(rollouts[0].rewards)
-        table = wandb.Table(columns=["step", "prompt", "completion", *names, "advantage"])
-        for r in rollouts:
-            table.add_data(
-                step, tokenizer.decode(r.prompt_ids, special=True),
-                tokenizer.decode(r.completion_ids, special=True),
-                *[r.rewards.get(name) for name in names], r.advantage,
-            )  # fmt: skip
-        logger.wandb.log({"completions": table}, step=step)
-
-
-def run_identity(config: Config, batch_size: int, data: str) -> dict:
-    """What a checkpoint of this run can go on with."""
-    keys = ("base_model", "adapter", "load_in_4bit", "load_in_8bit", "fp8", "fp8_frozen", "lora_r",
-            "lora_target_modules", "optimizer", "seed", "num_generations", "num_iterations",
-            "gradient_accumulation_steps", "steps_per_generation", "val_set_size",
-            "rollout_engine")  # fmt: skip
-    values = asdict(config)
-    return {
-        **{key: values[key] for key in keys},
-        "completions of a generation batch": batch_size,
-        "data": data,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -731,90 +880,20 @@ class TestConfig(Config):
     """test-rewards: how many rows."""
 
 
-def test_rewards(argv: list[str]) -> int:
+def test_rewards(argv: list[str]) -> None:
     """Score sample completions outside training, and show what the functions get."""
-    config = parse_config(TestConfig, argv, description="Score sample completions outside training.")
-    log.addHandler(_Console(20))
-    log.setLevel(20)
-    directory = Path(config.config_directory)
-    checkpoint = resolve_checkpoint(config.base_model, config.base_model_revision, directory)
-    tokenizer = load_tokenizer(checkpoint, config, directory)
-    prompts, _ = read_prompts(config.datasets, tokenizer, config, directory, config.max_prompt_length)
-    prompts = prompts[: config.rows]
-    scorer = Scorer(config, tokenizer)
-    if config.completions:
-        prompts = [prompts[i % len(prompts)] for i in range(len(config.completions))]
-        ids = [tokenizer.encode(text) for text in config.completions]
-    elif config.source == "generate":
-        model = load_pretrained(str(checkpoint), dtype=torch.float32)
-        engine = EmbeddedEngine(model, config, tokenizer, World(0, 1, 0, torch.device("cpu")))
-        ids = [g[0].ids for g in engine.generate([p.ids for p in prompts], 1, seed=(config.seed,))]
-    else:
-        missing = next((p.name for p in prompts if "answer" not in p.columns), None)
-        if missing:
-            raise ConfigError(
-                "source", "answer", f"needs a reference answer, {missing} has none; use source=generate"
-            )
-        ids = [tokenizer.encode(str(p.columns["answer"])) for p in prompts]
-    arguments = scorer.arguments(prompts, ids)
-    print("columns that a reward function gets, from the first row:")
-    for name, values in arguments.items():
-        shown = json.dumps(values[0], ensure_ascii=False, default=str)
-        print(f"  {name:<16} {shown if len(shown) < 90 else shown[:90] + ' …'}")
-    scores = scorer.finish(scorer.begin(prompts, ids))
-    print(f"\nscores of {len(ids)} completions:")
-    for i, tokens in enumerate(ids):
-        values = "  ".join(
-            f"{name} {'—' if s[i] is None else format(s[i], 'g')}" for name, s in scores.items()
-        )
-        print(f"  {prompts[i].name}  {tokenizer.decode(tokens)[:60]!r}  {values}")
-    for name, values in scores.items():
-        if len({v for v in values}) == 1 and not config.completions:
-            print(f"note: {name} gave every completion the same score, {values[0]}")
-    return 0
-
-
-def serve(argv: list[str]) -> None:
-    """Start the vLLM server that a config needs, in this process's place."""
-    config = parse_config(Config, argv, description="Start the vLLM server that a config needs.")
-    try:
-        place = Path(config.config_directory)
-        model = resolve_checkpoint(config.base_model, config.base_model_revision, place).resolve()
-    except BallastError as error:
-        raise ConfigError("base_model", config.base_model, f"cannot be served: {error}") from None
-    for url in config.vllm_server_base_url[1:]:
-        print(f"# another terminal: python grpo.py serve … 'vllm_server_base_url=[{url}]'")
-    environment, command = server_command(config, str(model), config.vllm_server_base_url[0])
-    host = urlparse(config.vllm_server_base_url[0]).hostname
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        print(
-            f"warning: {host} can be reached from other machines, and the routes that replace weights and "
-            "run methods in the server have no password: whoever reaches this port owns the process; open "
-            "it to the trainer's host alone (a firewall, a private network, an SSH tunnel)",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-    print(" ".join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
-    if config.vllm_python is None and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "vllm_python", None, f"is unset, and {sys.executable} has no vLLM: `pip install 'vllm==0.32.*'` "
-            "into it or into a venv of its own, and set vllm_python to that one's Python",
-        )  # fmt: skip
-    try:
-        os.execvpe(command[0], command, {**os.environ, **environment})  # noqa: S606
-    except OSError as error:
-        raise ConfigError("vllm_python", command[0], f"cannot be started ({error.strerror})") from None
+    score_samples(parse_config(TestConfig, argv, description="Score sample completions outside training."))
 
 
 def cli() -> None:
-    """torchrun grpo.py, or ballast-grpo where the package is installed."""
+    """python grpo.py, or one of its tools."""
     if sys.argv[1:2] == ["test-rewards"]:
-        run(lambda argv: sys.exit(test_rewards(argv)), lambda: sys.argv[2:])
+        loop.start(test_rewards, lambda: sys.argv[2:])
     elif sys.argv[1:2] == ["serve"]:
-        run(serve, lambda: sys.argv[2:])
+        how = "Start the vLLM server that a config needs."
+        loop.start(serve, lambda: parse_config(Config, sys.argv[2:], description=how))
     else:
-        run(
-            main, lambda: parse_config(Config, description=" ".join((__doc__ or "").split("\n\n")[0].split()))
-        )
+        loop.cli(main, Config, __doc__)
 
 
 if __name__ == "__main__":

@@ -13,36 +13,39 @@ page: Loss Spikes).
 import functools
 import hashlib
 import math
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 import dist
-from checkpoints import building
-from checkpoints.saving import Checkpointer, CheckpointOptions, save_final
-from checkpoints.weights import read_architecture, resized
-from data import RowOptions, ScratchOptions, load_tokenizer, prepare, report_rows, trained_tokenizer
+from checkpoints.saving import CheckpointOptions
+from data import RowOptions, ScratchOptions, prepare, report_rows
 from dist import DistOptions, OptimizerOptions, World
 from health import memory, monitor
 from health.forensics import ForensicOptions, Forensics
-from health.monitor import LogOptions, MetricLogger
+from health.monitor import LogOptions, Meter
 from model import ModelOptions, Transformer, forward_only, load_balancing_loss
 from numerics.losses import linear_cross_entropy
 from rollouts.generation import generate
-from run.config import (
-    ConfigError,
-    check_at_least_one,
-    check_every_part,
-    check_ranges,
-    parse_config,
-    resolve_checkpoint,
+from run.config import ConfigError, check_at_least_one, check_every_part, check_ranges
+from run.log import log
+from run.loop import (
+    Run,
+    begin,
+    build,
+    cli,
+    describe,
+    end_step,
+    finish,
+    plan,
+    resume,
+    router_aux_coef,
+    save_model,
+    stop,
 )
-from run.log import log, start_log
-from run.loop import run
-from text.packing import Batch, Batches, Dataset, LoopOptions, settle_intervals, split_held_out, weights_of
+from text.packing import Batch, Batches, Dataset, LoopOptions, split_held_out, weights_of
 from text.tokenizer import IGNORE, Tokenizer
 
 
@@ -70,9 +73,18 @@ class Config(
 # ------------------------------------------------------------------------------------------------------------
 
 
-def sft_loss(model: Transformer, batch: Batch, aux_coef: float = 0.0) -> tuple[Tensor, Tensor | None]:
-    """(sum of NLL over the micro-batch's trained tokens, load-balancing loss or None). The caller divides the
-    sum by the trained tokens of the global batch."""
+@dataclass
+class StepSize:
+    """What an optimiser step holds, over all micro-batches and ranks: losses are divided by it, so that they
+    do not depend on how the step is cut."""
+
+    tokens: int  # trained ones
+    micro_batches: int  # of each rank
+    ranks: int
+
+
+def batch_nll(model: Transformer, batch: Batch, aux_coef: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    """(sum of NLL over the micro-batch's trained tokens, load-balancing loss or None)."""
     hidden, router_logits = model.hidden_states(
         batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids
     )
@@ -82,6 +94,19 @@ def sft_loss(model: Transformer, batch: Batch, aux_coef: float = 0.0) -> tuple[T
     if not router_logits or aux_coef == 0:
         return nll, None
     return nll, load_balancing_loss(router_logits, model.arch, batch.document_ids.flatten() >= 0)
+
+
+def sft_loss(
+    model: Transformer, batch: Batch, size: StepSize, aux_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's part of the step's loss, and its sums. The parts of all micro-batches and ranks add
+    up to the mean NLL of the step's trained tokens; FSDP averages gradients over ranks: × ranks."""
+    nll, aux = batch_nll(model, batch, aux_coef)
+    loss = nll * (size.ranks / size.tokens)
+    if aux is None:
+        return loss, {"nll": nll.detach(), "loss": loss.detach()}
+    loss = loss + aux_coef * aux / size.micro_batches
+    return loss, {"nll": nll.detach(), "loss": loss.detach(), "aux": aux.detach() / size.micro_batches}
 
 
 @forward_only
@@ -94,7 +119,7 @@ def evaluate(model: Transformer, batches: Batches, config: Config, world: World)
             batches.units(step), config.micro_batch_size, world.rank, world.size
         ):
             batch = batch.to(world.device)
-            nll += sft_loss(model, batch)[0].item()
+            nll += batch_nll(model, batch)[0].item()
             tokens += int((batch.targets != IGNORE).sum())
     model.train()
     nll, tokens = dist.all_reduce([nll, tokens], world)
@@ -123,8 +148,8 @@ def sampled_accuracy(
 
     answers = []
     # As many calls on every rank: each is a collective
-    for begin in range(0, -(-len(rows) // world.size), 64):
-        part = prompts[begin : begin + 64] or prompts[:1]
+    for first in range(0, -(-len(rows) // world.size), 64):
+        part = prompts[first : first + 64] or prompts[:1]
         made = generate(
             model, part, max_new_tokens=config.eval_max_new_tokens, temperature=0,
             stop_token_ids=tokenizer.stop_ids, anyone=anyone,
@@ -143,229 +168,181 @@ def sampled_accuracy(
 
 def main(config: Config) -> None:
     # 1. Set up.
-    output_dir, directory = Path(config.output_dir), Path(config.config_directory)
-    world = dist.init(config)
-    start_log(output_dir, world.main)
-    dist.seed_everything(config.seed, world.rank)
-    interrupt = dist.Interrupt()
-    since_start = dist.Timer()
+    run = begin(config)
+    world, tokenizer = run.world, run.tokenizer
 
     # 2. Data: encoded once, by the first rank; the others read what it wrote.
-    cache = Path(config.dataset_prepared_path or output_dir / "prepared")
-
-    def encoded(specs: list[dict]) -> Dataset:
-        return dist.main_first(lambda: prepare(specs, tokenizer, config, directory, cache), world)
-
-    def ordered(
-        rows: np.ndarray, of: Dataset, weights: list[float], units_a_step: int, shuffle: bool
-    ) -> Batches:
-        return Batches(
-            of, rows, weights=weights, units_a_step=units_a_step, seed=config.seed, pad_id=tokenizer.pad_id,
-            capacity=config.sequence_len if config.sample_packing else None, shuffle=shuffle,
-        )  # fmt: skip
-
-    checkpoint = dist.main_first(
-        lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
-    )
-    arch = read_architecture(checkpoint, config.ignore_config_fields)
-    if config.tokenizer_vocab_size is None:
-        tokenizer = load_tokenizer(checkpoint, config, directory)
-    else:
-        tokenizer = dist.main_first(lambda: trained_tokenizer(config, directory, cache), world)
-    dataset = encoded(config.datasets)
-    report_rows(dataset)
-    train_rows, held_out_rows = split_held_out(len(dataset), config.val_set_size, config.seed)
-    held_out, held_out_weights = dataset, [1.0] * len(config.datasets)
-    if config.test_datasets:
-        held_out, held_out_weights = encoded(config.test_datasets), [1.0] * len(config.test_datasets)
-        held_out_rows = np.arange(len(held_out))
-    global_batch = config.micro_batch_size * config.gradient_accumulation_steps * world.size
-    weights = weights_of(config.datasets)
-    order = ordered(train_rows, dataset, weights, global_batch, shuffle=True)
-    eval_batch = config.micro_batch_size * world.size
-    eval_order = ordered(held_out_rows, held_out, held_out_weights, eval_batch, shuffle=False)
-    total_steps = order.plan(config.num_epochs, config.max_steps)
-    dist.check_schedule(config, total_steps)
-    settle_intervals(config, total_steps, order.steps_per_epoch())
-    checkpointer = Checkpointer(output_dir / "checkpoints", world, config)
-    identity = run_identity(config, global_batch, dataset)
-    resume_from, saved = checkpointer.to_resume(identity)
+    dataset, order, held_out, eval_order = read_data(run, config)
+    plan(run, order.plan(config.num_epochs, config.max_steps), order.steps_per_epoch(), **{
+        "micro_batch_size · gradient_accumulation_steps · processes": order.units_a_step,
+        "data": fingerprint(dataset, config),
+    })  # fmt: skip
 
     # 3. Model and optimiser.
-    rows = tokenizer.vocab_size if config.random_init else max(arch.vocab_size, tokenizer.vocab_size)
-    arch = resized(arch, rows, config.pad_vocab_to_multiple_of)
-    check_ids(dataset, arch.vocab_size)
-    model = building.build_model(arch, checkpoint, config, world, config.random_init, tokenizer.new_ids)
+    model, optimizers = build(run, tokenizer.vocab_size if config.random_init else None)
+    check_ids(dataset, run.arch.vocab_size)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizers = dist.make_optimizers(model, config)
-    aux_coef = (
-        arch.router_aux_loss_coef if config.router_aux_loss_coef is None else config.router_aux_loss_coef
-    )
-    log.info(
-        "%s: %s parameters, %s trained; %s rows to train on, %s held out; %d steps of %d %s on %s",
-        arch.name, f"{model.count_parameters():,}", f"{sum(p.numel() for p in trained):,}",
-        f"{len(train_rows):,}", f"{len(held_out_rows):,}", total_steps, global_batch,
-        "packs" if config.sample_packing else "rows", world.devices(config),
-    )  # fmt: skip
-
-    stored = memory.weight_bytes(model)
-    each = stored / model.count_parameters()
-    log.info("memory of a process: weights %s, %.2f bytes a parameter of the model", memory.gib(stored), each)
+    aux_coef = router_aux_coef(run)
+    describe(run, model, f"{len(order.rows):,} rows to train on, {len(eval_order.rows):,} held out; "
+             f"{run.total_steps} steps of {order.units_a_step} {'packs' if order.capacity else 'rows'} on "
+             f"{world.devices(config)}")  # fmt: skip
+    memory.report_weights(model)
 
     # 4. Resume.
-    state = {"num_tokens": 0, "eval_before": None, "identity": identity}
-    step = 0
-    if resume_from is not None:
-        step, state = saved["step"], {**saved, "identity": identity}
-        checkpointer.load(resume_from, model, optimizers, config.seed)
-    logger = MetricLogger(config, output_dir, main=world.main, first_step=step, total_steps=total_steps)
-    if len(held_out_rows) and state["eval_before"] is None:
+    resume(run, model, optimizers)
+    state = run.state
+    if len(eval_order.rows) and state["eval_before"] is None:
         state["eval_before"] = evaluate(model, eval_order, config, world)["eval/loss"]
         log.info("held-out loss before training: %.4f", state["eval_before"])
-    peak = memory.peak_flops(world.device)
-    watch = Forensics(model, config, world, tokenizer)
-
-    def micro_loss(batch: Batch, tokens: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(this micro-batch's part of the step's loss, Σ NLL, load-balancing loss). FSDP averages gradients
-        over ranks, the loss is a sum over them: × world.size."""
-        nll, aux = sft_loss(model, batch, aux_coef)
-        loss = nll * (world.size / tokens)
-        return loss if aux is None else loss + aux_coef * aux / count, nll, aux
-
-    log.debug("ready after %.1f s", since_start())
+    forensics = Forensics(model, config, world, tokenizer)
 
     # 5. The loop.
-    window: dict[str, float] = {}  # sums since metrics were last written
-    first_step = True
-    seconds = dist.Timer()
-    while step < total_steps:
-        raced = dist.begin_step(step + 1, world)
-        with monitor.profiled(step + 1, config, output_dir, world.rank, world.device):
+    first_step, meter, seconds = run.step, Meter(world), dist.Timer()
+    while run.step < run.total_steps:
+        rank_timing = dist.begin_step(run.step + 1, world)
+        with monitor.profiled(run.step + 1, config, run.output_dir, world.rank, world.device):
             # a. The rows of this step, the same on every rank; this rank's micro-batches; and the tokens that
             # all of them train together.
-            units = order.units(step)
+            units = order.units(run.step)
             batches = order.micro_batches(units, config.micro_batch_size, world.rank, world.size)
-            trained_tokens = order.trained_tokens(units)
-            waited = seconds.so_far()
+            size = StepSize(order.trained_tokens(units), len(batches), world.size)
+            seconds_for_data = seconds.so_far()
 
             # b. Forward and backward.
-            losses: list[Tensor] = []
-            differentiated: list[Tensor] = []
-            aux_mean = 0.0
             for batch in batches:
-                compute = functools.partial(micro_loss, batch.to(world.device), trained_tokens, len(batches))
-                loss, nll, aux = watch.forward(compute, [dataset.name(row) for row in batch.rows])
+                batch = batch.to(world.device)
+                forensics.remember(batch, [dataset.name(row) for row in batch.rows])
+                loss, sums = sft_loss(model, batch, size, aux_coef)
                 loss.backward()
-                losses.append(nll.detach())
-                differentiated.append(loss.detach())
-                aux_mean += 0.0 if aux is None else aux.item() / len(batches)
+                meter.add(**sums, tokens=(batch.document_ids >= 0).sum(), slots=batch.input_ids.numel())
 
             # c. The norm before clipping, and the update: nothing that is not finite may reach the weights.
             norm, with_gradient = dist.gradient_norm(trained)
-            rate = dist.learning_rate(step, config, total_steps)
-            healthy = watch.healthy(step + 1, losses, norm)
-            if healthy:
+            rate = dist.learning_rate(run.step, config, run.total_steps)
+            loss_of = functools.partial(sft_loss, model, size=size, aux_coef=aux_coef)
+            finite = forensics.healthy(run.step + 1, meter.values("nll"), norm, loss_of)
+            if finite:
                 dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
                 rate = dist.update(optimizers, rate)
-        step += 1
-        if first_step:
-            first_step = False
-            states, measured = memory.optimizer_bytes(optimizers), memory.peak_memory(world.device)
-            log.info(
-                "memory of a process: optimiser %s (%s), peak %.2f GiB after the first step",
-                memory.gib(states), config.optimizer, measured["memory/max_alloc"],
-            )  # fmt: skip
+        run.step += 1
 
-        # d. Sums over ranks, and whether any of them was asked to stop.
-        sums = {
-            "nll": sum(float(nll) for nll in losses) if healthy else 0.0,
-            "tokens": float(sum(int((batch.document_ids >= 0).sum()) for batch in batches)),
-            "slots": float(sum(batch.input_ids.numel() for batch in batches)),
-            "aux": aux_mean / world.size,
-            "differentiated": (sum(map(float, differentiated)) - aux_coef * aux_mean) / world.size
-            if healthy
-            else 0.0,
-        }
-        sums = dict(zip(sums, dist.all_reduce(list(sums.values()), world), strict=True))
-        stopping = logger.stopping(interrupt.signal, step, world)
-        sums |= {"trained": trained_tokens, "documents": sum(len(unit) for unit in units), "steps": 1}
-        sums["learnt"] = trained_tokens if healthy else 0
-        sums["seconds"] = seconds()
-        now = {
-            "train/learning_rate": rate,
-            "trained_token_share": trained_tokens / max(1, sums["tokens"] - sums["documents"]),
-            "step_time": sums["seconds"],
-            "step_time/data_share": waited / sums["seconds"],
-            **memory.peak_memory(world.device),
-            **raced,
-        }
-        if healthy:
-            now |= {"train/loss": sums["nll"] / trained_tokens, "train/grad_norm": norm.item()}
-            if sums["nll"]:
-                now["train/loss_consistency"] = sums["differentiated"] / now["train/loss"]
-        now |= watch.metrics()
-        window = {name: window.get(name, 0.0) + value for name, value in sums.items()}
+        # d. Metrics of this step, over all ranks.
+        sums = meter.end_step(
+            () if finite else ("nll", "loss"), trained=size.tokens, learnt=size.tokens * finite,
+            documents=sum(len(unit) for unit in units), seconds=seconds,
+        )  # fmt: skip
         state["num_tokens"] += int(sums["tokens"])
-        logger.advance()
+        metrics = loss_metrics(sums, aux_coef, world) | {
+            "train/learning_rate": rate, **({"train/grad_norm": norm.item()} if finite else {}),
+            "step_time": sums["seconds"], "step_time/data_share": seconds_for_data / sums["seconds"],
+            "trained_token_share": trained_share(sums),
+            **memory.peak_memory(world.device), **rank_timing, **forensics.metrics(),
+        }  # fmt: skip
+        if run.step == first_step + 1:
+            memory.report_optimizers(optimizers, config.optimizer, world.device)
 
-        # e. Metrics, evaluation, checkpoint.
-        metrics: dict[str, float] = {}
-        if step % config.logging_steps == 0 or step == total_steps:
-            elapsed = window["seconds"]
-            metrics = {
-                **now,
-                "epoch": order.epoch_of(step),
-                "num_tokens": state["num_tokens"],
-                "tokens_per_second": window["tokens"] / elapsed,
-                "step_time": elapsed / window["steps"],
-                "trained_token_share": window["trained"] / max(1, window["tokens"] - window["documents"]),
-                "packing_efficiency": window["tokens"] / window["slots"],
-            }
-            if window["learnt"]:
-                metrics["train/loss"] = window["nll"] / window["learnt"]
-            if aux_coef and arch.num_experts:
-                metrics["train/router_aux_loss"] = window["aux"] / window["steps"]
-            if peak is not None:
-                flops = model.flops_per_token(window["tokens"] / window["documents"])
-                metrics["mfu"] = flops * metrics["tokens_per_second"] / (peak * world.size)
-            window = {}
-        due = config.eval_steps is not None and step % config.eval_steps == 0
-        if len(held_out_rows) and (due or step == total_steps):
-            metrics |= evaluate(model, eval_order, config, world)
-            state["eval_after"] = metrics["eval/loss"]
-        logger.observe(step, {**metrics, **now}, rows=lambda units=units: named_rows(dataset, units))
-        if metrics:
-            logger.log(step, metrics)
-        due = config.save_steps is not None and (step % config.save_steps == 0 or step == total_steps)
-        if due or stopping:
-            checkpointer.save(step, model, optimizers, state)
+        # e. Log, evaluate, save.
+        due = end_step(run, evaluates=len(eval_order.rows) > 0)
+        logged: dict[str, float] = {}
+        if due.log:  # means over the steps since the last line
+            sums = meter.drain()
+            logged = metrics | loss_metrics(sums, aux_coef, world) | speed_metrics(sums, model, world)
+            logged |= {"epoch": order.epoch_of(run.step), "num_tokens": state["num_tokens"]}
+        if due.evaluate:
+            logged |= evaluate(model, eval_order, config, world)
+            state["eval_after"] = logged["eval/loss"]
+        run.logger.observe(run.step, logged | metrics, rows=lambda units=units: named_rows(dataset, units))
+        if logged:
+            run.logger.log(run.step, logged)
+        if due.save:
+            run.checkpointer.save(run.step, model, optimizers, state)
         seconds()  # evaluating and saving are not training time
-        if stopping and step < total_steps:
-            checkpointer.finish()
-            logger.stopped(step, world)
-            return
-    checkpointer.finish()
+        if due.stop:
+            return stop(run)
 
     # 6. Final save and report.
-    final = save_final(model, tokenizer, config, world)
-    if config.eval_answers:
-        chosen = [int(row) for row in held_out_rows[: config.eval_answers]]
-        accuracy, answers = sampled_accuracy(model, held_out, chosen, tokenizer, config, world)
-        logger.log(total_steps, {"eval/accuracy": accuracy})
-        for prompt, answer, reference in answers:
-            verdict = "right" if answer == reference else f"wrong: {shortened(reference)}"
-            log.info("  %s → %s   [%s]", shortened(prompt), shortened(answer), verdict)
-    logger.close()
+    final, said = save_model(run, model), []
     if state["eval_before"] is not None:
-        log.info(
-            "held-out loss       %.4f → %.4f",
-            state["eval_before"],
-            state.get("eval_after", state["eval_before"]),
-        )
+        after = state.get("eval_after", state["eval_before"])
+        said = [f"held-out loss       {state['eval_before']:.4f} → {after:.4f}"]
     if config.eval_answers:
-        log.info("held-out answers    %.1f %% right (greedy, %d rows)", 100 * accuracy, len(chosen))
-    monitor.say_saved(final)
-    dist.finish()
+        said.append(judge_answers(run, model, held_out, eval_order.rows[: config.eval_answers]))
+    finish(run, final, said)
+
+
+def read_data(run: Run, config: Config) -> tuple[Dataset, Batches, Dataset, Batches]:
+    """(rows to train on, their order, rows that are held out, their order)."""
+    cache = Path(config.dataset_prepared_path or run.output_dir / "prepared")
+
+    def encoded(specs: list[dict]) -> Dataset:
+        return dist.main_first(lambda: prepare(specs, run.tokenizer, config, run.directory, cache), run.world)
+
+    def ordered(rows: np.ndarray, of: Dataset, weights: list[float], units: int, shuffle: bool) -> Batches:
+        return Batches(
+            of, rows, weights=weights, units_a_step=units * run.world.size, seed=config.seed,
+            pad_id=run.tokenizer.pad_id, capacity=config.sequence_len if config.sample_packing else None,
+            shuffle=shuffle,
+        )  # fmt: skip
+
+    dataset = encoded(config.datasets)
+    report_rows(dataset)
+    rows, held_out_rows = split_held_out(len(dataset), config.val_set_size, config.seed)
+    held_out, weights = dataset, [1.0] * len(config.datasets)
+    if config.test_datasets:
+        held_out, weights = encoded(config.test_datasets), [1.0] * len(config.test_datasets)
+        held_out_rows = np.arange(len(held_out))
+    units = config.micro_batch_size * config.gradient_accumulation_steps
+    order = ordered(rows, dataset, weights_of(config.datasets), units, shuffle=True)
+    eval_order = ordered(held_out_rows, held_out, weights, config.micro_batch_size, shuffle=False)
+    return dataset, order, held_out, eval_order
+
+
+def loss_metrics(sums: dict[str, float], aux_coef: float, world: World) -> dict[str, float]:
+    """Sums over some steps, all ranks → their mean loss. Steps that were left out are not in it."""
+    metrics = {}
+    if sums["learnt"]:
+        metrics["train/loss"] = sums["nll"] / sums["learnt"]
+        if sums["nll"] and sums["steps"] == 1:  # is what is shown what was differentiated?
+            differentiated = sums["loss"] / world.size - aux_coef * sums.get("aux", 0.0) / world.size
+            metrics["train/loss_consistency"] = differentiated / metrics["train/loss"]
+    if aux_coef and "aux" in sums:
+        metrics["train/router_aux_loss"] = sums["aux"] / world.size / sums["steps"]
+    return metrics
+
+
+def trained_share(sums: dict[str, float]) -> float:
+    """Trained tokens among those that could be: a document's first has nothing before it."""
+    return sums["trained"] / max(1, sums["tokens"] - sums["documents"])
+
+
+def speed_metrics(sums: dict[str, float], model: Transformer, world: World) -> dict[str, float]:
+    """Sums over some steps, all ranks → time, throughput, and what of the tokens was trained."""
+    metrics = {
+        "tokens_per_second": sums["tokens"] / sums["seconds"], "step_time": sums["seconds"] / sums["steps"],
+        "trained_token_share": trained_share(sums),
+        "packing_efficiency": sums["tokens"] / sums["slots"],
+    }  # fmt: skip
+    if peak := memory.peak_flops(world.device):
+        flops = model.flops_per_token(sums["tokens"] / sums["documents"])
+        metrics["mfu"] = flops * metrics["tokens_per_second"] / (peak * world.size)
+    return metrics
+
+
+def judge_answers(run: Run, model: Transformer, held_out: Dataset, rows: np.ndarray) -> str:
+    """Sample answers to these held-out rows, log some of them; the line that sums it up."""
+    chosen = [int(row) for row in rows]
+    accuracy, answers = sampled_accuracy(model, held_out, chosen, run.tokenizer, run.config, run.world)
+    run.logger.log(run.total_steps, {"eval/accuracy": accuracy})
+    for prompt, answer, reference in answers:
+        verdict = "right" if answer == reference else f"wrong: {shortened(reference)}"
+        log.info("  %s → %s   [%s]", shortened(prompt), shortened(answer), verdict)
+    return f"held-out answers    {100 * accuracy:.1f} % right (greedy, {len(chosen)} rows)"
+
+
+def fingerprint(dataset: Dataset, config: Config) -> str:
+    """Of the rows and of the weights that they are mixed with."""
+    weights = [spec.get("weight", 1.0) for spec in config.datasets]
+    return hashlib.sha256((dataset.fingerprint + repr(weights)).encode()).hexdigest()
 
 
 def named_rows(dataset: Dataset, units: list[list[int]]) -> str:
@@ -386,27 +363,5 @@ def check_ids(dataset: Dataset, vocab_size: int) -> None:
         raise ConfigError(dataset.name(row), None, f"{problem}: was it made with another tokenizer?")
 
 
-def run_identity(config: Config, global_batch: int, dataset: Dataset) -> dict:
-    """What a checkpoint of this run can go on with."""
-    keys = ("base_model", "random_init", "adapter", "load_in_4bit", "load_in_8bit", "fp8", "fp8_frozen",
-             "lora_r", "lora_target_modules", "optimizer", "seed",
-            "sequence_len", "sample_packing", "val_set_size")  # fmt: skip
-    values = asdict(config)
-    weights = [spec.get("weight", 1.0) for spec in config.datasets]
-    data = hashlib.sha256((dataset.fingerprint + repr(weights)).encode()).hexdigest()
-    size = "micro_batch_size · gradient_accumulation_steps · processes"
-    return {**{key: values[key] for key in keys}, size: global_batch, "data": data}
-
-
-def cli() -> None:
-    """torchrun sft.py, or ballast-sft where the package is installed."""
-    run(
-        main,
-        lambda: parse_config(
-            Config, sys.argv[1:], description=" ".join((__doc__ or "").split("\n\n")[0].split())
-        ),
-    )
-
-
 if __name__ == "__main__":
-    cli()
+    cli(main, Config, __doc__)

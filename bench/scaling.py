@@ -29,7 +29,7 @@ from checkpoints.families import Architecture  # noqa: E402
 from health import memory  # noqa: E402
 from health.memory import estimate  # noqa: E402
 from model import Transformer  # noqa: E402
-from sft import Config, sft_loss  # noqa: E402
+from sft import Config, batch_nll  # noqa: E402
 from text.packing import Batch  # noqa: E402
 
 QWEN, LLAMA = {"model_type": "qwen2", "vocab_size": 151936}, {"model_type": "llama", "vocab_size": 128256}
@@ -129,7 +129,7 @@ def one_rank(changes: dict) -> None:
     batch = Batch(ids, ids.clone(), places, torch.arange(B)[:, None].expand(B, T).contiguous(), [])
 
     def step() -> None:
-        sft_loss(model, batch.to(world.device))[0].backward()
+        batch_nll(model, batch.to(world.device))[0].backward()
         dist.update(optimizers, 1e-4)
 
     step()

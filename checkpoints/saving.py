@@ -301,7 +301,9 @@ class Checkpointer:
         state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
         saved = state["identity"]
         for key, value in identity.items():
-            if saved.get(key) == value or (key == "data" and self.options.resume_with_new_data):
+            if key not in saved or saved[key] == value:  # a checkpoint of an earlier version says less
+                continue
+            if key == "data" and self.options.resume_with_new_data:
                 continue
             if key == "data":
                 remedy = (

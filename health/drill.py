@@ -169,7 +169,7 @@ def _child(root: Path, recipe: str, arguments: list[str], patch: str, out: Path)
     if patch:
         exec(compile(patch, "patch", "exec"), {"__name__": "patch"})  # noqa: S102 - from drills/ alone
     loop, module = importlib.import_module("run.loop"), importlib.import_module(recipe)
-    loop.run(module.main, lambda: parse_config(module.Config, arguments))
+    loop.start(module.main, lambda: parse_config(module.Config, arguments))
     os._exit(0)
 
 

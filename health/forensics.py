@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -33,8 +33,6 @@ from model import Linear, Transformer
 from numerics.low_precision import FP8_BLOCK
 from run.config import BallastError, ConfigError, check_at_least_one, read_options, resolve_checkpoint
 from run.log import log
-
-R = TypeVar("R")
 
 
 @dataclass
@@ -241,17 +239,17 @@ class Probe:
 
 @dataclass
 class Suspect:
-    """One micro-batch of a step: how to compute its loss again, and what its documents are called."""
+    """One micro-batch of a step, and what its documents are called."""
 
-    compute: Callable[[], Any]  # the loss, or a tuple that begins with it
+    batch: Any
     names: Sequence[str]  # of the documents, in order
     given: Callable[[], dict[str, Tensor]]  # what the loss takes besides the model, by document
     random: dict[str, Tensor]
 
 
 class Forensics:
-    """Watches the steps of a run. `forward` runs a micro-batch and remembers it; `healthy` is asked before
-    the update."""
+    """Finds where a number that is not finite comes from. The loop tells it each micro-batch before its
+    forward pass (`remember`), and asks before the update whether all is finite (`healthy`)."""
 
     def __init__(self, model: Transformer, config: Any, world: World, tokenizer: Any):
         self.model, self.config, self.world, self.tokenizer = model, config, world, tokenizer
@@ -259,26 +257,31 @@ class Forensics:
         self.skipped = 0
         torch.autograd.set_detect_anomaly(config.detect_anomaly)
 
-    def forward(
-        self, compute: Callable[[], R], names: Sequence[str], given: Callable[[], dict[str, Tensor]] = dict
-    ) -> R:
-        """`compute()`, remembered until the step is judged. It gives what the backward pass starts from, or a
-        tuple that begins with it. `given()` is what else the loss takes, by document [B] or [B, T]: asked for
-        where something is wrong with it."""
-        self.suspects.append(Suspect(compute, names, given, random_state()))
-        return compute()
+    def remember(
+        self, batch: Any, names: Sequence[str], given: Callable[[], dict[str, Tensor]] = dict
+    ) -> None:
+        """Keep a micro-batch, with the random state before its forward pass, until the step is judged.
+        `given()` is what its loss takes beside the model, by document [B] or [B, T]: asked for where
+        something is wrong with it."""
+        self.suspects.append(Suspect(batch, names, given, random_state()))
 
     def metrics(self) -> dict[str, float]:
         return {"skipped_steps": float(self.skipped)} if self.skipped else {}
 
-    def healthy(self, step: int, losses: Sequence[Tensor], norm: Tensor) -> bool:
-        """Whether the update of this step (counted from 1) may be made; a collective. NonFinite where the run
-        has to end. Gradients of a step that is left out are dropped."""
+    def healthy(
+        self, step: int, losses: Sequence[Tensor], norm: Tensor,
+        loss_of: Callable[[Any], Tensor | tuple[Tensor, Any]],
+    ) -> bool:  # fmt: skip
+        """Whether the update of this step (counted from 1) may be made; a collective. `loss_of(batch)` gives
+        the loss that a micro-batch's backward pass began with, alone or before its statistics: it is computed
+        again, with every module watched, only where something is not finite. NonFinite where the run has to
+        end. Gradients of a step that is left out are dropped."""
         suspects, self.suspects = self.suspects, []
         sane = math.isfinite(norm.item()) and all(math.isfinite(x) for x in map(float, losses))
         if dist.all_reduce([float(not sane)], self.world)[0] == 0:
             return True
         before = random_state()
+        self.loss_of = loss_of
         fault, suspect, probe = self._search(suspects)
         self.model.zero_grad(set_to_none=True)
         set_random_state(before)
@@ -318,8 +321,8 @@ class Forensics:
         self.model.zero_grad(set_to_none=True)
         set_random_state(suspect.random)
         with Probe(self.model) as probe:
-            made = suspect.compute()
-            loss: Tensor = made[0] if isinstance(made, tuple) else made
+            made = self.loss_of(suspect.batch)
+            loss = made[0] if isinstance(made, tuple) else made
             (loss * weight).backward()
         if probe.forward_fault is not None:
             return probe.forward_fault, probe

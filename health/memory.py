@@ -59,6 +59,21 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
+def report_weights(model: nn.Module) -> None:
+    """Log what this process's weights take."""
+    stored = weight_bytes(model)
+    each = stored / model.count_parameters()  # type: ignore[operator]
+    log.info("memory of a process: weights %s, %.2f bytes a parameter of the model", gib(stored), each)
+
+
+def report_optimizers(optimizers: list, name: str, device: torch.device) -> None:
+    """Log what the optimisers' states take, and the peak of the first step."""
+    log.info(
+        "memory of a process: optimiser %s (%s), peak %.2f GiB after the first step",
+        gib(optimizer_bytes(optimizers)), name, peak_memory(device)["memory/max_alloc"],
+    )  # fmt: skip
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of this process's parameters and stored weights."""
     tensors = [*model.parameters(), *model.buffers()]

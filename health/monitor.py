@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -253,6 +253,41 @@ def _logged(line: str) -> dict | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
+class Meter:
+    """Sums over the micro-batches and ranks of a step, and over the steps since the last line of metrics."""
+
+    def __init__(self, world: dist.World):
+        self.world = world
+        self.parts: dict[str, list] = {}  # of the step under way, on this rank
+        self.sums: dict[str, float] = {}  # of finished steps, over all ranks
+
+    def add(self, **values: float | torch.Tensor) -> None:
+        """A micro-batch's. Tensors are not looked at before the step ends: that would wait for the device."""
+        for name, value in values.items():
+            self.parts.setdefault(name, []).append(value)
+
+    def values(self, name: str) -> list:
+        return self.parts[name]
+
+    def end_step(
+        self, dropped: Sequence[str] = (), *, seconds: Callable[[], float], **same: float
+    ) -> dict[str, float]:
+        """The step's sums over ranks, those that are `dropped` as 0, with its time and what is the `same` on
+        every rank already. A collective."""
+        own = {name: float(sum(map(float, values))) for name, values in self.parts.items()}
+        own |= dict.fromkeys(dropped, 0.0)
+        sums = dict(zip(own, dist.all_reduce(list(own.values()), self.world), strict=True))
+        sums |= {**same, "steps": 1, "seconds": seconds()}
+        self.parts = {}
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in sums.items()}
+        return sums
+
+    def drain(self) -> dict[str, float]:
+        """The sums of all steps since the last call."""
+        sums, self.sums = self.sums, {}
+        return sums
+
+
 def say_saved(final: Path) -> None:
     """Where the model is, and the command that talks to it."""
     installed = Path(sys.argv[0]).name.startswith("ballast-")
@@ -263,10 +298,13 @@ def say_saved(final: Path) -> None:
     )  # fmt: skip
 
 
-def report_evaluation(before: dict[str, float], after: dict[str, float]) -> None:
+def evaluation_lines(before: dict[str, float] | None, after: dict[str, float] | None) -> list[str]:
     """At the end of a run: every held-out metric, first and last."""
-    for name in before:
-        log.info("%-20s%8.4f → %.4f", name.removeprefix("eval/"), before[name], after[name])
+    after = after or before or {}
+    return [
+        f"{name.removeprefix('eval/'):<20}{first:8.4f} → {after[name]:.4f}"
+        for name, first in (before or {}).items()
+    ]
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def options_page(recipes: dict[str, type]) -> str:
             continue
         hints = typing.get_type_hints(part)
         meanings = {p.arg_name: p.description for p in docstring_parser.parse_from_object(part).params}
-        title = f"{part.__module__}.py"
+        title = part.__module__.replace(".", "/") + ".py"
         title = title if part.__name__ == "Config" else f"{part.__name__} ({title})"
         lines += ["", f"## {title}", "", f"In {', '.join(f'`{name}.py`' for name in names)}.", "",
                   "| option | type | default | meaning |", "|---|---|---|---|"]  # fmt: skip

@@ -6,25 +6,22 @@ steps; after each sync a probe is scored on both sides, for a 200 from a server 
 that an earlier run, or another program, wrote.
 """
 
-import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import dist
 from data import Prompt
-from dist import World
+from dist import Timer, World
 from health import memory
 from model import Transformer
 from rollouts.generation import generate
-from rollouts.rollout import Engine, Rollout, place_of, read_rollout, replay_lines
+from rollouts.rollout import Engine, Rollout
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import Completion
-from run.config import ConfigError, DataError
 from run.log import log
 from text.tokenizer import Tokenizer
 
@@ -108,32 +105,6 @@ class EmbeddedEngine:
         return step
 
 
-class ReplayEngine:
-    """Rollouts from JSONL: what a run recorded, or what another implementation sampled."""
-
-    def __init__(self, path: str, directory: Path, options: Any, tokenizer: Tokenizer):
-        stops, n = set(tokenizer.stop_ids), options.num_generations
-        self.rollouts = [
-            read_rollout(line, file, k, stops) for file, k, line in replay_lines(path, directory)
-        ]
-        for begin in range(0, len(self.rollouts), n):
-            group = self.rollouts[begin : begin + n]
-            if len(group) < n or any(r.prompt_ids != group[0].prompt_ids for r in group):
-                raise DataError(
-                    *place_of(group[-1]), f"the {n} completions of a prompt must stand in a row",
-                    "set num_generations to what the file was made with",
-                )  # fmt: skip
-        if not self.rollouts:
-            raise ConfigError("replay_path", path, "holds no rollout")
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(repr([r.completion_ids for r in self.rollouts]).encode()).hexdigest()
-
-    def batch(self, number: int, size: int) -> list[Rollout]:
-        return self.rollouts[number * size : (number + 1) * size]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # One batch of rollouts from prompts
 # ------------------------------------------------------------------------------------------------------------
@@ -163,3 +134,45 @@ def as_rollouts(
                 )
             )  # fmt: skip
     return made
+
+
+class RolloutQueue:
+    """Generation batches one after the other. Before each the engine gets the trainer's weights; with
+    async_prefetch it samples the next batch while this one is trained on.
+
+    `sample(number, step, prefetched)` makes a batch, from what was prefetched or anew; `prefetch(number)`
+    begins one on the engine's thread.
+    """
+
+    def __init__(
+        self, engine: Engine, sample: Callable[[int, int, bool], list[Rollout]],
+        prefetch: Callable[[int], None], *, asynchronous: bool, ahead: list[Rollout] | None = None,
+    ):  # fmt: skip
+        self.engine, self.sample, self.prefetch, self.asynchronous = engine, sample, prefetch, asynchronous
+        self.ahead = ahead  # the next batch, where it was collected before its time: for a checkpoint
+        self.under_way = False  # whether the engine samples the next batch
+        self.seconds = 0.0  # that the last `next` spent on weights
+        self.metrics: dict[str, float] = {}  # of that sync
+
+    def next(self, number: int, step: int, last: bool) -> list[Rollout]:
+        """Batch `number`, after `step` optimiser steps; `last`: there is no other to prefetch. A
+        collective."""
+        timer, self.seconds, self.metrics = Timer(), 0.0, {}
+        if not self.under_way and self.ahead is None:
+            self.metrics = self.engine.sync(step)
+            self.seconds += timer()
+        rollouts = self.ahead if self.ahead is not None else self.sample(number, step, self.under_way)
+        self.ahead, self.under_way = None, False
+        timer()
+        if self.asynchronous and not last:
+            self.metrics = self.engine.sync(step) or self.metrics
+            self.seconds += timer()
+            self.prefetch(number + 1)
+            self.under_way = True
+        return rollouts
+
+    def settle(self, number: int, step: int) -> None:
+        """Collect batch `number` if it is under way, before new weights are sent: it was sampled from the old
+        ones. A collective."""
+        if self.under_way:
+            self.ahead, self.under_way = self.sample(number, step, True), False

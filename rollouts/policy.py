@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,54 +19,29 @@ import dist
 from checkpoints.adapters import base_of
 from dist import World
 from kernels import SharedPrompts
-from model import Transformer, forward_only, load_balancing_loss, without_gradients
+from model import Transformer, forward_only, without_gradients
 from numerics.losses import linear_logprobs
 from rollouts.rollout import Engine, Rollout, RolloutOptions
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import EngineError
-from run.config import BallastError, ConfigError, check_at_least_one, check_ranges
+from run.config import ConfigError, check_at_least_one, check_ranges
 from run.log import log
 
 
 @dataclass
 class PolicyOptions(RolloutOptions):
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"] = "dapo"
-    """How token losses become one number. dapo and bnpo: sum / tokens of the step. grpo: mean over
-    completions of each one's token mean. dr_grpo: sum / (completions · max_completion_length). cispo:
-    truncated ratio times log-probability, reduced as dapo. sapo: a sigmoid instead of the clip, reduced as
-    grpo."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    """The ratio π/π_old of each token, or the geometric mean over the completion (GSPO)."""
-    epsilon: float = 0.2
-    """Clip range below 1."""
-    epsilon_high: float | None = None
-    """Clip range above 1; unset: epsilon. For cispo the largest ratio, usually 5."""
-    delta: float | None = None
-    """Upper bound of the ratio also where the advantage is negative."""
-    sapo_temperature_pos: float = 1.0
-    """sapo: steepness for positive advantages."""
-    sapo_temperature_neg: float = 1.05
-    """sapo: steepness for the others."""
     beta: float = 0.0
     """Weight of the KL penalty against the reference model."""
     kl_steps: int | None = 20
     """With beta 0 and an adapter: measure kl against the base model every N steps, which costs a forward pass
     over the batch each time; null: never. With beta it is part of every step."""
-    use_bias_correction_kl: bool = False
-    """Weigh the KL of each token by its ratio: unbiased where the batch is off policy (DeepSeek-V3.2)."""
-    off_policy_mask_threshold: float | None = None
-    """Leave out completions with negative advantage whose mean log μ − log π exceeds this (DeepSeek-V3.2)."""
     vllm_importance_sampling_correction: bool = True
     """Weigh tokens by π_old/μ wherever the sampler reports μ: it may run in other precision or on older
     weights."""
     vllm_importance_sampling_mode: Literal[
-        "sequence_mask",
-        "sequence_truncate",
-        "token_mask",
-        "token_truncate",
-        "geometric_mask",
+        "sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "geometric_mask",
         "geometric_truncate",
-    ] = "sequence_mask"
+    ] = "sequence_mask"  # fmt: skip
     """Ratio of each token, of the whole completion (the product over its tokens, whose spread grows with its
     length), or the geometric mean over its tokens; truncate clamps it, mask drops what lies outside.
     geometric_mask drops completions and leaves the others unweighted. Above some hundred tokens take
@@ -79,31 +53,13 @@ class PolicyOptions(RolloutOptions):
     share_prompts: bool | None = None
     """Send each prompt through the model once for all of its completions in a micro-batch. Unset: on CPUs; on
     GPUs it takes compiled flex_attention."""
-    mask_truncated_completions: bool = False
-    """Leave completions that hit the length limit out of the loss."""
-    top_entropy_quantile: float = 1.0
-    """Train only on this share of tokens, those of highest entropy (arXiv 2506.01939)."""
-    entropy_coef: float = 0.0
-    """Weight of an entropy bonus."""
-    entropy_target: float | None = None
-    """Give the bonus only while the entropy of the last step was below this."""
 
     def check(self) -> None:
         check_ranges(
-            self, ("epsilon", 0, math.inf), ("epsilon_high", 0, math.inf), ("delta", 0, math.inf),
-            ("beta", 0, math.inf), ("entropy_coef", -math.inf, math.inf), ("entropy_target", 0, math.inf),
-            ("vllm_importance_sampling_clip_min", 0, math.inf),
+            self, ("beta", 0, math.inf), ("vllm_importance_sampling_clip_min", 0, math.inf),
             ("vllm_importance_sampling_clip_max", 0, math.inf),
-            ("off_policy_mask_threshold", -math.inf, math.inf),
         )  # fmt: skip
         check_at_least_one(self, "kl_steps")
-        for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ConfigError(key, getattr(self, key), "must be above 0")
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ConfigError("epsilon_high", None, "loss_type cispo needs it: the largest ratio, e.g. 5.0")
-        if not 0 < self.top_entropy_quantile <= 1:
-            raise ConfigError("top_entropy_quantile", self.top_entropy_quantile, "must be above 0, at most 1")
         if self.vllm_importance_sampling_clip_min >= self.vllm_importance_sampling_clip_max:
             raise ConfigError(
                 "vllm_importance_sampling_clip_min", self.vllm_importance_sampling_clip_min,
@@ -254,22 +210,6 @@ def token_logprobs(
 # ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class StepSize:
-    """What an optimiser step as a whole holds, over all micro-batches and ranks. Losses are divided by these
-    and never by a micro-batch's own counts: the result must not depend on how the step is cut."""
-
-    completions: int
-    tokens: float  # Σ m
-
-    @staticmethod
-    def of(rollouts: Sequence[Rollout], options: PolicyOptions) -> "StepSize":
-        tokens = sum(
-            sum(r.written()) for r in rollouts if not (options.mask_truncated_completions and r.truncated)
-        )
-        return StepSize(len(rollouts), max(1.0, float(tokens)))
-
-
 def sampler_ratio(
     old_logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, options: PolicyOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -295,106 +235,6 @@ def sampler_ratio(
     else:  # where, not a product: ∞ · 0 is NaN
         applied = torch.where(outside, 0.0, 1.0 if level == "geometric" else ratio)
     return raw, applied, outside, known
-
-
-def policy_loss(
-    logprobs: Tensor, *, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, options: PolicyOptions,
-    size: StepSize, sampling_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None,
-    entropy_mask: Tensor | None = None, truncated: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """This micro-batch's part of the step's loss, and what was computed on the way (for the metrics).
-
-    All [B, T] but `advantages` and `truncated` [B]. The parts of all micro-batches and ranks add up to the
-    loss. Formulas: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO
-    2506.13585, SAPO 2511.20347; k3 is Schulman's estimator, (π_ref/π) − log(π_ref/π) − 1.
-    """
-    A = advantages[:, None].to(logprobs.dtype)
-    facts: dict[str, Tensor] = {}
-    if truncated is not None and options.mask_truncated_completions:
-        mask = mask * (~truncated)[:, None]
-    length = mask.sum(-1, keepdim=True).clamp(min=1)
-
-    # Which tokens count, and with what weight: what the sampler drew from need not be π_old (other precision,
-    # older weights).
-    counts = (mask > 0) & (A != 0)
-    weight: Tensor | float = 1.0
-    if options.off_policy_mask_threshold is not None:
-        drawn_from = old_logprobs if sampling_logprobs is None else sampling_logprobs
-        drift = torch.nan_to_num(drawn_from - logprobs.detach(), nan=0.0) * mask
-        keep = (A >= 0) | (drift.sum(-1, keepdim=True) / length <= options.off_policy_mask_threshold)
-        counts = counts & keep
-        facts["off_policy_masked"] = ~keep[:, 0]
-    if entropy_mask is not None:
-        counts = counts & (entropy_mask > 0)
-    if sampling_logprobs is not None:
-        facts["sampler_ratio"], applied, facts["sampler_outside"], facts["sampler_known"] = sampler_ratio(
-            old_logprobs, sampling_logprobs, mask, options
-        )
-        facts["sampler_applied"] = applied
-        if options.vllm_importance_sampling_correction:
-            weight = applied.detach()
-            counts = counts & (weight > 0)
-
-    # The ratio of the policy to the weights that made the batch. Tokens that do not count get a ratio of 1
-    # before the exponential: where it is infinite a product with 0 is NaN, and so is its gradient.
-    log_ratio = logprobs - old_logprobs
-    if options.importance_sampling_level == "sequence":
-        log_ratio = (torch.where(mask > 0, log_ratio, 0.0) * mask).sum(-1, keepdim=True) / length
-    every_ratio = log_ratio.detach().exp()
-    here = counts if log_ratio.shape == counts.shape else counts.any(-1, keepdim=True)
-    ratio = torch.where(here, log_ratio, 0.0).exp()
-    low, high = options.epsilon, options.epsilon_high if options.epsilon_high is not None else options.epsilon
-    if options.loss_type == "cispo":
-        loss = -ratio.clamp(max=high).detach() * A * logprobs
-        facts["cispo_clipped"] = (every_ratio > high) & (A > 0)
-    elif options.loss_type == "sapo":
-        steep = torch.where(A > 0, options.sapo_temperature_pos, options.sapo_temperature_neg)
-        loss = -A * torch.sigmoid(steep * (ratio - 1)) * 4 / steep
-    else:
-        bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
-        loss = -torch.minimum(bounded * A, ratio.clamp(1 - low, 1 + high) * A)
-        judged = every_ratio if options.delta is None else every_ratio.clamp(max=options.delta)
-        facts["clipped_low"], facts["clipped_high"] = (
-            (judged < 1 - low) & (A < 0),
-            (judged > 1 + high) & (A > 0),
-        )
-    loss = torch.where(counts, loss * weight, 0.0)
-
-    if ref_logprobs is not None:
-        back = ref_logprobs - logprobs
-        k3 = back.exp() - back - 1
-        facts["kl"] = k3.detach()
-        if options.beta:
-            loss = loss + options.beta * (k3 * log_ratio.exp() if options.use_bias_correction_kl else k3)
-
-    if options.loss_type in ("grpo", "sapo"):
-        total = ((loss * mask).sum(-1, keepdim=True) / length).sum() / size.completions
-    elif options.loss_type == "dr_grpo":
-        total = (loss * mask).sum() / (size.completions * options.max_completion_length)
-    else:
-        total = (loss * mask).sum() / size.tokens
-    facts["mask"] = mask
-    return total, facts
-
-
-def entropy_threshold(
-    micro: Sequence[Sequence[Rollout]], options: PolicyOptions, world: World
-) -> tuple[float, float]:
-    """The entropy above which the top `top_entropy_quantile` of a step's tokens lie, over all micro-batches
-    and ranks; and how many those are."""
-    mine = [
-        e
-        for part in micro
-        for r in part
-        if not (options.mask_truncated_completions and r.truncated)
-        for e, ours in zip(r.entropies or [], r.written(), strict=True)
-        if ours
-    ]
-    values = np.array([e for part in dist.gather(mine, world) for e in part])
-    if not len(values):
-        return math.inf, 1.0
-    threshold = float(np.quantile(values, 1 - options.top_entropy_quantile))
-    return threshold, float((values >= threshold).sum())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -453,12 +293,17 @@ class Tally:
 
 
 @torch.no_grad()
-def tally_policy(
-    tally: Tally, facts: dict[str, Tensor], entropy: Tensor, old: Tensor, sampled: Tensor | None
-):
-    """Add one micro-batch to the policy metrics (reference page: Key Metrics for RL)."""
-    mask = facts["mask"]
+def tally_policy(tally: Tally, stats: dict[str, Any], batch: PolicyBatch, step: int) -> None:
+    """Add one micro-batch to the policy metrics (reference page: Key Metrics for RL). `stats` is what its
+    loss computed on the way."""
+    mask, old, sampled = stats["mask"], stats["old_logprobs"], batch.sampling_logprobs
     tokens, B = mask.sum().item(), mask.shape[0]
+    if count := stats["nonfinite_hidden_states"]:
+        rows = ", ".join(batch.rows[:4])
+        log.warning(
+            "step %d: %d hidden states are not finite and were replaced by 0; rows %s", step, count, rows
+        )
+        tally.max("nonfinite_hidden_states", float(count))
 
     def masked_mean(name: str, x: Tensor) -> None:
         if x.shape[1] == 1:  # sequence-level ratio: one value a completion
@@ -466,11 +311,11 @@ def tally_policy(
         else:
             tally.mean(name, (x * mask).sum().item(), tokens)
 
-    masked_mean("entropy", entropy)
-    if "kl" in facts:
-        masked_mean("kl", facts["kl"])
-    if "clipped_low" in facts:
-        low, high = facts["clipped_low"], facts["clipped_high"]
+    masked_mean("entropy", stats["entropy"])
+    if "kl" in stats:
+        masked_mean("kl", stats["kl"])
+    if "clipped_low" in stats:
+        low, high = stats["clipped_low"], stats["clipped_high"]
         masked_mean("clip_ratio/low_mean", low)
         masked_mean("clip_ratio/high_mean", high)
         masked_mean("clip_ratio/region_mean", low | high)
@@ -479,17 +324,17 @@ def tally_policy(
             share = x[:, 0].float() if x.shape[1] == 1 else (x * mask).sum(-1) / length.clamp(min=1)
             for value in share[length > 0].tolist():
                 add(f"clip_ratio/{name}", value)
-    if "cispo_clipped" in facts:
-        masked_mean("cispo_clip_ratio", facts["cispo_clipped"])
-    if "off_policy_masked" in facts:
-        tally.mean("off_policy_masked_fraction", facts["off_policy_masked"].sum().item(), B)
+    if "cispo_clipped" in stats:
+        masked_mean("cispo_clip_ratio", stats["cispo_clipped"])
+    if "off_policy_masked" in stats:
+        tally.mean("off_policy_masked_fraction", stats["off_policy_masked"].sum().item(), B)
     if sampled is not None:
-        known = facts["sampler_known"] > 0
-        gap, ratio = (old - sampled).abs()[known].double(), facts["sampler_ratio"][known].double()
+        known = stats["sampler_known"] > 0
+        gap, ratio = (old - sampled).abs()[known].double(), stats["sampler_ratio"][known].double()
         count = known.sum().item()
         tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), count)
         tally.mean("sampling/importance_sampling_ratio/mean", ratio.sum().item(), count)
-        applied, outside = facts["sampler_applied"].double(), facts["sampler_outside"]
+        applied, outside = stats["sampler_applied"].double(), stats["sampler_outside"]
         tally.mean(
             "sampling/importance_sampling_ratio/applied_mean",
             applied.expand_as(mask)[known].sum().item(), count,
@@ -527,12 +372,6 @@ def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------
 # One optimiser step's forward and backward passes
 # ------------------------------------------------------------------------------------------------------------
-
-
-def entropy_bonus(options: PolicyOptions, last_entropy: float) -> float:
-    """entropy_coef; with entropy_target only while the last step's entropy was not above it."""
-    target = options.entropy_target
-    return 0.0 if target is not None and last_entropy > target else options.entropy_coef
 
 
 def measures_kl(options: Any, step: int, steps: int) -> bool:
@@ -595,10 +434,9 @@ def keep_logprobs(
     model: Transformer, reference: Transformer | None, micro: Sequence[Sequence[Rollout]], options: Any,
     world: World, share: bool, *, old: bool, kl: bool,
 ) -> None:  # fmt: skip
-    """Store log π_old and entropies (`old`: the weights will move before these micro-batches are used up; or
+    """Store log π_old and entropies (`old`: the weights will move before these micro-batches are used up, or
     tokens are chosen by entropy) and log π_ref (`kl`; from a frozen copy, or with LoRA the model with its
     adapters off) with this rank's rollouts. No gradients."""
-    old = old or options.top_entropy_quantile < 1
     kl = kl or bool(options.beta)
     if not old and not kl:
         return
@@ -611,75 +449,3 @@ def keep_logprobs(
         if kl:
             with base_of(model, reference) as base, without_gradients(base):
                 batch.keep("ref_logprobs", token_logprobs(base, batch, options.temperature)[0])
-
-
-def accumulate_gradients(
-    model: Transformer, in_step: Sequence[Rollout], micro: Sequence[Sequence[Rollout]], options: Any,
-    world: World,
-    share: bool, watch: Any, *, step: int, reused: bool, bonus: float, aux_coef: float,
-) -> tuple[Tally, list[Tensor], int]:  # fmt: skip
-    """Forward and backward over this rank's micro-batches of an optimiser step: (metrics, losses,
-    skipped micro-batches).
-
-    Micro-batches without any advantage are skipped, by all ranks alike: every rank knows all advantages. FSDP
-    averages gradients over ranks, the loss is a sum over them: × world.size. `reused`: the batch serves
-    several steps, its π_old was kept.
-    """
-    size = StepSize.of(in_step, options)
-    threshold, bonus_tokens = None, size.tokens
-    if options.top_entropy_quantile < 1:
-        threshold, bonus_tokens = entropy_threshold(micro, options, world)
-    tally, losses, skipped = Tally(), [], 0
-    rows = world.size * max(len(part) for part in micro)
-    for k, part in enumerate(micro):
-        across = in_step[k * rows : (k + 1) * rows]
-        if not any(r.advantage for r in across) and not options.beta and not bonus:
-            skipped += 1
-            continue
-        batch = collate(part, world.device, share)
-        old = batch.stored("old_logprobs") if reused else None
-        if reused and old is None:
-            raise BallastError(
-                "the checkpoint was written in the middle of a batch by a version before 0.3, without π_old; "
-                "resume from one at the end of a batch, or set resume: never"
-            )
-        entropy_mask = None
-        if threshold is not None:
-            entropies = batch.stored("entropies")
-            assert entropies is not None
-            entropy_mask = entropies >= threshold
-
-        def compute(
-            batch: PolicyBatch = batch, old: Tensor | None = old, entropy_mask: Tensor | None = entropy_mask
-        ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor, Tensor, int]:
-            """(what the backward pass starts from, loss, facts, entropy, π_old, non-finite hidden states)."""
-            logprobs, entropy, router_logits, bad = token_logprobs(
-                model, batch, options.temperature, entropy_gradient=bool(bonus)
-            )
-            old = logprobs.detach() if old is None else old
-            loss, facts = policy_loss(
-                logprobs, old_logprobs=old, advantages=batch.advantages, mask=batch.mask, options=options,
-                size=size, sampling_logprobs=batch.sampling_logprobs, truncated=batch.truncated,
-                entropy_mask=entropy_mask, ref_logprobs=batch.stored("ref_logprobs"),
-            )  # fmt: skip
-            if bonus:
-                counted = facts["mask"] if entropy_mask is None else facts["mask"] * entropy_mask
-                loss = loss - bonus * (entropy * counted).sum() / bonus_tokens
-            start = loss
-            if aux_coef and router_logits:
-                real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=world.device)
-                balance = load_balancing_loss(router_logits, model.arch, real)
-                start = loss + aux_coef * len(batch.rollouts) / len(in_step) * balance
-            return start * world.size, loss.detach(), facts, entropy.detach(), old, bad
-
-        start, loss, facts, entropy, old, bad = watch.forward(compute, batch.rows, batch.given)
-        if bad:
-            log.warning(
-                "step %d: %d hidden states are not finite and were replaced by 0; rows %s",
-                step, bad, ", ".join(batch.rows[:4]),
-            )  # fmt: skip
-            tally.max("nonfinite_hidden_states", float(bad))
-        losses.append(loss)
-        start.backward()
-        tally_policy(tally, facts, entropy, old, batch.sampling_logprobs)
-    return tally, losses, skipped

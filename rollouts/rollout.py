@@ -1,5 +1,6 @@
 """Rollouts and their options, and the files that they are recorded in."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from urllib.parse import urlparse
 from rollouts.vllm_server import MEMORY, Completion
 from run.config import ConfigError, DataError, check_at_least_one
 from run.files import write_atomically
+from run.log import log
 from text.tokenizer import Tokenizer
 
 
@@ -266,3 +268,59 @@ def read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout:
         step=steps[0], weight_version=steps[1],
         row=f"{file}:{number}", ground_truth_ids=truth, ground_truth_mask=truth_mask,
     )  # fmt: skip
+
+
+class ReplayEngine:
+    """Rollouts from JSONL: what a run recorded, or what another implementation sampled."""
+
+    def __init__(self, path: str, directory: Path, options: Any, tokenizer: Tokenizer):
+        stops, n = set(tokenizer.stop_ids), options.num_generations
+        self.rollouts = [
+            read_rollout(line, file, k, stops) for file, k, line in replay_lines(path, directory)
+        ]
+        for begin in range(0, len(self.rollouts), n):
+            group = self.rollouts[begin : begin + n]
+            if len(group) < n or any(r.prompt_ids != group[0].prompt_ids for r in group):
+                raise DataError(
+                    *place_of(group[-1]), f"the {n} completions of a prompt must stand in a row",
+                    "set num_generations to what the file was made with",
+                )  # fmt: skip
+        if not self.rollouts:
+            raise ConfigError("replay_path", path, "holds no rollout")
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr([r.completion_ids for r in self.rollouts]).encode()).hexdigest()
+
+    def batch(self, number: int, size: int) -> list[Rollout]:
+        return self.rollouts[number * size : (number + 1) * size]
+
+
+def show_rollouts(rollouts: list[Rollout], tokenizer: Tokenizer, logger: Any, step: int) -> None:
+    """log_completions: a few on the console, all of them to wandb (JSONL always has them)."""
+
+    def short(ids: list[int], width: int) -> str:
+        text = " ".join(tokenizer.decode(ids, special=True).split())
+        return text if len(text) <= width else "…" + text[1 - width :]
+
+    for r in rollouts[:4]:
+        rewards = "  ".join(f"{k} {'—' if v is None else f'{v:g}'}" for k, v in r.rewards.items())
+        log.info(
+            "  %s → %s   [%s  advantage %+.2f]",
+            short(r.prompt_ids, 48),
+            short(r.completion_ids, 60),
+            rewards,
+            r.advantage,
+        )
+    if logger.main and logger.wandb is not None:
+        import wandb  # a run without it does not wait for it
+
+        names = list(rollouts[0].rewards)
+        table = wandb.Table(columns=["step", "prompt", "completion", *names, "advantage"])
+        for r in rollouts:
+            table.add_data(
+                step, tokenizer.decode(r.prompt_ids, special=True),
+                tokenizer.decode(r.completion_ids, special=True),
+                *[r.rewards.get(name) for name in names], r.advantage,
+            )  # fmt: skip
+        logger.wandb.log({"completions": table}, step=step)

@@ -1,6 +1,7 @@
 """One vLLM server by HTTP: what may be asked of it, what an answer must look like, and the command that
 starts it."""
 
+import importlib.util
 import math
 import os
 import shutil
@@ -13,7 +14,7 @@ from urllib.parse import urlparse
 import httpx
 import torch
 
-from run.config import BallastError
+from run.config import BallastError, ConfigError, resolve_checkpoint
 
 
 class EngineError(BallastError):
@@ -225,3 +226,33 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
         # A request with a seed whose prompt is read in two parts ends vLLM's engine on CPUs.
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
     return environment, command
+
+
+def serve(config: Any) -> None:
+    """Start the vLLM server that a config needs, in this process's place."""
+    try:
+        place = Path(config.config_directory)
+        model = resolve_checkpoint(config.base_model, config.base_model_revision, place).resolve()
+    except BallastError as error:
+        raise ConfigError("base_model", config.base_model, f"cannot be served: {error}") from None
+    for url in config.vllm_server_base_url[1:]:
+        print(f"# another terminal: python grpo.py serve … 'vllm_server_base_url=[{url}]'")
+    environment, command = server_command(config, str(model), config.vllm_server_base_url[0])
+    host = urlparse(config.vllm_server_base_url[0]).hostname
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"warning: {host} can be reached from other machines, and the routes that replace weights and "
+            "run methods in the server have no password: whoever reaches this port owns the process; open "
+            "it to the trainer's host alone (a firewall, a private network, an SSH tunnel)",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    print(" ".join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
+    if config.vllm_python is None and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "vllm_python", None, f"is unset, and {sys.executable} has no vLLM: `pip install 'vllm==0.32.*'` "
+            "into it or into a venv of its own, and set vllm_python to that one's Python",
+        )  # fmt: skip
+    try:
+        os.execvpe(command[0], command, {**os.environ, **environment})  # noqa: S606
+    except OSError as error:
+        raise ConfigError("vllm_python", command[0], f"cannot be started ({error.strerror})") from None

@@ -24,7 +24,7 @@ def start_log(output_dir: Path, main: bool) -> None:
     log.setLevel(logging.DEBUG)
     log.propagate = False
     if main:
-        log.addHandler(_Console(level))
+        log.addHandler(Console(level))
         claim(output_dir)
         to_file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -33,7 +33,7 @@ def start_log(output_dir: Path, main: bool) -> None:
         log.addHandler(logging.NullHandler())
 
 
-class _Console(logging.Handler):
+class Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(record.getMessage(), file=sys.stdout)  # above the progress bar, not through it
         sys.stdout.flush()

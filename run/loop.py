@@ -1,4 +1,5 @@
-"""How a run begins and ends."""
+"""What every recipe does around its loop: begin, resume, the end of a step, the end of a run. Plain functions
+that a loop calls and that never call it."""
 
 import logging
 import os
@@ -6,18 +7,199 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import dist
-from health.memory import what_to_change
-from health.monitor import MetricLogger
-from run.config import BallastError
-from run.log import log
+from checkpoints import building
+from checkpoints.families import Architecture
+from checkpoints.saving import Checkpointer, save_final
+from checkpoints.weights import read_architecture, resized
+from data import load_tokenizer, trained_tokenizer
+from health import memory
+from health.monitor import MetricLogger, say_saved
+from model import Transformer
+from run.config import BallastError, parse_config, resolve_checkpoint
+from run.log import log, start_log
+from text.packing import settle_intervals
+from text.tokenizer import Tokenizer
+
+
+@dataclass
+class Run:
+    """What a run has from its beginning to its end."""
+
+    config: Any
+    world: dist.World
+    interrupt: dist.Interrupt
+    checkpoint: Path  # base_model, on this disk
+    arch: Architecture
+    tokenizer: Tokenizer
+    step: int = 0  # optimiser steps done
+    total_steps: int = 0
+
+    def __post_init__(self):
+        self.output_dir = Path(self.config.output_dir)
+        self.directory = Path(self.config.config_directory)  # that paths of the config are relative to
+        self.state: dict[str, Any] = {}  # what a checkpoint keeps beside weights and optimiser, as JSON
+        self.seconds = dist.Timer()  # since the beginning, once
+        self.resume_from: Path | None = None
+        self.checkpointer: Checkpointer
+        self.logger: MetricLogger
+
+    @property
+    def last(self) -> bool:
+        return self.step == self.total_steps
+
+
+def begin(config: Any) -> Run:
+    """Processes, run.log, seeds, signals; base_model on this disk, its architecture and tokenizer."""
+    output_dir, directory = Path(config.output_dir), Path(config.config_directory)
+    world = dist.init(config)
+    start_log(output_dir, world.main)
+    dist.seed_everything(config.seed, world.rank)
+    interrupt = dist.Interrupt()
+    checkpoint = dist.main_first(
+        lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
+    )
+    arch = read_architecture(checkpoint, config.ignore_config_fields)
+    if getattr(config, "tokenizer_vocab_size", None) is None:
+        tokenizer = load_tokenizer(checkpoint, config, directory)
+    else:
+        cache = Path(config.dataset_prepared_path or output_dir / "prepared")
+        tokenizer = dist.main_first(lambda: trained_tokenizer(config, directory, cache), world)
+    return Run(config, world, interrupt, checkpoint, arch, tokenizer)
+
+
+# What a checkpoint was made with, as far as a run cannot go on from it with anything else.
+IDENTITY = (
+    "base_model", "random_init", "mode", "adapter", "load_in_4bit", "load_in_8bit", "fp8", "fp8_frozen",
+    "lora_r", "lora_target_modules", "optimizer", "seed", "sequence_len", "sample_packing", "val_set_size",
+    "num_generations", "num_iterations", "steps_per_generation", "rollout_engine", "stride",
+    "context_length", "generate_max_len", "n_samples_per_prompt",
+)  # fmt: skip
+
+
+def plan(run: Run, total_steps: int, steps_per_epoch: int, **identity: Any) -> None:
+    """How long the run is; the checkpoint that it goes on from, if there is one. `identity` is what must be
+    the same there beside the options of IDENTITY, under names that the user reads."""
+    config = run.config
+    run.total_steps = total_steps
+    dist.check_schedule(config, total_steps)
+    settle_intervals(config, total_steps, steps_per_epoch)
+    values = asdict(config)
+    identity = {**{key: values[key] for key in IDENTITY if key in values}, **identity}
+    run.checkpointer = Checkpointer(run.output_dir / "checkpoints", run.world, config)
+    run.resume_from, saved = run.checkpointer.to_resume(identity)
+    run.step = saved.get("step", 0)
+    run.state = {"num_tokens": 0, "eval_before": None, **saved, "identity": identity}
+
+
+def build(run: Run, rows: int | None = None) -> tuple[Transformer, list[torch.optim.Optimizer]]:
+    """The model that is trained, with `rows` in its vocabulary (unset: those of the checkpoint, and of the
+    tokenizer where it has more), and its optimisers."""
+    config, tokenizer = run.config, run.tokenizer
+    rows = rows or max(run.arch.vocab_size, tokenizer.vocab_size)
+    run.arch = resized(run.arch, rows, config.pad_vocab_to_multiple_of)
+    model = building.build_model(
+        run.arch, run.checkpoint, config, run.world, getattr(config, "random_init", False),
+        new_tokens=tokenizer.new_ids,
+    )  # fmt: skip
+    return model, dist.make_optimizers(model, config)
+
+
+def describe(run: Run, model: Transformer, what: str) -> None:
+    """The first line of a run: `what` it trains on."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(
+        "%s: %s parameters, %s trained; %s",
+        run.arch.name,
+        f"{model.count_parameters():,}",
+        f"{trained:,}",
+        what,
+    )
+
+
+def resume(
+    run: Run, model: Transformer, optimizers: list, moving: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Weights, optimisers and random state of the checkpoint, if there is one; from here on metrics are
+    written. `moving` are other models that change."""
+    if run.resume_from is not None:
+        run.checkpointer.load(run.resume_from, model, optimizers, run.config.seed, moving)
+    log.debug("ready after %.1f s", run.seconds())
+    run.logger = MetricLogger(
+        run.config, run.output_dir, main=run.world.main, first_step=run.step, total_steps=run.total_steps
+    )
+
+
+def router_aux_coef(run: Run) -> float:
+    """Weight of the load-balancing loss: the config's, else the checkpoint's own."""
+    given = run.config.router_aux_loss_coef
+    return run.arch.router_aux_loss_coef if given is None else given
+
+
+@dataclass
+class Due:
+    """What is to be done after a step."""
+
+    evaluate: bool
+    log: bool
+    save: bool
+    stop: bool  # a signal or a rule asks for it: save, and leave the loop
+
+
+def end_step(run: Run, evaluates: bool) -> Due:
+    """What is due now that run.step steps are done, the same on every rank; `evaluates`: there is something
+    held out. A collective."""
+    config, step = run.config, run.step
+    run.logger.advance()
+    stop = run.logger.stopping(run.interrupt.signal, step, run.world)
+
+    def every(steps: int | None) -> bool:
+        return steps is not None and step % steps == 0
+
+    evaluate = evaluates and (run.last or every(config.eval_steps))
+    save = config.save_steps is not None and (run.last or every(config.save_steps))
+    return Due(evaluate, run.last or every(config.logging_steps), save or stop, stop and not run.last)
+
+
+def stop(run: Run) -> None:
+    """The end of a run that was asked to stop, and was saved."""
+    run.checkpointer.finish()
+    run.logger.stopped(run.step, run.world)
+
+
+def save_model(run: Run, model: Transformer) -> Path:
+    """output_dir/final, once the last checkpoint is whole."""
+    run.checkpointer.finish()
+    return save_final(model, run.tokenizer, run.config, run.world)
+
+
+def finish(run: Run, final: Path, said: Sequence[str] = ()) -> None:
+    """Close the metrics, say how the run went and where the model is."""
+    run.logger.close()
+    for line in said:
+        log.info("%s", line)
+    say_saved(final)
+    dist.finish()
+
+
+def cli(main: Callable[[Any], None], config_class: type, doc: str | None) -> None:
+    """A recipe as a program: its command line, described by the beginning of its docstring."""
+    description = " ".join((doc or "").split("\n\n")[0].split())
+    start(main, lambda: parse_config(config_class, sys.argv[1:], description=description))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How a run ends that went wrong
+# ------------------------------------------------------------------------------------------------------------
 
 # What a message of torch, NCCL, CUDA, a hub or the system means here: (pattern, cause, what to do). The
 # page's table of errors, without the rows that cannot occur in this code: docs/health.md says why.
@@ -72,7 +254,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def run(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
+def start(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
     """Run a recipe. A user's mistake, and an error whose cause is known, end as one line and exit code 2, the
     traceback in run.log; on several ranks the first to fail prints it."""
     config = None
@@ -85,7 +267,7 @@ def run(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
     except Exception as error:
         log.debug("%s", traceback.format_exc())
         if is_out_of_memory(error):
-            said = what_to_change(error, config)
+            said = memory.what_to_change(error, config)
         else:
             said = str(error) if isinstance(error, BallastError) else explain_error(error)
         if said is None:

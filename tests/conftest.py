@@ -9,8 +9,10 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many workers as cores, a thread each
@@ -20,6 +22,7 @@ import torch
 from programs import run_forked
 
 import grpo
+from rollouts import policy
 from text.tokenizer import IGNORE, Tokenizer
 
 CORPUS = argparse.__file__  # text that no change of ours touches, for tokenizers
@@ -354,6 +357,17 @@ def task(tmp_path_factory):
         "    return [sum(ids) % 101 / 101 for ids in completion_ids]\n"
     )
     return directory
+
+
+@dataclass
+class PolicyOptions(grpo.LossOptions, policy.PolicyOptions):
+    """What the loss of GRPO reads."""
+
+
+def tallied(tally: policy.Tally, stats: dict, entropy, old, sampled) -> None:
+    """Add to the metrics what a loss computed on the way, of a batch that these are of."""
+    stats = {**stats, "entropy": entropy, "old_logprobs": old, "nonfinite_hidden_states": 0}
+    policy.tally_policy(tally, stats, SimpleNamespace(sampling_logprobs=sampled, rows=[]), 1)
 
 
 def run_program(

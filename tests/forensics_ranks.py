@@ -149,17 +149,18 @@ def run_cases(checkpoint: str, out: str, **changes) -> list[str]:
         handle = inject() if world.rank == guilty else None
         losses = []
 
-        def compute():
+        def compute(ids):
             hidden, _ = model.hidden_states(ids, document_ids=documents)
             return hidden.float().pow(2).mean() * 0.1 * world.size + 0.0 * model.head_weight.sum()
 
         for _ in range(2):
-            loss = watch.forward(compute, names)
+            watch.remember(ids, names)
+            loss = compute(ids)
             loss.backward()
             losses.append(loss.detach())
         norm, _ = dist.gradient_norm(model.parameters())
         try:
-            watch.healthy(number + 1, losses, norm)
+            watch.healthy(number + 1, losses, norm, compute)
             wrong.append(f"{said}: not noticed")
         except NonFinite as error:
             incident = Path(out) / "incidents" / f"step-{number + 1}"

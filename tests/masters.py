@@ -19,7 +19,7 @@ from rollouts import policy
 from rollouts.blocks import Document, sample_blocks
 from rollouts.generation import generate
 from rollouts.rollout import Rollout
-from sft import sft_loss
+from sft import batch_nll
 from text.packing import Batch
 
 
@@ -43,7 +43,7 @@ def main(checkpoint: str) -> None:
 
     def evaluation() -> None:
         with without_gradients(model):
-            sft_loss(model, batch)
+            batch_nll(model, batch)
 
     passes = {
         "generate": lambda: generate(model, [[3, 4], [5]], max_new_tokens=3),
@@ -70,7 +70,7 @@ def main(checkpoint: str) -> None:
             assert tensor.dtype == torch.float32, (name, key)  # the masters, rounded by nobody
         if world.main:
             print("masters after", name)
-    loss = sft_loss(model, batch)[0]  # and training goes on
+    loss = batch_nll(model, batch)[0]  # and training goes on
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     dist.finish()

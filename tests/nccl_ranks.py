@@ -17,4 +17,4 @@ if __name__ == "__main__":
     nccl_transfer.BUFFER = 1 << 16  # many buffers
     nccl_transfer.join = gloo_group.join
     vllm_client.refuse_nccl = lambda options, device: None
-    loop.run(grpo.main, lambda: parse_config(grpo.Config, sys.argv[1:]))
+    loop.start(grpo.main, lambda: parse_config(grpo.Config, sys.argv[1:]))

@@ -158,6 +158,7 @@ def test_every_option_that_takes_a_number_has_an_impossible_value_above():
         ("grpo", "sequence_len", "512", "max_prompt_length"),
         ("grpo", "train_on_inputs", "true", "is not an option here"),
         ("grpo", "random_init", "true", "sft.py first"),
+        ("ebft", "loss_type", "grpo", "without a ratio to clip"), ("ebft", "epsilon", "0.1", "grpo.py"),
         ("ebft", "environment", "a.B", "grpo.py"), ("ebft", "reward_funcs", "[exact_match]", "grpo.py"),
         ("sft", "num_generations", "8", "is not an option"), ("sft", "beta", "0.1", "is not an option"),
     ],
@@ -169,8 +170,8 @@ def test_an_option_of_another_recipe_is_refused_by_name(recipe, name, value, say
 
 
 OF_MODES = [
-    ("strided", dict(beta=0.1)), ("strided", dict(loss_type="grpo")), ("strided", dict(entropy_coef=0.1)),
-    ("strided", dict(top_entropy_quantile=0.5)), ("strided", dict(num_generations=4)),
+    ("strided", dict(beta=0.1)), ("strided", dict(share_prompts=True)), ("strided", dict(kl_steps=3)),
+    ("strided", dict(num_generations=4)),
     ("strided", dict(max_completion_length=99)), ("strided", dict(gt_length_multiplier=2.0)),
     ("strided", dict(chat_turns="every")), ("strided", dict(vllm_model_name="x")),
     ("structured", dict(stride=4)), ("structured", dict(n_samples_per_prompt=8)),
@@ -234,7 +235,8 @@ def test_every_option_is_read_by_the_recipe_and_mode_that_takes_it(
         read |= set(json.loads(done.stdout.splitlines()[-1]))
     if kind in ("grpo", "structured"):  # no server is at hand: what its client and `serve` read counts
         modules = (vllm_client, vllm_server, nccl_transfer)
-        classes = [c for module in modules for c in vars(module).values() if inspect.isclass(c)]
+        every = [(m.__name__, c) for m in modules for c in vars(m).values() if inspect.isclass(c)]
+        classes = [c for name, c in every if c.__module__ == name]
         for owner in (*modules, *classes):
             functions = [inspect.unwrap(f) for f in vars(owner).values() if inspect.isfunction(f)]
             read = read.union(*(names_in(f.__code__) for f in functions))

@@ -114,6 +114,20 @@ def test_the_root_holds_seven_modules_and_folders_do_nothing_when_they_are_impor
     assert all((ROOT / folder / "__init__.py").read_text() == "" for folder in FOLDERS)
 
 
+def test_a_recipe_reads_from_top_to_bottom():
+    """The loop is the algorithm: short enough to be read at once, with its loss in the same file."""
+    most = {"sft": 150, "grpo": 200, "ebft": 200}  # lines of main, or of the two mains of ebft.py
+    for recipe, limit in most.items():
+        tree = ast.parse(FILES[recipe].read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for node in functions:
+            bound = limit if node.name in ("main", "structured", "strided") else 120
+            assert node.end_lineno - node.lineno < bound, f"{recipe}.{node.name}"
+        assert any(node.name.endswith("_loss") for node in functions)
+        source = FILES[recipe].read_text(encoding="utf-8")
+        assert ".backward()" in source and "dist.update(" in source
+
+
 def test_an_import_inside_a_function_gives_its_reason():
     for name, path in FILES.items():
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -13,11 +13,12 @@ import dist
 from checkpoints.weights import load_pretrained
 from conftest import ROOT, options, run_program
 from dist import World
+from grpo import StepSize, policy_loss
 from health import forensics
 from health.forensics import Fault, Forensics, NonFinite, owners
 from kernels import SharedPrompts
 from numerics import low_precision
-from rollouts.policy import StepSize, collate, policy_loss, token_logprobs
+from rollouts.policy import collate, token_logprobs
 from rollouts.rollout import Rollout
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -38,11 +39,12 @@ def report_of(directory) -> dict:
 
 def judged(watch: Forensics, model, compute, names, given=dict) -> str:
     """The error that ends a step of one micro-batch."""
-    made = watch.forward(compute, names, given)
+    watch.remember(None, names, given)
+    made = compute()
     made.backward()
     norm, _ = dist.gradient_norm(model.parameters())
     with pytest.raises(NonFinite) as caught:
-        watch.healthy(1, [made.detach()], norm)
+        watch.healthy(1, [made.detach()], norm, lambda _: compute())
     return str(caught.value)
 
 
@@ -115,10 +117,13 @@ def test_advantages_that_are_no_numbers_are_named_with_their_row(watched, tmp_pa
 def test_a_fault_that_does_not_come_back_is_called_that(watched):
     model, watch = watched
     ids = torch.arange(5, 29)[None]
-    loss = watch.forward(lambda: model.hidden_states(ids)[0].mean(), ["one"])
+    watch.remember(ids, ["one"])
+    loss = model.hidden_states(ids)[0].mean()
     loss.backward()
     with pytest.raises(NonFinite, match="a second run of the same step was finite"):
-        watch.healthy(1, [loss.detach()], torch.tensor(math.inf))
+        watch.healthy(
+            1, [loss.detach()], torch.tensor(math.inf), lambda ids: model.hidden_states(ids)[0].mean()
+        )
 
 
 def test_the_second_run_draws_the_same_dropout(watched):
@@ -130,7 +135,8 @@ def test_the_second_run_draws_the_same_dropout(watched):
         seen.append(hidden.detach().clone())
         return hidden.mean() * math.nan
 
-    watch.forward(lambda: torch.rand(3).sum(), ["other"])  # the micro-batch before draws too
+    watch.remember(None, ["other"])
+    torch.rand(3)  # the micro-batch before draws too
     watch.suspects.clear()
     judged(watch, model, compute, ["one"])
     assert len(seen) == 2 and torch.equal(*seen)

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from test_docs import FILES
 
 from conftest import ROOT
 
@@ -24,8 +25,10 @@ def forked(tmp_path):
     def apply(n):
         fork = tmp_path / "fork"
         fork.mkdir()
-        for path in ROOT.glob("*.py"):
-            shutil.copy(path, fork)
+        for path in (*ROOT.glob("*.py"), *FILES.values()):
+            copy = fork / path.relative_to(ROOT)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copy)
         (fork / "configs").mkdir()
         (fork / "edit.diff").write_text(DIFFS[n], encoding="utf-8")
         subprocess.run(["git", "init", "-q"], cwd=fork, check=True)  # else apply looks for a repository above
@@ -52,14 +55,19 @@ def test_every_edit_is_short():
 def test_the_new_loss_has_the_gradient_of_dapo_where_the_batch_is_on_policy(forked):
     code = """
 import torch
-from policy import PolicyOptions, StepSize, policy_loss
+from dataclasses import dataclass
+from grpo import LossOptions, StepSize, policy_loss
+from rollouts.policy import PolicyOptions
+@dataclass
+class Options(LossOptions, PolicyOptions):
+    pass
 old = torch.randn(4, 6, dtype=torch.float64)
 mask, A = (torch.rand(4, 6) < 0.8).double(), torch.randn(4, dtype=torch.float64)
 def gradient(loss_type, shift):
     x = (old + shift).clone().requires_grad_()
     size = StepSize(tokens=mask.sum().item(), completions=4)
     policy_loss(x, old_logprobs=old, advantages=A, mask=mask, size=size,
-                options=PolicyOptions(loss_type=loss_type, num_generations=4))[0].backward()
+                options=Options(loss_type=loss_type, num_generations=4))[0].backward()
     return x.grad
 assert (gradient("reinforce", 0) - gradient("dapo", 0)).abs().max() < 1e-12
 by_hand = -A[:, None] * mask / mask.sum()
@@ -87,7 +95,7 @@ def test_the_new_family_computes_what_transformers_does(forked, tmp_path):
         torch.save({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
     code = f"""
 import torch
-from weights import load_pretrained
+from checkpoints.weights import load_pretrained
 made = torch.load("{tmp_path}/expected.pt")
 with torch.no_grad():
     gap = (load_pretrained("{tmp_path}/model", dtype=torch.float32)(made["ids"]) - made["logits"]).abs().max()

@@ -11,10 +11,10 @@ import torch
 
 import grpo
 from checkpoints.weights import load_pretrained
-from conftest import GOLDEN, ROOT, embedded, golden, metrics, options, run_program
+from conftest import GOLDEN, ROOT, PolicyOptions, embedded, golden, metrics, options, run_program, tallied
 from dist import World
-from grpo import group_advantages, reward_metrics, weighted_rewards
-from rollouts.policy import PolicyOptions, StepSize, Tally, completion_metrics, policy_loss, tally_policy
+from grpo import StepSize, group_advantages, policy_loss, reward_metrics, weighted_rewards
+from rollouts.policy import Tally, completion_metrics
 from rollouts.rollout import Rollout
 from run.config import ConfigError
 
@@ -54,7 +54,7 @@ def test_every_metric_meets_the_golden_number():
             options=options,
             size=StepSize(8, 25.0), sampling_logprobs=sampled, ref_logprobs=golden("ref_logp")[part],
         )  # fmt: skip
-        tally_policy(tally, facts, golden("entropy_per_token")[part], golden("old_logp")[part], sampled)
+        tallied(tally, facts, golden("entropy_per_token")[part], golden("old_logp")[part], sampled)
     metrics |= tally.result(ALONE)
     metrics["reward_std_within_group_mean"] = metrics["reward_std_within_group"]
     for name, value in GOLDEN["metrics"].items():

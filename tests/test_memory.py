@@ -17,7 +17,7 @@ from conftest import ROOT, run_program
 from dist import World
 from health import memory
 from run.config import parse_config
-from sft import Config, sft_loss
+from sft import Config, batch_nll
 from text.packing import Batch
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -47,7 +47,7 @@ def measured_peak(arch: Architecture, config: Config) -> int:
 
     def step():
         for _ in range(config.gradient_accumulation_steps):
-            sft_loss(model, batch)[0].backward()
+            batch_nll(model, batch)[0].backward()
         dist.update(optimizers, 1e-4)
 
     step()

@@ -6,18 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import GOLDEN, golden
+from conftest import GOLDEN, PolicyOptions, golden, tallied
 from dist import World
-from rollouts.policy import (
-    PolicyOptions,
-    StepSize,
-    Tally,
-    measures_kl,
-    policy_loss,
-    sampler_ratio,
-    tally_policy,
-)
-from run.config import ConfigError
+from grpo import StepSize, policy_loss
+from rollouts.policy import Tally, measures_kl, sampler_ratio
+from run.config import ConfigError, check_every_part
 
 LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]
 
@@ -209,7 +202,7 @@ def test_geometric_mean_rejects_whole_completions_whatever_their_length():
 
 def test_a_geometric_mean_without_limits_of_its_own_is_refused():
     with pytest.raises(ConfigError, match="rejects nothing"):
-        PolicyOptions(vllm_importance_sampling_mode="geometric_mask").check()
+        check_every_part(PolicyOptions(vllm_importance_sampling_mode="geometric_mask"))
 
 
 def shares(options, old, sampled, mask, cut: int) -> dict[str, float]:
@@ -220,7 +213,7 @@ def shares(options, old, sampled, mask, cut: int) -> dict[str, float]:
             old[part], old_logprobs=old[part], advantages=torch.ones(len(old[part])), mask=mask[part],
             options=options, size=StepSize(len(old), 1.0), sampling_logprobs=sampled[part],
         )  # fmt: skip
-        tally_policy(tally, facts, torch.zeros_like(old[part]), old[part], sampled[part])
+        tallied(tally, facts, torch.zeros_like(old[part]), old[part], sampled[part])
     found = tally.result(World(0, 1, 0, torch.device("cpu")))
     return {
         name.removeprefix("sampling/").removeprefix("importance_"): value for name, value in found.items()

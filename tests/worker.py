@@ -97,7 +97,7 @@ def slow(seconds: str) -> None:
 
 def poison(steps: str) -> None:
     """The last rank's feed-forward gives NaN in these optimiser steps."""
-    wanted, forward = [int(s) for s in steps.split(",")], forensics.Forensics.forward
+    wanted, forward = [int(s) for s in steps.split(",")], forensics.Forensics.remember
     healthy, now = forensics.Forensics.healthy, [1]
     last = int(os.environ.get("WORLD_SIZE", 1)) - 1
 
@@ -116,7 +116,7 @@ def poison(steps: str) -> None:
         finally:
             now[0] += 1
 
-    forensics.Forensics.forward, forensics.Forensics.healthy = watched, counted
+    forensics.Forensics.remember, forensics.Forensics.healthy = watched, counted
 
 
 def out_of_memory(step: str) -> None:
@@ -157,4 +157,4 @@ if __name__ == "__main__":
         "poison": poison,
         "plain": lambda _: None,
     }[sys.argv[1]](sys.argv[2])
-    loop.run(recipe.main, lambda: parse_config(recipe.Config, sys.argv[3:]))
+    loop.start(recipe.main, lambda: parse_config(recipe.Config, sys.argv[3:]))
