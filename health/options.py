@@ -4,17 +4,12 @@ import dataclasses
 import inspect
 import typing
 
-import docstring_parser
-
-from run.config import type_name, yaml_of
-
-# ------------------------------------------------------------------------------------------------------------
-# docs/configs.md
-# ------------------------------------------------------------------------------------------------------------
+from run.config import FIRST, default_of, meanings_of, type_name, yaml_of
 
 
 def options_page(recipes: dict[str, type]) -> str:
-    """Every option of these recipes' configs, by the dataclass that holds it, as Markdown."""
+    """Every option of these recipes' configs, by the dataclass that holds it, in the order of --help, as
+    Markdown."""
     owners: dict[type, list[str]] = {}  # dataclass → recipes
     for name, config_class in recipes.items():
         for part in config_class.__mro__:
@@ -23,23 +18,25 @@ def options_page(recipes: dict[str, type]) -> str:
     lines = [
         "# Options", "",
         "Made from the dataclasses by `python -m health options > docs/configs.md`; a test compares. A flat "
-        "YAML file sets them, `key=value` on the command line goes before it.",
+        "YAML file sets them, `key=value` on the command line overrides it. `--help` of a recipe prints its "
+        "own.",
+        "", f"Most runs set some of these: {', '.join(f'`{name}`' for name in FIRST)}.",
     ]  # fmt: skip
-    for part, names in sorted(owners.items(), key=lambda entry: (-len(entry[1]), entry[0].__module__)):
+    for part, names in owners.items():
         declared = inspect.get_annotations(part)
         own = [f for f in dataclasses.fields(part) if f.name in declared and f.name != "config_directory"]
         if not own:
             continue
-        hints = typing.get_type_hints(part)
-        meanings = {p.arg_name: p.description for p in docstring_parser.parse_from_object(part).params}
+        own.sort(key=lambda field: FIRST.index(field.name) if field.name in FIRST else len(FIRST))
+        hints, meanings = typing.get_type_hints(part), meanings_of(part)
         title = part.__module__.replace(".", "/") + ".py"
         title = title if part.__name__ == "Config" else f"{part.__name__} ({title})"
         lines += ["", f"## {title}", "", f"In {', '.join(f'`{name}.py`' for name in names)}.", "",
                   "| option | type | default | meaning |", "|---|---|---|---|"]  # fmt: skip
         for field in own:
-            default = field.default_factory() if callable(field.default_factory) else field.default  # type: ignore[misc]
+            default = default_of(field)
             shown = "must be set" if default is dataclasses.MISSING else f"`{yaml_of(default)}`"
-            meaning = " ".join((meanings.get(field.name) or "").split()).replace("|", "\\|")
+            meaning = meanings.get(field.name, "").replace("|", "\\|")
             kind = type_name(hints[field.name]).replace("|", "\\|")
             lines.append(f"| `{field.name}` | {kind} | {shown} | {meaning} |")
     return "\n".join(lines) + "\n"

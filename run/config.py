@@ -14,11 +14,14 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 import re
 import reprlib
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable
@@ -26,6 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
+import docstring_parser
 import jsonargparse
 import yaml
 
@@ -107,8 +111,8 @@ class DataError(BallastError):
         super().__init__(f"{where}: {reason}" + (f"; {remedy}" if remedy else ""))
 
 
-def _parser(config_class: type, **kwargs) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, **kwargs)
+def _parser(config_class: type) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class, as_group=False)
     return parser
 
@@ -266,12 +270,8 @@ def parse_config(
     own `__post_init__` refuses. `--help` prints every option and exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    usage = "%(prog)s --config FILE.yaml [key=value …]"
     if "-h" in argv or "--help" in argv:
-        parser = _parser(config_class, description=description, usage=usage)
-        parser.add_argument("--config", help="YAML file with the options below, one `key: value` a line")
-        parser.print_help()
-        sys.exit(0)
+        run_command(lambda: print(help_text(config_class, description), flush=True))
     names = {field.name for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
     values, directory = _given(argv, names)
 
@@ -289,6 +289,58 @@ def parse_config(
     if hasattr(config, "config_directory"):
         config.config_directory = str(directory)  # type: ignore[attr-defined]
     return config
+
+
+# What most runs set, in the order in which one thinks of it.
+FIRST = (
+    "mode", "base_model", "datasets", "val_set_size", "test_datasets", "reward_funcs", "num_generations",
+    "max_completion_length", "sequence_len", "sample_packing", "adapter", "micro_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "num_epochs", "max_steps", "rollout_engine", "output_dir",
+)  # fmt: skip
+
+
+def option_groups(config_class: type) -> list[tuple[str, list[dataclasses.Field]]]:
+    """(title, options) of a config: what most runs set, then by the dataclass that holds them, the recipe's
+    own before what it shares."""
+    fields = {f.name: f for f in dataclasses.fields(config_class) if f.init and f.name != "config_directory"}
+    groups = [("What most runs set", [fields.pop(name) for name in FIRST if name in fields])]
+    for part in config_class.__mro__:
+        own = [fields.pop(name) for name in inspect.get_annotations(part) if name in fields]
+        if own:
+            title = "Of this recipe alone" if part is config_class else part.__name__.removesuffix("Options")
+            groups.append((title, own))
+    return groups
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """dataclasses.MISSING where it must be set."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def meanings_of(config_class: type) -> dict[str, str]:
+    """Option → its docstring, on one line."""
+    parts = [part for part in config_class.__mro__ if dataclasses.is_dataclass(part)]
+    found: dict[str, str | None] = {}
+    for part in parts:
+        found |= {p.arg_name: p.description for p in docstring_parser.parse_from_object(part).params}
+    return {name: " ".join((text or "").split()) for name, text in found.items()}
+
+
+def help_text(config_class: type, description: str) -> str:
+    """What --help prints: every option with its type, default and meaning."""
+    meanings, hints = meanings_of(config_class), typing.get_type_hints(config_class)
+    width = min(110, shutil.get_terminal_size().columns)
+    wrap = functools.partial(textwrap.wrap, width=width)
+    usage = f"usage: {Path(sys.argv[0]).name} --config FILE.yaml [key=value …]"
+    lines = [usage, "", *wrap(description), "", "FILE.yaml has the same options, one `key: value` per line."]
+    for title, fields in option_groups(config_class):
+        lines += ["", f"{title}:"]
+        for field in fields:
+            default = default_of(field)
+            value = "must be set" if default in (dataclasses.MISSING, "") else yaml_of(default)
+            lines.append(f"  {field.name}  ({type_name(hints[field.name])}; {value})")
+            lines += wrap(meanings.get(field.name, ""), initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
 
 
 def config_of(config_class: type[Config], values: dict[str, tuple[Any, str]]) -> Config:
