@@ -702,8 +702,8 @@ def read_prompts(
                     if not isinstance(made, dict):
                         raise BadRow(f"{kind} must return a dict, or None to leave the row out")
                     values = {**values, **made}
-                    text = isinstance(values.get("prompt"), str)
-                    form = "instruct" if "instruction" in made else "prompt_completion" if text else "chat"
+                    form = "prompt_completion" if isinstance(values.get("prompt"), str) else "chat"
+                    form = "instruct" if "instruction" in made else form
                 with readable(form):
                     values = with_system(values, spec.get("system"))
                     if options.strip_thinking:

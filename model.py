@@ -68,8 +68,6 @@ class ModelOptions:
     """Names of the linear layers that get adapters, e.g. [q_proj, v_proj], or the ends of their full names,
     where `*` and `?` match; or as in PEFT a regular expression for full names (model.layers.0.mlp.up_proj),
     or all-linear, which unset means too."""
-    lora_target_linear: bool = False
-    """Adapters on every linear layer of the blocks (what lora_target_modules unset means too)."""
     lora_use_rslora: bool = False
     """Scale by lora_alpha / √lora_r instead (rank-stabilised LoRA, arXiv 2312.03732)."""
     merge_adapter: bool = False
@@ -80,7 +78,7 @@ class ModelOptions:
         if not self.base_model:
             raise ConfigError("base_model", None, "must be set: a checkpoint directory or a hub id")
         if self.adapter is None:
-            for key in ("lora_model_dir", "lora_target_modules", "lora_target_linear", "merge_adapter"):
+            for key in ("lora_model_dir", "lora_target_modules", "merge_adapter"):
                 if getattr(self, key):
                     raise ConfigError(key, getattr(self, key), "needs adapter: lora")
         stored = [key for key in ("load_in_4bit", "load_in_8bit", "fp8_frozen") if getattr(self, key)]

@@ -66,8 +66,6 @@ def apply_lora(
     """Freeze every weight and put adapters (in `dtype`) on the chosen linear layers, and on the rows of
     `token_rows` in embedding and head; in place."""
     wanted = options.lora_target_modules
-    if wanted and options.lora_target_linear:
-        raise ConfigError("lora_target_linear", True, "contradicts lora_target_modules; keep one of the two")
     chosen = _target_modules(block_linears(model), wanted)
     model.requires_grad_(False)
     r = options.lora_r

@@ -283,7 +283,7 @@ class Checkpointer:
         ConfigError where the checkpoint has another: it would silently continue a different run.
         """
         resume = self.options.resume
-        path = self.newest() if resume == "auto" else None if resume == "never" else Path(resume)
+        path = {"auto": self.newest, "never": lambda: None}.get(resume, lambda: Path(resume))()
         if resume == "never" and self.steps():
             raise ConfigError(
                 "output_dir",

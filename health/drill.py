@@ -252,9 +252,9 @@ def outcome(out: Path, code: int, seconds: float = 0.0) -> Outcome:
         if p.exists()
     ]
     lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
-    found.error = (
-        lines[0] if lines else (errors[0].strip().splitlines() or [""])[-1] if code and errors else ""
-    )
+    found.error = lines[0] if lines else ""
+    if not lines and code and errors:
+        found.error = (errors[0].strip().splitlines() or [""])[-1]
     return found
 
 
@@ -350,7 +350,8 @@ def show_all(
         sees = drill.sees
         right = broken.shows(sees)
         good &= right and mended.well
-        seen = broken.first if "rule" in sees else "its error" if right else f"exit {broken.code}"
+        seen = "its error" if right else f"exit {broken.code}"
+        seen = broken.first if "rule" in sees else seen
         seen = ("" if right else "NOT ") + (seen or "nothing")
         after = "well" if mended.well else f"NOT WELL: {mended.first or mended.said()[:60]}"
         seconds = broken.seconds + mended.seconds

@@ -95,9 +95,6 @@ FORMATS = {
 }  # fmt: skip
 
 
-ABANDON = 1e6  # in the sum over ranks that asks whether to stop: stop without a checkpoint
-
-
 def made_by() -> str:
     """The code that runs: version, commit, whether the tree has changes of its own, and torch."""
     try:
@@ -123,7 +120,7 @@ class MetricLogger:
         self.running.append(self)
         self.reporting = config.report and total_steps >= 10  # fewer points show nothing
         self.doctor: Doctor | None = None
-        self.asked = 0.0  # what the rules ask for: 0 to go on, 1 to save and stop, ABANDON to stop
+        self.action = "warn"  # what the rules ask for: to go on, checkpoint_and_stop, or stop
         self.why = ""
         self.bar: tqdm | None = None
         self.wandb: Any = None
@@ -162,7 +159,7 @@ class MetricLogger:
                 log.warning("unhealthy since before the checkpoint: %s", self.doctor.status)
 
     def observe(self, step: int, metrics: dict[str, float], rows: Callable[[], str] | None = None) -> None:
-        """Judge a step that is done. What changes is said; what on_unhealthy asks for stands in `asked`, for
+        """Judge a step that is done. What changes is said; what on_unhealthy asks for stands in `action`, for
         the next collective to tell every rank. `rows` names the batch, where a rule asks for it."""
         if self.doctor is None:
             return
@@ -171,8 +168,8 @@ class MetricLogger:
             say = log.warning if verdict.ill else log.info
             say("%s", verdict.line(self.doctor.config))
             action = actions if isinstance(actions, str) else actions.get(verdict.rule.severity, "warn")
-            if verdict.ill and action != "warn" and not self.asked:
-                self.asked = ABANDON if action == "stop" else 1.0
+            if verdict.ill and action != "warn" and self.action == "warn":
+                self.action = action
                 self.why = f"{verdict.rule.name}: {verdict.metric} {verdict.found}"
         if self.bar is not None:
             self.bar.set_postfix_str(self.doctor.status)
@@ -180,11 +177,12 @@ class MetricLogger:
     def stopping(self, signal: int | None, step: int, world: dist.World) -> bool:
         """Whether any rank has had a signal, or the rules ask to save and stop. A collective. Raises
         Unhealthy where the rules say to stop at once."""
-        asked = dist.all_reduce([float(signal is not None) + self.asked], world)[0]
-        if asked >= ABANDON:
+        asked = [signal is not None or self.action == "checkpoint_and_stop", self.action == "stop"]
+        save_and_stop, stop_at_once = dist.all_reduce([float(it) for it in asked], world)
+        if stop_at_once:
             why = dist.from_main(lambda: self.why, world)
             raise Unhealthy(f"step {step}: stopped by on_unhealthy, without a checkpoint: {why}")
-        return asked > 0
+        return save_and_stop > 0
 
     def stopped(self, step: int, world: dist.World) -> None:
         """The end of a run that was stopped and saved. Raises Unhealthy where the rules asked for it."""

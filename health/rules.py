@@ -72,7 +72,7 @@ RULES: tuple[Rule, ...] = (
         low=2.0, high=8.0, window=30, after=20,
     ),
     Rule(
-        "loss_diverging", ("train/loss", "loss/ce"), "above_best", "the loss climbs and stays up",
+        "loss_diverging", ("train/loss",), "above_best", "the loss climbs and stays up",
         "the learning rate is too high for this batch size or warmup",
         (("learning_rate", "divide it by 2 to 5"), ("warmup_ratio", "try 0.05 to 0.1", (0.05, 1)),
          ("max_grad_norm", "1.0 clips what a bad batch can do", (1e-9, 1.0))),

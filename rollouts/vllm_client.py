@@ -37,6 +37,7 @@ from rollouts.vllm_server import (
     StaleServer,
     compare_received,
     read_completions,
+    server_dtype,
     sync_method,
 )
 from rollouts.vllm_worker import checksum, group_of, read_tensors
@@ -333,16 +334,16 @@ class VllmEngine:
         return result
 
     def _server_dtype(self) -> torch.dtype:
-        name = self.options.vllm_dtype
-        return getattr(torch, ("bfloat16" if self.options.bf16 else "float32") if name == "auto" else name)
+        return getattr(torch, server_dtype(self.options))
 
     def _both_exact(self) -> bool:
         return self._server_dtype() == torch.float32 and not self.options.bf16
 
     def tolerance(self) -> float:
         """Mean difference of log-probs between server and trainer that passes."""
-        given = self.options.vllm_probe_tolerance
-        return (1e-3 if self._both_exact() else 0.1) if given is None else given
+        if self.options.vllm_probe_tolerance is not None:
+            return self.options.vllm_probe_tolerance
+        return 1e-3 if self._both_exact() else 0.1
 
     def _folder(self, name: str) -> Path:
         return Path(self.options.vllm_sync_directory) / f"ballast-{self.run_id}-{name}"

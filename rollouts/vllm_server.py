@@ -183,12 +183,18 @@ def read_completions(
     return found
 
 
+def server_dtype(options: Any) -> str:
+    """What the server computes in; auto: what the trainer does."""
+    if options.vllm_dtype != "auto":
+        return options.vllm_dtype
+    return "bfloat16" if options.bf16 else "float32"
+
+
 def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], list[str]]:
     """Environment and command line of the vLLM server that this config needs, on CPU or GPU."""
     where = urlparse(url)
     gpu = torch.cuda.is_available()
-    dtype = options.vllm_dtype
-    dtype = ("bfloat16" if options.bf16 else "float32") if dtype == "auto" else dtype
+    dtype = server_dtype(options)
     # The worker extension alone goes on the server's path: our module names (kernels, data) are others' too.
     folder = Path(options.output_dir).resolve() / "server"
     folder.mkdir(parents=True, exist_ok=True)

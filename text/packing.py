@@ -55,7 +55,9 @@ def settle_intervals(config: Any, total_steps: int, steps_per_epoch: int) -> Non
     def steps(every: int | float | None, times_per_epoch: int | None) -> int | None:
         if times_per_epoch is not None:
             return max(1, round(steps_per_epoch / times_per_epoch))
-        return every if every is None else int(every) if every >= 1 else math.ceil(every * total_steps)
+        if every is None:
+            return None
+        return int(every) if every >= 1 else math.ceil(every * total_steps)
 
     config.eval_steps = steps(config.eval_steps, config.evals_per_epoch)
     config.save_steps = steps(config.save_steps, config.saves_per_epoch)

@@ -120,7 +120,8 @@ class Tokenizer:
             if config.get(name) and not isinstance(Tokenizer._text(config[name]), str):
                 raise DataError(str(directory / "tokenizer_config.json"), None, f"{name} is not text")
         stops = read("generation_config.json").get("eos_token_id") or read("config.json").get("eos_token_id")
-        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+        if not isinstance(stops, list):
+            stops = [] if stops is None else [stops]
         if not all(type(stop) is int and 0 <= stop < 2**31 for stop in stops):
             raise DataError(
                 str(directory / "generation_config.json"), None, "eos_token_id holds no token ids"
