@@ -545,14 +545,15 @@ def structured(config: Config) -> None:
             seconds_by_phase["train"] = timer()
 
             # e. Metrics over the whole step, on all ranks alike.
-            tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
+            tally.mean("train/loss", sum(loss.item() for loss in losses), 1.0 / world.size)
             state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
             metrics: dict[str, float] = {
                 **tally.result(world), **completion_metrics(rollouts), **queue.metrics,
                 **{f"ebft/{name}": values.mean().item() for name, values in energy_stats.items()},
                 "ebft/advantages_std": advantage.std(-1).mean().item() if n > 1 else 0.0,
-                "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
-                "skipped_micro_batches": float(skipped), "step_time": sum(seconds_by_phase.values()),
+                "train/grad_norm": norm.item(), "train/learning_rate": rate,
+                "num_tokens": state["num_tokens"], "skipped_micro_batches": float(skipped),
+                "step_time": sum(seconds_by_phase.values()),
                 "weight_version_lag": float(run.step - 1 - min(r.weight_version for r in rollouts)),
                 **{f"step_time/{phase}": value for phase, value in seconds_by_phase.items()},
                 **forensics.metrics(), **memory.peak_memory(world.device), **rank_timing,
@@ -892,10 +893,10 @@ def strided(config: Config) -> None:
         run.step += 1
 
         # e. Metrics over the whole step, on all ranks alike.
-        tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
+        tally.mean("train/loss", sum(loss.item() for loss in losses), 1.0 / world.size)
         state["num_tokens"] += sum(len(d.ids) for d in chosen) + size.tokens
         metrics = tally.result(world) | {
-            "grad_norm": norm.item(), "learning_rate": rate, "num_tokens": state["num_tokens"],
+            "train/grad_norm": norm.item(), "train/learning_rate": rate, "num_tokens": state["num_tokens"],
             "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(data.skipped),
             "step_time": seconds(), "epoch": run.step * data.order.size / data.order.epoch_size,
             **forensics.metrics(), **memory.peak_memory(world.device), **rank_timing,

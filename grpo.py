@@ -776,14 +776,14 @@ def main(config: Config) -> None:
                 dist.mix_weights(reference, model, config.ref_model_mixup_alpha)
 
             # f. Metrics over the whole step, on all ranks alike.
-            tally.mean("loss", sum(loss.item() for loss in losses), 1.0 / world.size)
+            tally.mean("train/loss", sum(loss.item() for loss in losses), 1.0 / world.size)
             policy_metrics = tally.result(world)
             state["entropy"] = policy_metrics.get("entropy", state.get("entropy", 0.0))
             seconds_by_phase |= sampler.seconds
             metrics: dict[str, float] = {
-                **state["batch_metrics"], **policy_metrics, "grad_norm": norm.item(), "learning_rate": rate,
-                "num_tokens": state["num_tokens"], "skipped_micro_batches": float(skipped),
-                "entropy_coef": size.entropy_coef,
+                **state["batch_metrics"], **policy_metrics, "train/grad_norm": norm.item(),
+                "train/learning_rate": rate, "num_tokens": state["num_tokens"],
+                "skipped_micro_batches": float(skipped), "entropy_coef": size.entropy_coef,
                 "epoch": prompts.epoch_of(generation),
                 "step_time": sum(seconds_by_phase.values()),
                 **{f"step_time/{phase}": value for phase, value in seconds_by_phase.items()},

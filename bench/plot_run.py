@@ -52,7 +52,7 @@ def draw_policy(series) -> list:
     for axis, name, low, high in (
         (entropy, "entropy", 0.05, 0.5),
         (kl, "kl", 0.0, 0.5),
-        (norm, "grad_norm", 0.001, 10.0),
+        (norm, "train/grad_norm", 0.001, 10.0),
     ):
         axis.plot(*series(name), color="#1f6f8b")
         axis.axhspan(low, high, color="#8fb996", alpha=0.2, lw=0)

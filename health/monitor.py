@@ -83,7 +83,7 @@ class Unhealthy(BallastError):
 FORMATS = {
     "train/loss": ("loss", ".4f"), "eval/loss": ("eval", ".4f"), "train/grad_norm": ("norm", ".3f"),
     "train/learning_rate": ("lr", ".2e"), "reward": ("reward", ".3f"), "entropy": ("entropy", ".3f"),
-    "kl": ("kl", ".4f"), "grad_norm": ("norm", ".3f"), "clip_ratio/region_mean": ("clip_ratio", ".3f"),
+    "kl": ("kl", ".4f"), "clip_ratio/region_mean": ("clip_ratio", ".3f"),
     "completions/mean_length": ("length", ".1f"), "completions/clipped_ratio": ("cut_at_limit", ".1%"),
     "step_time": ("s", ".2f"),
     "tokens_per_second": ("tok/s", ",.0f"), "memory/max_alloc": ("GiB", ".2f"), "mfu": ("mfu", ".1%"),

@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from health.rules import ALIASES, Doctor, Verdict, of_training, rules_of
+from health.rules import ALIASES, Doctor, Verdict, of_training, rules_of, samples
 from run.config import ConfigError, read_yaml_file
 
 # ------------------------------------------------------------------------------------------------------------
@@ -53,8 +53,9 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
     if not isinstance(rows, list):
         raise ConfigError(str(path), None, "must hold a list of logged steps")
     history = []
-    foreign = path.suffix != ".jsonl" or not any("train/loss" in r for r in rows if isinstance(r, dict))
     rewarded = any(isinstance(r, dict) and any(str(k).endswith("reward") for k in r) for r in rows)
+    if rewarded and not samples(config):  # another trainer's: its metrics say what it does
+        config["reward_funcs"] = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ConfigError(f"{path}:{number}", None, "is no object")
@@ -67,9 +68,7 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
             name = str(name).rpartition(" - ")[2]  # a wandb export puts the run's name before the metric's
             if name.startswith("train/") and (rewarded or name == "train/global_step"):
                 name = name.removeprefix("train/")
-            if foreign and not rewarded:
-                name = ALIASES.get(name, name)
-            made[name] = figure
+            made[ALIASES.get(name, name)] = figure
         step = next((made.pop(n) for n in ("step", "_step", "Step", "global_step") if n in made), number)
         if not abs(step) < 2**53:
             raise ConfigError(f"{path}:{number}", None, f"has step {step}, which is none")
@@ -114,7 +113,7 @@ def ended_in(directory: Path) -> str | None:
 FIRST = (
     "train/loss", "eval/loss", "reward", "rewards/*/mean", "eval/reward", "eval/pass@1", "eval/greedy",
     "eval/exact",
-    "train/grad_norm", "grad_norm", "train/learning_rate", "learning_rate", "entropy", "kl",
+    "train/grad_norm", "train/learning_rate", "entropy", "kl",
     "frac_reward_zero_std",
     "reward_std", "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean",
     "sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/min",
@@ -123,7 +122,7 @@ FIRST = (
     "step_time", "memory/max_alloc",
 )  # fmt: skip
 HEALTHY = {  # the page's own ranges, where no rule draws one
-    "train/grad_norm": (0.1, 10.0), "grad_norm": (0.001, 1.0), "entropy": (0.05, 0.5), "kl": (0.0, 0.5),
+    "train/grad_norm": (0.1, 10.0), "entropy": (0.05, 0.5), "kl": (0.0, 0.5),
     "frac_reward_zero_std": (0.0, 0.8), "clip_ratio/region_mean": (0.0, 0.1),
     "completions/clipped_ratio": (0.0, 0.3), "sampling/sampling_logp_difference/mean": (0.0, 0.1),
     "sampling/importance_sampling_ratio/min": (0.1, 1.0), "ebft/alignment_cosine": (0.3, 1.0),
@@ -253,6 +252,8 @@ def draw(metric: str, pages: list[RunPage]) -> str:
 
 def band(metric: str, config: dict) -> tuple[float | None, float | None]:
     """The healthy range of a metric: the page's, else what its rules allow."""
+    if metric == "train/grad_norm" and samples(config):
+        return 0.001, 1.0
     if metric in HEALTHY:
         return HEALTHY[metric]
     low = [

@@ -54,14 +54,14 @@ RULES: tuple[Rule, ...] = (
         (("learning_rate", "try 2 to 5 times as much (full fine-tuning 1e-5 to 5e-5, LoRA 1e-4 to 3e-4)"),
          ("weight_decay", "above 0.1 it can suppress LoRA", (0, 0.1)),
          ("datasets", "see the mask: python data.py inspect")),
-        high=0.97, window=50, after=60,
+        high=0.97, window=50, after=60, guard="supervised",
     ),
     Rule(
         "loss_plateau", ("train/loss",), "flat", "the loss has stopped falling, well above 0.5 to 2.0",
         "too low a learning rate, a warmup too short for it, or data without signal",
         (("learning_rate", "try 2 to 5 times as much"), ("warmup_ratio", "try 0.05 to 0.1", (0.05, 1)),
          ("datasets", "see the mask: python data.py inspect")),
-        low=2.0, high=0.99, window=100, after=150,
+        low=2.0, high=0.99, window=100, after=150, guard="supervised",
     ),
     Rule(
         "loss_spike", ("train/loss",), "spike", "the loss jumped",
@@ -69,14 +69,14 @@ RULES: tuple[Rule, ...] = (
         (("sample_packing", "set it to false for a while and see which batches do it", (0, 0)),
          ("learning_rate", "divide it by 2 to 5, or warm up longer"),
          ("bf16", "try false to see if precision is it", (0, 0))),
-        low=2.0, high=8.0, window=30, after=20,
+        low=2.0, high=8.0, window=30, after=20, guard="supervised",
     ),
     Rule(
         "loss_diverging", ("train/loss",), "above_best", "the loss climbs and stays up",
         "the learning rate is too high for this batch size or warmup",
         (("learning_rate", "divide it by 2 to 5"), ("warmup_ratio", "try 0.05 to 0.1", (0.05, 1)),
          ("max_grad_norm", "1.0 clips what a bad batch can do", (1e-9, 1.0))),
-        low=0.5, high=1.5, window=10, after=10, severity="critical",
+        low=0.5, high=1.5, window=10, after=10, severity="critical", guard="supervised",
     ),
     Rule(
         "overfitting", ("eval/loss",), "rising", "held-out loss rises while training goes on",
@@ -91,21 +91,21 @@ RULES: tuple[Rule, ...] = (
         "too high a learning rate, noisy or malformed batches",
         (("max_grad_norm", "1.0 clips them", (1e-9, 1.0)), ("learning_rate", "divide it by 2 to 5"),
          ("gradient_accumulation_steps", "more smooth a noisy batch")),
-        high=10.0, window=5, after=10,
+        high=10.0, window=5, after=10, guard="supervised",
     ),
     Rule(
         "grad_norm_exploding", ("train/grad_norm",), "outside", "the gradient explodes",
         "the step before it was too long, or one batch is broken",
         (("learning_rate", "divide it by 2 to 5"), ("max_grad_norm", "1.0 clips it", (1e-9, 1.0)),
          ("warmup_ratio", "try 0.05 to 0.1", (0.05, 1))),
-        high=100.0, window=1, after=5, severity="critical",
+        high=100.0, window=1, after=5, severity="critical", guard="supervised",
     ),
     Rule(
         "grad_norm_vanishing", ("train/grad_norm",), "outside", "gradients are close to nothing",
         "hardly any token is trained, or the loss is already zero",
         (("datasets", "see the mask: python data.py inspect"),
         ("num_epochs", "the rows may be known by heart")),
-        low=1e-4, window=20, after=10,
+        low=1e-4, window=20, after=10, guard="supervised",
     ),
     Rule(
         "learning_rate_off_schedule", ("schedule/ratio",), "outside",
@@ -119,7 +119,7 @@ RULES: tuple[Rule, ...] = (
         "what is differentiated is not the mean over the step's tokens that is reported",
         "micro-batches are averaged each for itself, or divided by the wrong count (an edited loop)",
         (("gradient_accumulation_steps", "divide each micro-batch's sum by the tokens of the whole step"),),
-        low=0.999, high=1.001, window=3, severity="critical",
+        low=0.999, high=1.001, window=3, severity="critical", guard="supervised",
     ),
     Rule(
         "few_trained_tokens", ("trained_token_share",), "outside", "hardly any token is trained",
@@ -271,18 +271,18 @@ RULES: tuple[Rule, ...] = (
         high=1.0, plus="vllm_sync_interval", window=2,
     ),
     Rule(
-        "policy_gradient_large", ("grad_norm",), "outside", "gradients of the policy are large",
+        "policy_gradient_large", ("train/grad_norm",), "outside", "gradients of the policy are large",
         "too high a learning rate, or advantages of a few odd completions",
         (("max_grad_norm", "1.0 clips them", (1e-9, 1.0)), ("learning_rate", "halve it"),
          ("gradient_accumulation_steps", "more smooth a noisy batch")),
-        high=10.0, window=5, after=5, severity="critical",
+        high=10.0, window=5, after=5, severity="critical", guard="samples",
     ),
     Rule(
-        "no_gradient", ("grad_norm",), "stays_at", "no gradient reaches the weights",
+        "no_gradient", ("train/grad_norm",), "stays_at", "no gradient reaches the weights",
         "every group is flat, or nothing is trained",
         (("reward_funcs", "try it alone: python grpo.py test-rewards"),
         ("num_generations", "16 and more", (16, math.inf))),
-        low=0.0, window=10,
+        low=0.0, window=10, guard="samples",
     ),
     Rule(
         "reward_collapse", ("reward",), "below_best", "the reward has fallen far from its best",
@@ -403,14 +403,21 @@ def of_training(rows: Iterable[dict]) -> Iterator[dict]:
             yield row
 
 
+def samples(config: dict) -> bool:
+    """Whether this config's recipe trains on what the policy samples: GRPO and EBFT."""
+    return "reward_funcs" in config or "feature_layers" in config
+
+
 GUARDS: dict[str, Callable[[dict], Any]] = {
+    "samples": samples,
+    "supervised": lambda config: not samples(config),
     "has_prompts": lambda config: _types(config) & PROMPTED and _types(config) <= PROMPTED | {"text"},
     "raw_features": lambda config: (
         config.get("whitening", "none") == "none" and not config.get("use_whitening")
     ),
 }
 
-ALIASES = {  # what other trainers call the same
+ALIASES: dict[str, str] = {  # what other trainers, and versions before 0.3, call the same
     "loss": "train/loss", "eval_loss": "eval/loss", "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
 }  # fmt: skip
@@ -640,7 +647,7 @@ class Doctor:
     ) -> list[Verdict]:
         verdicts = []
         progress = step / self.total_steps if self.total_steps else 0.0
-        rate = metrics.get("train/learning_rate", metrics.get("learning_rate"))
+        rate = metrics.get("train/learning_rate")
         if rate is not None and self.total_steps and "lr_scheduler" in self.config:
             expected = dist.learning_rate(step - 1, self.options, self.total_steps)
             metrics = {**metrics, "schedule/ratio": rate / expected if expected else 1.0 + rate}
@@ -678,7 +685,8 @@ class Doctor:
         """What a run that goes on had logged before: windows, best values and what is ill are as they were,
         except of what belongs to the process (MEASURED)."""
         for row in of_training(rows):
-            self.observe(row["step"], {k: v for k, v in row.items() if not MEASURED.search(k)})
+            kept = {ALIASES.get(str(k), str(k)): v for k, v in row.items() if not MEASURED.search(k)}
+            self.observe(row["step"], kept)
 
     def _reads(self, rule: Rule, name: str) -> bool:
         """Whether a rule reads this metric: its first name that the run has."""

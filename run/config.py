@@ -255,6 +255,11 @@ def given_options(argv: list[str]) -> set[str]:
     return {key.partition(".")[0] for key in _given(list(argv), set())[0]}
 
 
+RETIRED = {  # options of earlier versions
+    "lora_target_linear": "all linear layers of the blocks are the default; leave it out"
+}
+
+
 def parse_config(
     config_class: type[Config],
     argv: list[str] | None = None,
@@ -280,7 +285,7 @@ def parse_config(
             if ignore_unknown:
                 values.pop(key)
                 continue
-            if why := getattr(config_class, "not_here", {}).get(key):
+            if why := getattr(config_class, "not_here", {}).get(key) or RETIRED.get(key):
                 raise UnknownOption(where, None, f"is not an option here: {why}")
             near = difflib.get_close_matches(key, sorted(names), n=1, cutoff=0.6)
             hint = f"did you mean `{near[0]}`?" if near else "run with --help to see every option"

@@ -303,7 +303,8 @@ def test_options_of_the_other_mode_and_dropout_do_not_stop_a_strided_config(tmp_
     )  # fmt: skip
     assert (config.mode, config.stride, config.lora_dropout) == ("strided", 4, 0.0)
     assert config.datasets == [{"path": "hf://datasets/o/n", "type": "text"}]
-    assert "not of mode strided" in comments(text, "not needed")["epsilon"]
+    assert "not of mode strided" in comments(text, "not needed")["num_generations"]
+    assert "without a ratio to clip" in comments(text, "not needed")["epsilon"]
     assert "lora_dropout" in comments(text, "changed")
 
 

@@ -55,7 +55,8 @@ def test_two_drills_as_a_user_runs_them(tmp_path):
         ("loss_on_prompts", "trained_on_prompts"),
         ("reward_not_importable", "cannot be imported"),
     ):
-        code = f"import drill, pathlib; assert drill.show({name!r}, pathlib.Path({str(tmp_path)!r}))"
+        place = f"pathlib.Path({str(tmp_path)!r})"
+        code = f"import pathlib; from health import drill; assert drill.show({name!r}, {place})"
         program = tmp_path / "try.py"
         program.write_text(code)
         done = run_program(program)

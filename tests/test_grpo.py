@@ -125,8 +125,9 @@ def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoin
     assert len(rows) == 2
     for other_rows, other in others:
         for a, b in zip(rows, other_rows, strict=True):
-            for key in ("loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "reward_std",
-                        "sampling/importance_sampling_ratio/min", "sampling/sampling_logp_difference/max",
+            for key in ("train/loss", "train/grad_norm", "entropy", "kl", "clip_ratio/region_mean",
+                        "reward_std", "sampling/importance_sampling_ratio/min",
+                        "sampling/sampling_logp_difference/max",
                         "completions/mean_length", "num_tokens"):  # fmt: skip
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), key
         for name, weight in weights.items():
@@ -166,7 +167,7 @@ def test_three_steps_agree_with_trl_on_the_same_rollouts(
     )  # fmt: skip
     ours = metrics(tmp_path / "out")
     assert len(ours) == len(logs) == steps
-    shared = {"grad_norm", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
+    shared = {"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
     "clip_ratio/region_mean",
               "clip_ratio/low_min", "clip_ratio/high_max", "sampling/sampling_logp_difference/mean",
               "sampling/sampling_logp_difference/max", "reward", "reward_std", "frac_reward_zero_std",
@@ -178,11 +179,12 @@ def test_three_steps_agree_with_trl_on_the_same_rollouts(
         shared -= {"kl"}  # TRL logs it after weighting
     compared = set()
     for a, b in zip(ours, logs, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5), (a["loss"], b["loss"])
+        assert a["train/loss"] == pytest.approx(b["loss"], abs=2e-5), (a["train/loss"], b["loss"])
+        assert a["train/grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4, abs=1e-5)
         for key in shared & set(a) & set(b):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
             compared.add(key)
-    assert {"grad_norm", "reward", "sampling/sampling_logp_difference/mean"} <= compared
+    assert {"reward", "sampling/sampling_logp_difference/mean"} <= compared
     weights = final_weights(tmp_path / "out")
     for name, parameter in reference.named_parameters():
         assert (weights[name] - parameter).abs().max() < 1e-5, name
@@ -263,8 +265,8 @@ def test_every_slice_of_a_batch_has_the_log_probs_of_the_weights_that_made_it(
         tokens += len(ratio)
     seen = metrics(tmp_path / "all")[1]
     with_a_ratio_of_one = -sum(A * len(r["completion_ids"]) for r, A in zip(second, advantages, strict=True))
-    assert seen["loss"] == pytest.approx((total / tokens).item(), abs=2e-6)
-    assert abs(seen["loss"] - with_a_ratio_of_one / tokens) > 1e-3
+    assert seen["train/loss"] == pytest.approx((total / tokens).item(), abs=2e-6)
+    assert abs(seen["train/loss"] - with_a_ratio_of_one / tokens) > 1e-3
     assert clipped and seen["clip_ratio/region_mean"] == pytest.approx(clipped / tokens, abs=1e-6)
 
 
@@ -314,17 +316,17 @@ def test_training_makes_the_rewarded_letter_frequent(more, task, small_checkpoin
     before, after = rows[0]["eval/reward"], rows[-1]["eval/reward"]
     assert after > before + 0.1, (before, after)
     # A step without signal has no forward pass
-    last = [row for row in rows if row.get("grad_norm", 0) > 0][-1]
+    last = [row for row in rows if row.get("train/grad_norm", 0) > 0][-1]
     for key in (
         "reward",
         "entropy",
-        "grad_norm",
+        "train/grad_norm",
         "rewards/many_g/mean",
         "completions/clipped_ratio",
         "step_time/generate",
     ):
         assert math.isfinite(last[key])
-    with_kl = [row["step"] for row in rows if "kl" in row and row["grad_norm"]]
+    with_kl = [row["step"] for row in rows if "kl" in row and row["train/grad_norm"]]
     if "adapter=lora" in more:  # there is a reference, but its pass has a price: every kl_steps steps
         assert with_kl == [1, 21]
     else:
@@ -377,7 +379,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(more, task, small_checkpoint, tm
     assert (tmp_path / "again" / "final" / "model.safetensors").read_bytes() == whole
     resumed = metrics(tmp_path / "again")
     assert [r["step"] for r in resumed] == list(range(7))
-    for key in ("loss", "grad_norm", "reward", "entropy", "num_tokens", "eval/reward"):
+    for key in ("train/loss", "train/grad_norm", "reward", "entropy", "num_tokens", "eval/reward"):
         assert resumed[-1][key] == last[key], key
 
 
@@ -393,7 +395,13 @@ def test_a_run_can_be_replayed_from_what_it_recorded(task, small_checkpoint, tmp
     a, b = metrics(tmp_path / "a")[1:], metrics(tmp_path / "b")
     assert len(a) == len(b) == 6
     for x, y in zip(a, b, strict=True):
-        for key in ("loss", "grad_norm", "entropy", "reward", "sampling/sampling_logp_difference/max"):
+        for key in (
+            "train/loss",
+            "train/grad_norm",
+            "entropy",
+            "reward",
+            "sampling/sampling_logp_difference/max",
+        ):
             assert x[key] == y[key], key
     weights = [(tmp_path / d / "final" / "model.safetensors").read_bytes() for d in "ab"]
     assert weights[0] == weights[1]
@@ -411,7 +419,9 @@ def test_a_step_whose_groups_are_all_flat_changes_nothing(small_checkpoint, tmp_
     )  # fmt: skip
     (row,) = metrics(tmp_path / "out")
     assert (
-        row["grad_norm"] == 0.0 and row["skipped_micro_batches"] == 2 and row["frac_reward_zero_std"] == 1.0
+        row["train/grad_norm"] == 0.0
+        and row["skipped_micro_batches"] == 2
+        and row["frac_reward_zero_std"] == 1.0
     )
     before = load_pretrained(str(small_checkpoint[0]), dtype=torch.float32).state_dict()
     after = load_pretrained(str(tmp_path / "out" / "final"), dtype=torch.float32).state_dict()

@@ -163,7 +163,7 @@ def test_a_sharded_vocabulary_gives_every_rank_the_whole_result(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch, torch.distributed as td, losses\n"
+        "import torch, torch.distributed as td\nfrom numerics import losses\n"
         "td.init_process_group('gloo'); r = td.get_rank(); torch.manual_seed(0)\n"
         "h = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)\n"
         "w = torch.randn(21, 8, dtype=torch.float64, requires_grad=True)\n"
@@ -194,7 +194,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import losses
+from numerics import losses
 names = dict(logits="*bf16", labels="*i64", nll="*fp32", V="i32", softcap="fp32")
 constants = dict(SOFTCAP={softcap}, GRADIENT=True, BLOCK=4096)
 source = ASTSource(losses._cross_entropy_kernel, names | dict.fromkeys(constants, "constexpr"), constants,

@@ -257,7 +257,7 @@ def test_two_sharded_ranks_train_with_a_server_of_two_workers(small_checkpoint, 
         fake.close()
     assert done.returncode == 0, done.stdout + done.stderr
     lines = metrics(tmp_path / "out")
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
     assert max(line.get("sampling/sampling_logp_difference/mean", 0.0) for line in lines) < 1e-4
     first, final = (
         load_pretrained(str(path), dtype=torch.float32).embed_tokens.weight

@@ -129,7 +129,7 @@ def replayed(small_checkpoint, task, texts, tmp_path_factory):
 @pytest.mark.parametrize("recipe", STEP)
 def test_the_same_samples_train_alike_on_any_number_of_processes(recipe, mesh, replayed, small_checkpoint):
     alone, many = (
-        {row["step"]: row for row in metrics(replayed(recipe, name)) if "grad_norm" in row}
+        {row["step"]: row for row in metrics(replayed(recipe, name)) if "train/grad_norm" in row}
         for name in ("1", mesh)
     )
     assert alone.keys() == many.keys() == {1, 2, 3, 4}
@@ -138,7 +138,7 @@ def test_the_same_samples_train_alike_on_any_number_of_processes(recipe, mesh, r
             assert (name in row) == (name in many[step])
             if name in row:
                 assert many[step][name] == pytest.approx(row[name], rel=1e-5, abs=1e-6), (step, name)
-        assert many[step]["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+        assert many[step]["train/grad_norm"] == pytest.approx(row["train/grad_norm"], rel=1e-4)
     one, many = replayed(recipe, "1"), replayed(recipe, mesh)
     assert gap(one / "final", many / "final") < 1e-6 < 1e-4 < gap(one / "final", small_checkpoint[0])
 

@@ -41,7 +41,7 @@ def test_a_dataset_on_the_hub_is_read_through_a_local_stand_in(tmp_path):
     write(files / "train.jsonl", [{"text": "from the hub"}])
     write(files / "test.jsonl", [{"text": "held out"}])
     code = (
-        "import pathlib, rows, config\n"
+        "import pathlib\nfrom text import rows\nfrom run import config\n"
         "for split in ('train', 'test'):\n"
         "    spec = {'path': 'hf://datasets/org/tiny', 'type': 'text', 'split': split}\n"
         "    print([row.value['text'] for row in rows.read_rows(spec, pathlib.Path('.'))])\n"

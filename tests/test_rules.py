@@ -18,6 +18,12 @@ CONFIG = {
 }  # fmt: skip
 
 
+def config_for(name: str) -> dict:
+    """CONFIG of a recipe that the rule is for."""
+    rule = next(rule for rule in RULES if rule.name == name)
+    return CONFIG | ({"reward_funcs": []} if rule.guard == "samples" else {})
+
+
 # rule → (metric, healthy values, then ill ones, observations within which it must speak)
 ILL: dict[str, tuple[str, list[float], list[float], int]] = {
     "loss_stuck": ("train/loss", [], noisy(5.2, 80, 0.01), 70),
@@ -52,8 +58,8 @@ ILL: dict[str, tuple[str, list[float], list[float], int]] = {
     "length_creep": ("completions/mean_length", noisy(50, 60, 0.1), [50 * 1.03**i for i in range(60)], 45),
     "completions_clipped": ("completions/clipped_ratio", noisy(0.1, 30, 0.3), [0.95] * 6, 5),
     "stale_weights": ("weight_version_lag", [0.0, 1.0, 2.0, 3.0] * 5, [9.0] * 3, 2),
-    "policy_gradient_large": ("grad_norm", noisy(0.5, 30, 0.5), [30.0] * 6, 5),
-    "no_gradient": ("grad_norm", noisy(0.5, 30, 0.5), [0.0] * 11, 10),
+    "policy_gradient_large": ("train/grad_norm", noisy(0.5, 30, 0.5), [30.0] * 6, 5),
+    "no_gradient": ("train/grad_norm", noisy(0.5, 30, 0.5), [0.0] * 11, 10),
     "reward_collapse": ("reward", [0.2 + 0.01 * i for i in range(50)], [0.1] * 15, 12),
     "nonfinite_activations": ("nonfinite_hidden_states", [0.0] * 5, [3.0], 1),
     "alignment_low": ("ebft/alignment_cosine", [], noisy(0.1, 45), 25),
@@ -80,10 +86,11 @@ def test_every_rule_has_a_case_here():
 def test_a_run_that_is_resumed_hears_what_it_would_have_heard(name):
     metric, healthy, ill, _ = ILL[name]
     rows = [{"step": i, metric: v} for i, v in enumerate([*healthy, *ill], 1)]
-    whole = Doctor(CONFIG)
+    config = config_for(name)
+    whole = Doctor(config)
     said = [[v.line(CONFIG) for v in whole.observe(row["step"], row)] for row in rows]
     for cut in (1, len(healthy), len(rows) - len(ill) // 2):
-        doctor = Doctor(CONFIG)
+        doctor = Doctor(config)
         doctor.recall(rows[:cut])
         again = [[v.line(CONFIG) for v in doctor.observe(row["step"], row)] for row in rows[cut:]]
         assert again == said[cut:] and doctor.status == whole.status
@@ -92,7 +99,7 @@ def test_a_run_that_is_resumed_hears_what_it_would_have_heard(name):
 @pytest.mark.parametrize("name", ILL)
 def test_a_rule_speaks_within_its_window_and_only_then_and_is_over_when_it_is_over(name):
     metric, healthy, ill, within = ILL[name]
-    doctor = Doctor(CONFIG)
+    doctor = Doctor(config_for(name))
     for step, value in enumerate(healthy, 1):
         assert doctor.observe(step, {metric: value}) == [], f"{value} at {step} is healthy"
     spoken = []

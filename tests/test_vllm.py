@@ -156,7 +156,7 @@ def test_the_servers_log_probs_follow_the_trainers_through_five_syncs(server, se
         assert row["sync/probe_difference"] < 1e-4 and row["weight_version_lag"] == 0
         assert row["sampling/sampling_logp_difference/max"] < 1e-4
         assert abs(row["sampling/importance_sampling_ratio/min"] - 1) < 1e-4
-        assert row["sampling/unknown_logprobs"] == 0 and row["grad_norm"] > 0
+        assert row["sampling/unknown_logprobs"] == 0 and row["train/grad_norm"] > 0
 
 
 def test_ebft_takes_its_samples_from_the_server(server, setup, tmp_path):
@@ -171,7 +171,7 @@ def test_ebft_takes_its_samples_from_the_server(server, setup, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(tmp_path)
     assert len(rows) == 4 and max(row["weight_version_lag"] for row in rows) == 1
-    assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4 and rows[-1]["grad_norm"] > 0
+    assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4 and rows[-1]["train/grad_norm"] > 0
 
 
 def test_buffers_of_weights_are_cut_as_vllm_cuts_them(vllm_python):
@@ -227,7 +227,7 @@ def test_two_processes_with_async_prefetch_do_not_hang(server, setup, tmp_path):
     )  # fmt: skip
     rows = metrics(tmp_path)
     assert len(rows) == 20 and max(row["weight_version_lag"] for row in rows) == 1
-    assert all(row["grad_norm"] > 0 for row in rows)
+    assert all(row["train/grad_norm"] > 0 for row in rows)
 
 
 def test_an_interrupted_run_goes_on_where_it_was_also_with_a_prefetched_batch(server, setup, tmp_path):

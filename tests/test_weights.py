@@ -91,7 +91,7 @@ def test_a_grown_vocabulary_keeps_its_rows_and_adds_mean_rows(references, tmp_pa
 def test_a_hub_id_is_downloaded_once_and_an_unknown_one_is_named(references, tmp_path):
     _, directory = references("qwen3")
     code = (
-        "import torch, weights, config\n"
+        "import torch\nfrom checkpoints import weights\nfrom run import config\n"
         "m = weights.load_pretrained('org/tiny', dtype=torch.float32)\n"
         "print('layers', len(m.layers))\n"
         "try: weights.load_pretrained('org/absent', dtype=torch.float32)\n"

@@ -22,18 +22,19 @@ from torch.distributed.tensor import DTensor
 import dist
 import grpo
 import sft
+from checkpoints import building, saving
 from health import forensics
 from rollouts import vllm_client
-from run import files, loop
+from run import loop
 from run.config import parse_config
 
 
 def gradients(file: str) -> None:
     models = []
-    shard, clip = dist.shard, dist.clip_gradients
+    build, clip = building.build_model, dist.clip_gradients
 
-    def remember(model, *rest):
-        models.append(shard(model, *rest))
+    def remember(*given, **how):
+        models.append(build(*given, **how))
         return models[-1]
 
     def save(parameters, max_norm, norm):
@@ -46,18 +47,18 @@ def gradients(file: str) -> None:
             torch.save({"gradients": found, "norm": norm}, file)
         clip(parameters, max_norm, norm)
 
-    dist.shard, dist.clip_gradients = remember, save
+    building.build_model, dist.clip_gradients = remember, save
 
 
 def kill_in_save(step: str) -> None:
-    publish = files.publish
+    publish = saving.publish
 
     def die(aside, final):
         if final.name == f"step-{step}":
             os.kill(os.getpid(), signal.SIGKILL)
         publish(aside, final)
 
-    files.publish = die
+    saving.publish = die
 
 
 def last_rank(what_and_step: str) -> None:
