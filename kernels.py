@@ -305,132 +305,139 @@ def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _attention_forward_kernel(
-    q, k, v, out, lse, first, last, N, scale, softcap,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, last_ptr, N, scale, softcap,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """FlashAttention-2 (arXiv 2307.08691, algorithm 1) over tokens laid end to end: a block of queries meets
     only the keys from its oldest visible one on, and a mask within."""
     start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
-    wide = start.to(tl.int64) * 0
-    m = start + tl.arange(0, BLOCK_M)
-    e = tl.arange(0, BLOCK_E)
-    oldest = tl.load(first + m, mask=m < N, other=0x7FFFFFFF)
+    zero = start.to(tl.int64) * 0  # makes what it is added to int64: offsets may pass 2^31
+    offs_m = start + tl.arange(0, BLOCK_M)
+    offs_e = tl.arange(0, BLOCK_E)
+    oldest = tl.load(first_ptr + offs_m, mask=offs_m < N, other=0x7FFFFFFF)
     if WINDOW > 0:
-        oldest = tl.maximum(oldest, m - WINDOW + 1)
+        oldest = tl.maximum(oldest, offs_m - WINDOW + 1)
     # A 64-bit base a tile and 32-bit offsets within: 64-bit offsets for every element would cost half the
     # registers.
-    at_q = (start.to(tl.int64) * H + head) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + e[None, :]
-    q_tile = tl.load(q + at_q, mask=(m[:, None] < N) & (e[None, :] < E), other=0.0)
+    offs_q = (start.to(tl.int64) * H + head) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + offs_e[None, :]
+    q_tile = tl.load(q_ptr + offs_q, mask=(offs_m[:, None] < N) & (offs_e[None, :] < E), other=0.0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     begin = (tl.min(oldest, 0) // BLOCK_N) * BLOCK_N
-    for at in range(begin, tl.minimum(start + BLOCK_M, N), BLOCK_N):
-        n = at + tl.arange(0, BLOCK_N)
-        base = ((wide + at) * K + head // (H // K)) * E
-        at_k = base + tl.arange(0, BLOCK_N)[None, :] * (K * E) + e[:, None]
-        k_tile = tl.load(k + at_k, mask=(n[None, :] < N) & (e[:, None] < E), other=0.0)
+    for start_k in range(begin, tl.minimum(start + BLOCK_M, N), BLOCK_N):
+        offs_n = start_k + tl.arange(0, BLOCK_N)
+        base = ((zero + start_k) * K + head // (H // K)) * E
+        offs_k = base + tl.arange(0, BLOCK_N)[None, :] * (K * E) + offs_e[:, None]
+        k_tile = tl.load(k_ptr + offs_k, mask=(offs_n[None, :] < N) & (offs_e[:, None] < E), other=0.0)
         s = _scores(q_tile, k_tile, scale, softcap, SOFTCAP)
-        s = tl.where((n[None, :] <= m[:, None]) & (n[None, :] >= oldest[:, None]), s, float("-inf"))
+        s = tl.where(
+            (offs_n[None, :] <= offs_m[:, None]) & (offs_n[None, :] >= oldest[:, None]), s, float("-inf")
+        )
         new_top = tl.maximum(top, tl.max(s, 1))
         # No visible key yet: exp(−inf − 0) is 0, not NaN
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp(s - safe[:, None])
         shrink = tl.exp(top - safe)
         total = total * shrink + tl.sum(p, 1)
-        at_v = base + tl.arange(0, BLOCK_N)[:, None] * (K * E) + e[None, :]
-        v_tile = tl.load(v + at_v, mask=(n[:, None] < N) & (e[None, :] < E), other=0.0)
+        offs_v = base + tl.arange(0, BLOCK_N)[:, None] * (K * E) + offs_e[None, :]
+        v_tile = tl.load(v_ptr + offs_v, mask=(offs_n[:, None] < N) & (offs_e[None, :] < E), other=0.0)
         acc = acc * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
         top = new_top
     # Padding is a document that ends before it begins: no key, zeros out.
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    tl.store(out + at_q, acc.to(out.dtype.element_ty), mask=(m[:, None] < N) & (e[None, :] < E))
     tl.store(
-        lse + m.to(tl.int64) * H + head,
+        out_ptr + offs_q, acc.to(out_ptr.dtype.element_ty), mask=(offs_m[:, None] < N) & (offs_e[None, :] < E)
+    )
+    tl.store(
+        lse_ptr + offs_m.to(tl.int64) * H + head,
         tl.where(empty, 0.0, top + tl.log(tl.where(empty, 1.0, total))),
-        mask=m < N,
+        mask=offs_m < N,
     )
 
 
 @triton.jit
 def _attention_dq_kernel(
-    q, k, v, d_out, lse, delta, dq, first, last, N, scale, softcap,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, first_ptr, last_ptr, N, scale, softcap,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries; probabilities are recomputed from the saved log-sum-exp."""
     start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
-    wide = start.to(tl.int64) * 0
-    m = start + tl.arange(0, BLOCK_M)
-    e = tl.arange(0, BLOCK_E)
-    oldest = tl.load(first + m, mask=m < N, other=0x7FFFFFFF)
+    zero = start.to(tl.int64) * 0  # makes what it is added to int64: offsets may pass 2^31
+    offs_m = start + tl.arange(0, BLOCK_M)
+    offs_e = tl.arange(0, BLOCK_E)
+    oldest = tl.load(first_ptr + offs_m, mask=offs_m < N, other=0x7FFFFFFF)
     if WINDOW > 0:
-        oldest = tl.maximum(oldest, m - WINDOW + 1)
+        oldest = tl.maximum(oldest, offs_m - WINDOW + 1)
     # A 64-bit base a tile and 32-bit offsets within: 64-bit offsets for every element would cost half the
     # registers.
-    at_q = (start.to(tl.int64) * H + head) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + e[None, :]
-    inside = (m[:, None] < N) & (e[None, :] < E)
-    q_tile = tl.load(q + at_q, mask=inside, other=0.0)
-    do_tile = tl.load(d_out + at_q, mask=inside, other=0.0)
-    lse_m = tl.load(lse + m.to(tl.int64) * H + head, mask=m < N, other=0.0)
-    delta_m = tl.load(delta + m.to(tl.int64) * H + head, mask=m < N, other=0.0)
+    offs_q = (start.to(tl.int64) * H + head) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + offs_e[None, :]
+    inside = (offs_m[:, None] < N) & (offs_e[None, :] < E)
+    q_tile = tl.load(q_ptr + offs_q, mask=inside, other=0.0)
+    do_tile = tl.load(d_out_ptr + offs_q, mask=inside, other=0.0)
+    lse_m = tl.load(lse_ptr + offs_m.to(tl.int64) * H + head, mask=offs_m < N, other=0.0)
+    delta_m = tl.load(delta_ptr + offs_m.to(tl.int64) * H + head, mask=offs_m < N, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     begin = (tl.min(oldest, 0) // BLOCK_N) * BLOCK_N
-    for at in range(begin, tl.minimum(start + BLOCK_M, N), BLOCK_N):
-        n = at + tl.arange(0, BLOCK_N)
-        base = ((wide + at) * K + head // (H // K)) * E
-        at_k = base + tl.arange(0, BLOCK_N)[:, None] * (K * E) + e[None, :]
-        mask_k = (n[:, None] < N) & (e[None, :] < E)
-        k_tile = tl.load(k + at_k, mask=mask_k, other=0.0)
+    for start_k in range(begin, tl.minimum(start + BLOCK_M, N), BLOCK_N):
+        offs_n = start_k + tl.arange(0, BLOCK_N)
+        base = ((zero + start_k) * K + head // (H // K)) * E
+        offs_k = base + tl.arange(0, BLOCK_N)[:, None] * (K * E) + offs_e[None, :]
+        mask_k = (offs_n[:, None] < N) & (offs_e[None, :] < E)
+        k_tile = tl.load(k_ptr + offs_k, mask=mask_k, other=0.0)
         s = _scores(q_tile, tl.trans(k_tile), scale, softcap, SOFTCAP)
-        visible = (n[None, :] <= m[:, None]) & (n[None, :] >= oldest[:, None])
+        visible = (offs_n[None, :] <= offs_m[:, None]) & (offs_n[None, :] >= oldest[:, None])
         p = tl.where(visible, tl.exp(s - lse_m[:, None]), 0.0)
-        v_tile = tl.load(v + at_k, mask=mask_k, other=0.0)
+        v_tile = tl.load(v_ptr + offs_k, mask=mask_k, other=0.0)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
         ds = p * (dp - delta_m[:, None])
         if SOFTCAP:
             ds = ds * (1 - (s / softcap) * (s / softcap))
         acc += tl.dot(ds.to(k_tile.dtype), k_tile, input_precision="ieee")
-    tl.store(dq + at_q, (acc * scale).to(dq.dtype.element_ty), mask=inside)
+    tl.store(dq_ptr + offs_q, (acc * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _attention_dkv_kernel(
-    q, k, v, d_out, lse, delta, dk, dv, first, last, N, scale, softcap,
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, first_ptr, last_ptr, N, scale,
+    softcap,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, summed over the query heads that share them."""
     start, head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
-    wide = start.to(tl.int64) * 0
-    n = start + tl.arange(0, BLOCK_N)
-    e = tl.arange(0, BLOCK_E)
-    at_k = (start.to(tl.int64) * K + head) * E + tl.arange(0, BLOCK_N)[:, None] * (K * E) + e[None, :]
-    inside = (n[:, None] < N) & (e[None, :] < E)
-    k_tile = tl.load(k + at_k, mask=inside, other=0.0)
-    v_tile = tl.load(v + at_k, mask=inside, other=0.0)
-    newest = tl.load(last + n, mask=n < N, other=-1)
+    zero = start.to(tl.int64) * 0  # makes what it is added to int64: offsets may pass 2^31
+    offs_n = start + tl.arange(0, BLOCK_N)
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_k = (start.to(tl.int64) * K + head) * E + tl.arange(0, BLOCK_N)[:, None] * (K * E) + offs_e[None, :]
+    inside = (offs_n[:, None] < N) & (offs_e[None, :] < E)
+    k_tile = tl.load(k_ptr + offs_k, mask=inside, other=0.0)
+    v_tile = tl.load(v_ptr + offs_k, mask=inside, other=0.0)
+    newest = tl.load(last_ptr + offs_n, mask=offs_n < N, other=-1)
     if WINDOW > 0:
-        newest = tl.minimum(newest, n + WINDOW - 1)
+        newest = tl.minimum(newest, offs_n + WINDOW - 1)
     end = tl.max(newest, 0) + 1
     dk_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for group in range(0, H // K):
         h = head * (H // K) + group
-        for at in range((start // BLOCK_M) * BLOCK_M, end, BLOCK_M):
-            m = at + tl.arange(0, BLOCK_M)
-            at_q = ((wide + at) * H + h) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + e[None, :]
-            mask_q = (m[:, None] < N) & (e[None, :] < E)
-            q_tile = tl.load(q + at_q, mask=mask_q, other=0.0)
-            do_tile = tl.load(d_out + at_q, mask=mask_q, other=0.0)
-            lse_m = tl.load(lse + m.to(tl.int64) * H + h, mask=m < N, other=0.0)
-            delta_m = tl.load(delta + m.to(tl.int64) * H + h, mask=m < N, other=0.0)
+        for start_q in range((start // BLOCK_M) * BLOCK_M, end, BLOCK_M):
+            offs_m = start_q + tl.arange(0, BLOCK_M)
+            offs_q = (
+                ((zero + start_q) * H + h) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + offs_e[None, :]
+            )
+            mask_q = (offs_m[:, None] < N) & (offs_e[None, :] < E)
+            q_tile = tl.load(q_ptr + offs_q, mask=mask_q, other=0.0)
+            do_tile = tl.load(d_out_ptr + offs_q, mask=mask_q, other=0.0)
+            lse_m = tl.load(lse_ptr + offs_m.to(tl.int64) * H + h, mask=offs_m < N, other=0.0)
+            delta_m = tl.load(delta_ptr + offs_m.to(tl.int64) * H + h, mask=offs_m < N, other=0.0)
             # Transposed, keys down and queries across: the products into dk and dv then take p and ds as they
             # are.
             s = _scores(k_tile, tl.trans(q_tile), scale, softcap, SOFTCAP)
-            visible = (n[:, None] <= m[None, :]) & (m[None, :] <= newest[:, None])
+            visible = (offs_n[:, None] <= offs_m[None, :]) & (offs_m[None, :] <= newest[:, None])
             p = tl.where(visible, tl.exp(s - lse_m[None, :]), 0.0)
             dv_acc += tl.dot(p.to(do_tile.dtype), do_tile, input_precision="ieee")
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
@@ -438,8 +445,8 @@ def _attention_dkv_kernel(
             if SOFTCAP:
                 ds = ds * (1 - (s / softcap) * (s / softcap))
             dk_acc += tl.dot(ds.to(q_tile.dtype), q_tile, input_precision="ieee")
-    tl.store(dk + at_k, (dk_acc * scale).to(dk.dtype.element_ty), mask=inside)
-    tl.store(dv + at_k, dv_acc.to(dv.dtype.element_ty), mask=inside)
+    tl.store(dk_ptr + offs_k, (dk_acc * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + offs_k, dv_acc.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
 def attention_blocks(E: int, part: str, instruction: str) -> dict[str, int]:
@@ -669,7 +676,8 @@ def _capped(softcap: float) -> Callable:
 
 @triton.jit
 def _decode_attention_kernel(
-    q, k, v, visible, out, top, total, S, stride_kb, stride_kk, stride_ks, per_split, scale, softcap,
+    q_ptr, k_ptr, v_ptr, visible_ptr, out_ptr, top_ptr, total_ptr, S, stride_kb, stride_kk, stride_ks,
+    per_split, scale, softcap,
     G: tl.constexpr, E: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -678,10 +686,12 @@ def _decode_attention_kernel(
     sequences."""
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads, splits = tl.num_programs(1), tl.num_programs(2)
-    g, e = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_E)
+    offs_g, offs_e = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_E)
     first_query = (sequence.to(tl.int64) * heads + head) * G
     q_tile = tl.load(
-        q + (first_query + g[:, None]) * E + e[None, :], mask=(g[:, None] < G) & (e[None, :] < E), other=0.0
+        q_ptr + (first_query + offs_g[:, None]) * E + offs_e[None, :],
+        mask=(offs_g[:, None] < G) & (offs_e[None, :] < E),
+        other=0.0,
     )
     best = tl.full([BLOCK_G], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_G], tl.float32)
@@ -689,25 +699,27 @@ def _decode_attention_kernel(
     base = sequence.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kk
     first = split * per_split
     for start in range(first, tl.minimum(first + per_split, S), BLOCK_S):
-        s_at = start + tl.arange(0, BLOCK_S)
-        inside = (s_at[:, None] < S) & (e[None, :] < E)
-        at = base + s_at[:, None].to(tl.int64) * stride_ks + e[None, :]
-        k_tile = tl.load(k + at, mask=inside, other=0.0)
+        offs_s = start + tl.arange(0, BLOCK_S)
+        inside = (offs_s[:, None] < S) & (offs_e[None, :] < E)
+        offs = base + offs_s[:, None].to(tl.int64) * stride_ks + offs_e[None, :]
+        k_tile = tl.load(k_ptr + offs, mask=inside, other=0.0)
         s = _scores(q_tile, tl.trans(k_tile), scale, softcap, SOFTCAP)
-        seen = tl.load(visible + sequence.to(tl.int64) * S + s_at, mask=s_at < S, other=0) != 0
+        seen = tl.load(visible_ptr + sequence.to(tl.int64) * S + offs_s, mask=offs_s < S, other=0) != 0
         s = tl.where(seen[None, :], s, float("-inf"))
         new_best = tl.maximum(best, tl.max(s, 1))
         safe = tl.where(new_best == float("-inf"), 0.0, new_best)
         p = tl.exp(s - safe[:, None])
         shrink = tl.exp(best - safe)
         weight = weight * shrink + tl.sum(p, 1)
-        v_tile = tl.load(v + at, mask=inside, other=0.0)
+        v_tile = tl.load(v_ptr + offs, mask=inside, other=0.0)
         acc = acc * shrink[:, None] + tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee")
         best = new_best
-    at = (first_query + g) * splits + split
-    tl.store(top + at, best, mask=g < G)
-    tl.store(total + at, weight, mask=g < G)
-    tl.store(out + at[:, None] * E + e[None, :], acc, mask=(g[:, None] < G) & (e[None, :] < E))
+    offs = (first_query + offs_g) * splits + split
+    tl.store(top_ptr + offs, best, mask=offs_g < G)
+    tl.store(total_ptr + offs, weight, mask=offs_g < G)
+    tl.store(
+        out_ptr + offs[:, None] * E + offs_e[None, :], acc, mask=(offs_g[:, None] < G) & (offs_e[None, :] < E)
+    )
 
 
 def _decode_attention_triton(q, k, v, visible, scale: float, softcap: float | None) -> Tensor:
@@ -760,39 +772,40 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, plus_one: bool = F
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, y, rstd, D, eps, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr):
-    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    values = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, rstd_ptr, D, eps, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr):
+    row, offs_d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    values = tl.load(x_ptr + row * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(values * values, 0) / D + eps)
-    scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    scale = tl.load(weight_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
     if PLUS_ONE:
         scale += 1
-    tl.store(rstd + row, inverse)
-    tl.store(y + row * D + d, (values * inverse * scale).to(y.dtype.element_ty), mask=d < D)
+    tl.store(rstd_ptr + row, inverse)
+    tl.store(y_ptr + row * D + offs_d, (values * inverse * scale).to(y_ptr.dtype.element_ty), mask=offs_d < D)
 
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    x, weight, dy, rstd, dx, dw, N, D, rows_a_program, PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, weight_ptr, dy_ptr, rstd_ptr, dx_ptr, dw_ptr, N, D, rows_per_program,
+    PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx of some rows, and their part of dw: [programs, D], summed by the caller in a fixed order."""
-    program, d = tl.program_id(0), tl.arange(0, BLOCK)
-    scale = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+    program, offs_d = tl.program_id(0), tl.arange(0, BLOCK)
+    scale = tl.load(weight_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
     if PLUS_ONE:
         scale += 1
     part = tl.zeros([BLOCK], tl.float32)
-    wide = program.to(tl.int64) * 0
-    first = program * rows_a_program
-    for row in range(first, tl.minimum(first + rows_a_program, N)):
-        at = (wide + row) * D + d
-        inverse = tl.load(rstd + row)
-        normed = tl.load(x + at, mask=d < D, other=0.0).to(tl.float32) * inverse
-        g = tl.load(dy + at, mask=d < D, other=0.0).to(tl.float32)
+    zero = program.to(tl.int64) * 0  # makes what it is added to int64: offsets may pass 2^31
+    first = program * rows_per_program
+    for row in range(first, tl.minimum(first + rows_per_program, N)):
+        offs = (zero + row) * D + offs_d
+        inverse = tl.load(rstd_ptr + row)
+        normed = tl.load(x_ptr + offs, mask=offs_d < D, other=0.0).to(tl.float32) * inverse
+        g = tl.load(dy_ptr + offs, mask=offs_d < D, other=0.0).to(tl.float32)
         part += g * normed
         g = g * scale
         gradient = (g - normed * (tl.sum(g * normed, 0) / D)) * inverse
-        tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=d < D)
-    tl.store(dw + program.to(tl.int64) * D + d, part, mask=d < D)
+        tl.store(dx_ptr + offs, gradient.to(dx_ptr.dtype.element_ty), mask=offs_d < D)
+    tl.store(dw_ptr + program.to(tl.int64) * D + offs_d, part, mask=offs_d < D)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -835,22 +848,24 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < size, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(y + at, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=at < size)
+def _swiglu_kernel(gate_ptr, up_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+    u = tl.load(up_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, (g * tl.sigmoid(g) * u).to(y_ptr.dtype.element_ty), mask=offs < size)
 
 
 @triton.jit
-def _swiglu_backward_kernel(gate, up, dy, d_gate, d_up, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < size, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=at < size, other=0.0).to(tl.float32)
-    d = tl.load(dy + at, mask=at < size, other=0.0).to(tl.float32)
+def _swiglu_backward_kernel(gate_ptr, up_ptr, dy_ptr, d_gate_ptr, d_up_ptr, size, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+    u = tl.load(up_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+    d = tl.load(dy_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
     s = tl.sigmoid(g)
-    tl.store(d_up + at, (d * g * s).to(d_up.dtype.element_ty), mask=at < size)
-    tl.store(d_gate + at, (d * u * s * (1 + g * (1 - s))).to(d_gate.dtype.element_ty), mask=at < size)
+    tl.store(d_up_ptr + offs, (d * g * s).to(d_up_ptr.dtype.element_ty), mask=offs < size)
+    tl.store(
+        d_gate_ptr + offs, (d * u * s * (1 + g * (1 - s))).to(d_gate_ptr.dtype.element_ty), mask=offs < size
+    )
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -893,22 +908,22 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rotate_kernel(x, cos, sin, y, heads, E, half, sign, BLOCK: tl.constexpr):
+def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, y_ptr, heads, E, half, sign, BLOCK: tl.constexpr):
     """One program a head of a token; `sign` −1 turns back, which is the gradient."""
     program = tl.program_id(0).to(tl.int64)
-    token, i = program // heads, tl.arange(0, BLOCK)
-    c = tl.load(cos + token * half + i, mask=i < half, other=1.0).to(tl.float32)
-    s = tl.load(sin + token * half + i, mask=i < half, other=0.0).to(tl.float32) * sign
-    at = program * E + i
-    a = tl.load(x + at, mask=i < half, other=0.0).to(tl.float32)
-    b = tl.load(x + at + half, mask=i < half, other=0.0).to(tl.float32)
-    tl.store(y + at, (a * c - b * s).to(y.dtype.element_ty), mask=i < half)
-    tl.store(y + at + half, (b * c + a * s).to(y.dtype.element_ty), mask=i < half)
-    rest = 2 * half + i
+    token, offs_i = program // heads, tl.arange(0, BLOCK)
+    c = tl.load(cos_ptr + token * half + offs_i, mask=offs_i < half, other=1.0).to(tl.float32)
+    s = tl.load(sin_ptr + token * half + offs_i, mask=offs_i < half, other=0.0).to(tl.float32) * sign
+    offs = program * E + offs_i
+    a = tl.load(x_ptr + offs, mask=offs_i < half, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + offs + half, mask=offs_i < half, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, (a * c - b * s).to(y_ptr.dtype.element_ty), mask=offs_i < half)
+    tl.store(y_ptr + offs + half, (b * c + a * s).to(y_ptr.dtype.element_ty), mask=offs_i < half)
+    rest = 2 * half + offs_i
     for start in range(0, E - 2 * half, BLOCK):
         inside = start + rest < E
-        passed = tl.load(x + program * E + start + rest, mask=inside, other=0.0)
-        tl.store(y + program * E + start + rest, passed, mask=inside)
+        passed = tl.load(x_ptr + program * E + start + rest, mask=inside, other=0.0)
+        tl.store(y_ptr + program * E + start + rest, passed, mask=inside)
 
 
 class _Rotate(torch.autograd.Function):

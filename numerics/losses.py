@@ -23,35 +23,36 @@ TOKENS_A_CHUNK = 256
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits, labels, nll, V, softcap, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, labels_ptr, nll_ptr, V, softcap,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row of logits [c, V]: its NLL, and with GRADIENT its logits replaced by d NLL / d logits.
     Two passes over the row where torch makes seven."""
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels + row)
+    label = tl.load(labels_ptr + row)
     top = float("-inf")
     total = 0.0
     chosen = 0.0  # taken on the way: read after the last reduction, another warp might have replaced it
     for start in range(0, V, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + row * V + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        offs_v = start + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + row * V + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
         if SOFTCAP:
-            z = tl.where(v < V, soft_cap(z, softcap), float("-inf"))
+            z = tl.where(offs_v < V, soft_cap(z, softcap), float("-inf"))
         new_top = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
-        chosen += tl.sum(tl.where(v == label, z, 0.0), 0)
+        chosen += tl.sum(tl.where(offs_v == label, z, 0.0), 0)
         top = new_top
-    tl.store(nll + row, top + tl.log(total) - chosen)
+    tl.store(nll_ptr + row, top + tl.log(total) - chosen)
     if GRADIENT:
         for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + row * V + v, mask=v < V, other=0.0).to(tl.float32)
+            offs_v = start + tl.arange(0, BLOCK)
+            z = tl.load(logits_ptr + row * V + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
             if SOFTCAP:
                 z = soft_cap(z, softcap)
-            d = tl.exp(z - top) / total - tl.where(v == label, 1.0, 0.0)
+            d = tl.exp(z - top) / total - tl.where(offs_v == label, 1.0, 0.0)
             if SOFTCAP:
                 d = d * (1 - (z / softcap) * (z / softcap))
-            tl.store(logits + row * V + v, d.to(logits.dtype.element_ty), mask=v < V)
+            tl.store(logits_ptr + row * V + offs_v, d.to(logits_ptr.dtype.element_ty), mask=offs_v < V)
 
 
 def _add_gradients(
@@ -212,34 +213,34 @@ def _partial_statistics_reference(
 
 @triton.jit
 def _partial_statistics_kernel(
-    hidden, weight, labels, out, N, V, D, per_split, temperature, softcap,
+    hidden_ptr, weight_ptr, labels_ptr, out_ptr, N, V, D, per_split, temperature, softcap,
     SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The statistics of BLOCK_N tokens over one split of the vocabulary, logits never leaving the
     registers."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    label = tl.load(labels + n, mask=n < N, other=-1)
+    label = tl.load(labels_ptr + offs_n, mask=offs_n < N, other=-1)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     weighted = tl.zeros([BLOCK_N], tl.float32)
     chosen = tl.full([BLOCK_N], float("-inf"), tl.float32)
     best = tl.zeros([BLOCK_N], tl.int32)
-    d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)
     first = split * per_split
     for start in range(first, tl.minimum(first + per_split, V), BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
+        offs_v = start + tl.arange(0, BLOCK_V)
         logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for at in range(0, D, BLOCK_D):
-            x = tl.load(hidden + n[:, None].to(tl.int64) * D + at + d[None, :],
-                        mask=(n[:, None] < N) & (at + d[None, :] < D), other=0.0)  # fmt: skip
-            w = tl.load(weight + v[None, :].to(tl.int64) * D + at + d[:, None],
-                        mask=(v[None, :] < V) & (at + d[:, None] < D), other=0.0)  # fmt: skip
+        for start_d in range(0, D, BLOCK_D):
+            x = tl.load(hidden_ptr + offs_n[:, None].to(tl.int64) * D + start_d + offs_d[None, :],
+                        mask=(offs_n[:, None] < N) & (start_d + offs_d[None, :] < D), other=0.0)  # fmt: skip
+            w = tl.load(weight_ptr + offs_v[None, :].to(tl.int64) * D + start_d + offs_d[:, None],
+                        mask=(offs_v[None, :] < V) & (start_d + offs_d[:, None] < D), other=0.0)  # fmt: skip
             logits = tl.dot(x, w, logits, input_precision="ieee")
         if SOFTCAP:
             logits = soft_cap(logits, softcap)
         logits = logits / temperature
-        logits = tl.where(v[None, :] < V, logits, float("-inf"))
+        logits = tl.where(offs_v[None, :] < V, logits, float("-inf"))
         block_top, block_index = tl.max(logits, 1, return_indices=True)
         best = tl.where(block_top > top, start + block_index, best)
         new_top = tl.maximum(top, block_top)
@@ -248,14 +249,14 @@ def _partial_statistics_kernel(
         total = total * shrink + tl.sum(e, 1)
         weighted = weighted * shrink + tl.sum(tl.where(e > 0, e * logits, 0.0), 1)
         top = new_top
-        hit = tl.max(tl.where(v[None, :] == label[:, None], logits, float("-inf")), 1)
+        hit = tl.max(tl.where(offs_v[None, :] == label[:, None], logits, float("-inf")), 1)
         chosen = tl.maximum(chosen, hit)
-    at = out + (split * N + n).to(tl.int64) * 5
-    tl.store(at, top, mask=n < N)
-    tl.store(at + 1, total, mask=n < N)
-    tl.store(at + 2, weighted, mask=n < N)
-    tl.store(at + 3, chosen, mask=n < N)
-    tl.store(at + 4, best.to(tl.float32), mask=n < N)
+    out_ptrs = out_ptr + (split * N + offs_n).to(tl.int64) * 5
+    tl.store(out_ptrs, top, mask=offs_n < N)
+    tl.store(out_ptrs + 1, total, mask=offs_n < N)
+    tl.store(out_ptrs + 2, weighted, mask=offs_n < N)
+    tl.store(out_ptrs + 3, chosen, mask=offs_n < N)
+    tl.store(out_ptrs + 4, best.to(tl.float32), mask=offs_n < N)
 
 
 def _partial_statistics(

@@ -77,28 +77,28 @@ def _fp8_scale_kernel(amax, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def _quantize_fp8_kernel(
-    x, q, scale, M, N, stride_m, stride_n, scale_columns,
+    x_ptr, q_ptr, scale_ptr, M, N, stride_m, stride_n, scale_columns,
     WHOLE_BLOCK: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a [ROWS, 128] piece: a scale a row, or (WHOLE_BLOCK, ROWS = 128) one for the piece."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row[:, None] < M) & (column[None, :] < N)
-    at = row[:, None].to(tl.int64) * stride_m + column[None, :].to(tl.int64) * stride_n
-    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    offs = row[:, None].to(tl.int64) * stride_m + column[None, :].to(tl.int64) * stride_n
+    values = tl.load(x_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     finite = tl.abs(values) <= 3.4028234663852886e38  # false for NaN too
     amax = tl.max(tl.where(finite, tl.abs(values), 0.0), axis=1)
     if WHOLE_BLOCK:
         whole = _fp8_scale_kernel(tl.max(amax, axis=0), POWER_OF_TWO)
         scales = tl.zeros([ROWS], tl.float32) + whole
-        tl.store(scale + tl.program_id(0) * scale_columns + tl.program_id(1), whole)
+        tl.store(scale_ptr + tl.program_id(0) * scale_columns + tl.program_id(1), whole)
     else:
         scales = _fp8_scale_kernel(amax, POWER_OF_TWO)
-        tl.store(scale + row.to(tl.int64) * scale_columns + tl.program_id(1), scales, mask=row < M)
+        tl.store(scale_ptr + row.to(tl.int64) * scale_columns + tl.program_id(1), scales, mask=row < M)
     scaled = tl.minimum(tl.maximum(values / scales[:, None], -448.0), 448.0)
     bits = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     bits = tl.where(finite, bits, 0x7F)  # e4m3's NaN
-    tl.store(q + row[:, None].to(tl.int64) * N + column[None, :], bits.to(tl.uint8), mask=inside)
+    tl.store(q_ptr + row[:, None].to(tl.int64) * N + column[None, :], bits.to(tl.uint8), mask=inside)
 
 
 def _quantize_fp8_triton(x: Tensor, power_of_two: bool, blocks: bool) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ def fp8_matmul_reference(
 
 @triton.jit
 def _fp8_matmul_kernel(
-    a, a_scale, b, b_scale, c, M, N, K, k_blocks,
+    a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, c_ptr, M, N, K, k_blocks,
     B_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -167,26 +167,28 @@ def _fp8_matmul_kernel(
     size = tl.minimum(m_blocks - first, GROUP)
     pid_m = first + (program % (GROUP * n_blocks)) % size
     pid_n = (program % (GROUP * n_blocks)) // size
-    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    a_at = a + m[:, None].to(tl.int64) * K + k[None, :]
-    b_at = b + n[None, :].to(tl.int64) * K + k[:, None]
-    a_scale_at = a_scale + m.to(tl.int64) * k_blocks
-    b_scale_at = b_scale + (n // B_ROWS).to(tl.int64) * k_blocks
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
+    b_ptrs = b_ptr + offs_n[None, :].to(tl.int64) * K + offs_k[:, None]
+    a_scale_ptrs = a_scale_ptr + offs_m.to(tl.int64) * k_blocks
+    b_scale_ptrs = b_scale_ptr + (offs_n // B_ROWS).to(tl.int64) * k_blocks
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for block in range(0, k_blocks):
         left = K - block * BLOCK_K
-        a_tile = tl.load(a_at, mask=(m[:, None] < M) & (k[None, :] < left), other=0.0)
-        b_tile = tl.load(b_at, mask=(n[None, :] < N) & (k[:, None] < left), other=0.0)
+        a_tile = tl.load(a_ptrs, mask=(offs_m[:, None] < M) & (offs_k[None, :] < left), other=0.0)
+        b_tile = tl.load(b_ptrs, mask=(offs_n[None, :] < N) & (offs_k[:, None] < left), other=0.0)
         product = tl.dot(a_tile, b_tile)
-        scale_m = tl.load(a_scale_at + block, mask=m < M, other=0.0)
-        scale_n = tl.load(b_scale_at + block, mask=n < N, other=0.0)
+        scale_m = tl.load(a_scale_ptrs + block, mask=offs_m < M, other=0.0)
+        scale_n = tl.load(b_scale_ptrs + block, mask=offs_n < N, other=0.0)
         total += product * scale_m[:, None] * scale_n[None, :]
-        a_at += BLOCK_K
-        b_at += BLOCK_K
-    at = m[:, None].to(tl.int64) * N + n[None, :]
-    tl.store(c + at, total.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+    offs = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    tl.store(
+        c_ptr + offs, total.to(c_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N)
+    )
 
 
 def fp8_matmul(
@@ -355,97 +357,139 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _nf4_tile(packed, absmax_codes, nested, offset, code, dynamic, n, k_half, N, K, BLOCK_K: tl.constexpr):
+def _nf4_tile(
+    packed_ptr,
+    absmax_codes_ptr,
+    nested_ptr,
+    offset_ptr,
+    code_ptr,
+    dynamic_ptr,
+    n,
+    k_half,
+    N,
+    K,
+    BLOCK_K: tl.constexpr,
+):
     """A [BLOCK_N, BLOCK_K] tile of the weight, in fp32; `k_half` [BLOCK_K/2] are byte columns."""
     inside = (n[:, None] < N) & (k_half[None, :] < K // 2)
-    byte = tl.load(packed + n[:, None].to(tl.int64) * (K // 2) + k_half[None, :], mask=inside, other=0)
+    byte = tl.load(packed_ptr + n[:, None].to(tl.int64) * (K // 2) + k_half[None, :], mask=inside, other=0)
     # Both weights of a byte share a block
     block = n[:, None].to(tl.int64) * (K // 64) + k_half[None, :] // 32
-    absmax_code = tl.load(absmax_codes + block, mask=inside, other=0)
-    absmax = tl.load(dynamic + absmax_code.to(tl.int32)) * tl.load(
-        nested + block // 256, mask=inside, other=0.0
+    absmax_code = tl.load(absmax_codes_ptr + block, mask=inside, other=0)
+    absmax = tl.load(dynamic_ptr + absmax_code.to(tl.int32)) * tl.load(
+        nested_ptr + block // 256, mask=inside, other=0.0
     )
-    absmax = tl.where(inside, absmax + tl.load(offset), 0.0)
-    high = tl.load(code + (byte >> 4).to(tl.int32)) * absmax
-    low = tl.load(code + (byte & 15).to(tl.int32)) * absmax
+    absmax = tl.where(inside, absmax + tl.load(offset_ptr), 0.0)
+    high = tl.load(code_ptr + (byte >> 4).to(tl.int32)) * absmax
+    low = tl.load(code_ptr + (byte & 15).to(tl.int32)) * absmax
     return tl.reshape(tl.join(high, low), [n.shape[0], BLOCK_K])
 
 
 @triton.jit
 def _nf4_matmul_kernel(
-    x, packed, absmax_codes, nested, offset, code, dynamic, y, M, N, K,
+    x_ptr, packed_ptr, absmax_codes_ptr, nested_ptr, offset_ptr, code_ptr, dynamic_ptr, y_ptr, M, N, K,
     INPUT_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] wᵀ, or with INPUT_GRADIENT y [M, K] = x [M, N] w, the weight dequantised tile by
     tile."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     half = tl.arange(0, BLOCK_K // 2)
     if INPUT_GRADIENT:
         k_half = tl.program_id(1) * (BLOCK_K // 2) + half
-        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
         total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for start in range(0, N, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            w = _nf4_tile(packed, absmax_codes, nested, offset, code, dynamic, n, k_half, N, K, BLOCK_K)
-            inside = (m[:, None] < M) & (n[None, :] < N)
-            g = tl.load(x + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0)
+            offs_n = start + tl.arange(0, BLOCK_N)
+            w = _nf4_tile(
+                packed_ptr,
+                absmax_codes_ptr,
+                nested_ptr,
+                offset_ptr,
+                code_ptr,
+                dynamic_ptr,
+                offs_n,
+                k_half,
+                N,
+                K,
+                BLOCK_K,
+            )
+            inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+            g = tl.load(x_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :], mask=inside, other=0.0)
             total += tl.dot(g, w.to(g.dtype), input_precision="ieee")
-        at = m[:, None].to(tl.int64) * K + k[None, :]
-        tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
+        offs = offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
+        tl.store(
+            y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_k[None, :] < K)
+        )
     else:
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, K, BLOCK_K):
             w = _nf4_tile(
-                packed, absmax_codes, nested, offset, code, dynamic, n, start // 2 + half, N, K, BLOCK_K
+                packed_ptr,
+                absmax_codes_ptr,
+                nested_ptr,
+                offset_ptr,
+                code_ptr,
+                dynamic_ptr,
+                offs_n,
+                start // 2 + half,
+                N,
+                K,
+                BLOCK_K,
             )
-            k = start + tl.arange(0, BLOCK_K)
-            inside = (m[:, None] < M) & (k[None, :] < K)
-            a = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
+            offs_k = start + tl.arange(0, BLOCK_K)
+            inside = (offs_m[:, None] < M) & (offs_k[None, :] < K)
+            a = tl.load(x_ptr + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], mask=inside, other=0.0)
             total += tl.dot(a, tl.trans(w).to(a.dtype), input_precision="ieee")
-        at = m[:, None].to(tl.int64) * N + n[None, :]
-        tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+        offs = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+        tl.store(
+            y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N)
+        )
 
 
 @triton.jit
 def _int8_matmul_kernel(
-    x, q, scale, y, M, N, K,
+    x_ptr, q_ptr, scale_ptr, y_ptr, M, N, K,
     INPUT_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """As _nf4_matmul_kernel for q int8 [N, K] with a scale a row."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if INPUT_GRADIENT:
-        k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+        offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
         total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         for start in range(0, N, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
+            offs_n = start + tl.arange(0, BLOCK_N)
             w = tl.load(
-                q + n[:, None].to(tl.int64) * K + k[None, :],
-                mask=(n[:, None] < N) & (k[None, :] < K),
+                q_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :],
+                mask=(offs_n[:, None] < N) & (offs_k[None, :] < K),
                 other=0,
             )
-            s = tl.load(scale + n, mask=n < N, other=0.0)
-            inside = (m[:, None] < M) & (n[None, :] < N)
-            g = tl.load(x + m[:, None].to(tl.int64) * N + n[None, :], mask=inside, other=0.0)
+            s = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)
+            inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+            g = tl.load(x_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :], mask=inside, other=0.0)
             total += tl.dot(g, (w.to(tl.float32) * s[:, None]).to(g.dtype), input_precision="ieee")
-        at = m[:, None].to(tl.int64) * K + k[None, :]
-        tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
+        offs = offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
+        tl.store(
+            y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_k[None, :] < K)
+        )
     else:
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
+            offs_k = start + tl.arange(0, BLOCK_K)
             w = tl.load(
-                q + n[None, :].to(tl.int64) * K + k[:, None],
-                mask=(n[None, :] < N) & (k[:, None] < K),
+                q_ptr + offs_n[None, :].to(tl.int64) * K + offs_k[:, None],
+                mask=(offs_n[None, :] < N) & (offs_k[:, None] < K),
                 other=0,
             )
-            inside = (m[:, None] < M) & (k[None, :] < K)
-            a = tl.load(x + m[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
+            inside = (offs_m[:, None] < M) & (offs_k[None, :] < K)
+            a = tl.load(x_ptr + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], mask=inside, other=0.0)
             total += tl.dot(a, w.to(a.dtype), input_precision="ieee")
-        total *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
-        at = m[:, None].to(tl.int64) * N + n[None, :]
-        tl.store(y + at, total.to(y.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+        total *= tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+        offs = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+        tl.store(
+            y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N)
+        )
 
 
 def _frozen_product(kind: str, x: Tensor, stored: tuple[Tensor, ...], input_gradient: bool) -> Tensor:

@@ -195,7 +195,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from numerics import losses
-names = dict(logits="*bf16", labels="*i64", nll="*fp32", V="i32", softcap="fp32")
+names = dict(logits_ptr="*bf16", labels_ptr="*i64", nll_ptr="*fp32", V="i32", softcap="fp32")
 constants = dict(SOFTCAP={softcap}, GRADIENT=True, BLOCK=4096)
 source = ASTSource(losses._cross_entropy_kernel, names | dict.fromkeys(constants, "constexpr"), constants,
                    {{(i,): [["tt.divisibility", 16]] for i in range(4)}})
