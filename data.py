@@ -594,7 +594,7 @@ def encode_dataset(
                     encoded.status = "dropped"
         if problem:
             if options.on_bad_row == "error":
-                remedy = "mend the row, or set on_bad_row: skip"
+                remedy = "fix the row, or set on_bad_row: skip"
                 raise DataError(encoded.file, encoded.line, problem, remedy)
             encoded.status, encoded.reason = "bad", problem
         yield encoded
@@ -713,7 +713,7 @@ def read_prompts(
                     raise BadRow("the prompt is empty")
             except BadRow as error:
                 if options.on_bad_row == "error":
-                    remedy = "mend the row, or set on_bad_row: skip"
+                    remedy = "fix the row, or set on_bad_row: skip"
                     raise DataError(row.file, row.line, str(error), remedy) from None
                 bad += 1
                 log.info("data: %s: bad: %s", name, error)

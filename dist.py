@@ -77,8 +77,8 @@ class DistOptions:
 @dataclass
 class OptimizerOptions:
     optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
-    """adamw_8bit: moments in 8 bits, 2 bytes a parameter instead of 8. muon: orthogonalised momentum for the
-    matrices of the blocks, AdamW for the rest."""
+    """adamw_8bit: moments in 8 bits, 2 bytes per parameter instead of 8. muon: orthogonalised momentum for
+    the matrices of the blocks, AdamW for the rest."""
     learning_rate: float = 2e-5
     """Peak learning rate. Full fine-tuning 1e-5–5e-5, LoRA 1e-4–3e-4."""
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -1095,7 +1095,7 @@ def block_features(
 
 
 def advantages_by_document(part: list[Document], advantage: Tensor) -> dict[str, Tensor]:
-    """The sum over a document's blocks [documents]: not a number where one of them is not."""
+    """The sum over a document's blocks [documents]: NaN if any block's advantage is NaN."""
     return {"advantages": torch.stack([a.sum() for a in advantage.split([len(d.anchors) for d in part])])}
 
 

@@ -94,7 +94,7 @@ class Documents:
             self.buckets.append((n, longest))
             slots += n * longest
             i += n
-        # Of its document
+        # For each slot: the first slot of its document, and the token that it holds.
         self.first_slot = torch.cat(first_slots or [torch.zeros(0, dtype=torch.long)]).to(device)
         self.token_of_slot = torch.cat(token_of_slot or [torch.zeros(0, dtype=torch.long)]).to(device)
         self.tokens = (slot_of_token >= 0).nonzero().flatten().to(device)  # tokens that are no padding
@@ -129,7 +129,7 @@ class SharedPrompts:
     def __init__(self, groups: list[tuple[int, list[tuple[int, int]]]], device: torch.device):
         self.device, self.groups = device, groups
         document_ids, positions, kinds = [], [], []
-        # Found: (longest P, tokens, first of the document, [(P, L, first of its own)])
+        # Each tile is (longest P, tokens, first token of the document, [(P, L, first own token)]).
         tiles: list[tuple[int, int, int, list[tuple[int, int, int]]]] = []
         at = 0
         for number, (length, continuations) in enumerate(groups):
@@ -204,7 +204,8 @@ class SharedPrompts:
         self._rules.append(tuple(x.to(self.device) for x in rule))
 
     def visible(self, bucket: int, window: int | None) -> Tensor:
-        """[n, 1, Q, P + Q]: which keys the queries of a bucket see. Made once a pass, every layer uses it."""
+        """[n, 1, Q, P + Q]: which keys the queries of a bucket see. Computed once per forward pass, shared by
+        all layers."""
         if (bucket, window) not in self._visible:
             before, prefix, position, owner, key_owner = self._rules[bucket]
             own = (owner[:, :, None] == key_owner[:, None]) & (position[:, None] <= position[:, :, None])

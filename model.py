@@ -598,7 +598,7 @@ class Transformer(nn.Module):
         return stored + sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length: float) -> float:
-        """Training FLOPs a token (forward and backward) in documents of mean length `length`: 6 a trained
+        """Training FLOPs per token (forward and backward) in documents of mean length `length`: 6 a trained
         weight that multiplies, 4 a frozen one, whose own gradient is not made, and 12·E·H·length/2 a layer
         for causal attention (PaLM, arXiv 2204.02311, appendix B)."""
         arch = self.arch

@@ -174,7 +174,7 @@ def main(config: Config) -> None:
     # 2. Data: encoded once, by the first rank; the others read what it wrote.
     dataset, order, held_out, eval_order = read_data(run, config)
     plan(run, order.plan(config.num_epochs, config.max_steps), order.steps_per_epoch(), **{
-        "micro_batch_size · gradient_accumulation_steps · processes": order.units_a_step,
+        "micro_batch_size · gradient_accumulation_steps · processes": order.units_per_step,
         "data": fingerprint(dataset, config),
     })  # fmt: skip
 
@@ -184,7 +184,7 @@ def main(config: Config) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     aux_coef = router_aux_coef(run)
     describe(run, model, f"{len(order.rows):,} rows to train on, {len(eval_order.rows):,} held out; "
-             f"{run.total_steps} steps of {order.units_a_step} {'packs' if order.capacity else 'rows'} on "
+             f"{run.total_steps} steps of {order.units_per_step} {'packs' if order.capacity else 'rows'} on "
              f"{world.devices(config)}")  # fmt: skip
     memory.report_weights(model)
 
@@ -279,7 +279,7 @@ def read_data(run: Run, config: Config) -> tuple[Dataset, Batches, Dataset, Batc
 
     def ordered(rows: np.ndarray, of: Dataset, weights: list[float], units: int, shuffle: bool) -> Batches:
         return Batches(
-            of, rows, weights=weights, units_a_step=units * run.world.size, seed=config.seed,
+            of, rows, weights=weights, units_per_step=units * run.world.size, seed=config.seed,
             pad_id=run.tokenizer.pad_id, capacity=config.sequence_len if config.sample_packing else None,
             shuffle=shuffle,
         )  # fmt: skip

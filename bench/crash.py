@@ -205,7 +205,7 @@ def in_one_directory(root: Path, base: str, out: Path, seed: int) -> int:
         second = as_a_user(root, base, out)
     finally:
         os.kill(first.pid, signal.SIGCONT)
-    if second.returncode != 2 or "another run's at this moment" not in second.stderr:
+    if second.returncode != 2 or "in use by another run" not in second.stderr:
         raise Lost(f"{out.name}: two runs in one directory: {second.stderr[-200:]}")
     ended(first, out)
     compare(out, undisturbed(root, base))

@@ -1,11 +1,11 @@
-"""The detection matrix: every drill over some seeds, broken and mended, and healthy runs of each recipe that
+"""The detection matrix: every drill over some seeds, broken and fixed, and healthy runs of each recipe that
 must stay silent.
 
     python bench/drills.py                                  one seed, 3 healthy runs of each: what CI runs
     python bench/drills.py --seeds 42 43 44 --healthy 20    the whole proof, about an hour on two cores
 
-Prints a line for each drill: what was seen first, in which step, and how the mended run was. Exit code 1
-where a drill was not seen first by its own rule within its window, or where a mended or a healthy run was not
+Prints a line for each drill: what was seen first, in which step, and how the fixed run was. Exit code 1
+where a drill was not seen first by its own rule within its window, or where a fixed or a healthy run was not
 well.
 """
 

@@ -343,7 +343,7 @@ def kernels_table(wanted: list[str], small: bool) -> None:
 
 
 def sft(small: bool) -> None:
-    """The recipe itself on random weights of Qwen3-0.6B's shape, packed 2 × 4,096 tokens a step."""
+    """The recipe itself on random weights of Qwen3-0.6B's shape, packed 2 × 4,096 tokens per step."""
     shape = dict(
         architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=1024, num_hidden_layers=28,
         intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128,

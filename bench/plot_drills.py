@@ -3,7 +3,7 @@
     python bench/drills.py --seeds 42 43 44 --healthy 0 && python bench/plot_drills.py
 
 A picture for each section of the guide. Each panel is one drill: the metric of its rule in the broken run and
-in the mended one, and where the rule spoke. `--pictures` leaves the table as it is.
+in the fixed one, and where the rule spoke. `--pictures` leaves the table as it is.
 """
 
 import argparse
@@ -42,9 +42,9 @@ def draw(root: Path, drills: list[drill.Drill], seed: int, place: Path) -> None:
     shown = []
     for one in drills:
         here = root / "runs" / one.name
-        named = here / f"mended-{seed}.place"  # the run may be another drill's that ends in the same
-        mended = Path(named.read_text(encoding="utf-8")) if named.exists() else here / f"mended-{seed}"
-        runs = [here / f"broken-{seed}", mended]
+        named = here / f"fixed-{seed}.place"  # the run may be another drill's that ends in the same
+        fixed = Path(named.read_text(encoding="utf-8")) if named.exists() else here / f"fixed-{seed}"
+        runs = [here / f"broken-{seed}", fixed]
         rule = RULES.get(str(one.sees.get("rule")))
         if rule is not None and (runs[0] / "metrics.jsonl").exists():
             metric = metric_of(runs[0], rule)
@@ -58,9 +58,9 @@ def draw(root: Path, drills: list[drill.Drill], seed: int, place: Path) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for ax, (one, metric, (broken, mended)) in zip(axes.flat, shown, strict=False):
+    for ax, (one, metric, (broken, fixed)) in zip(axes.flat, shown, strict=False):
         ax.axis("on")
-        ax.plot(*curve(mended, metric), color="tab:green", linewidth=1.2)
+        ax.plot(*curve(fixed, metric), color="tab:green", linewidth=1.2)
         ax.plot(*curve(broken, metric), color="tab:red", linewidth=1.2)
         ax.axvline(drill.outcome(broken, 0).step, color="black", linestyle=":", linewidth=0.8)
         values = [abs(v) for v in curve(broken, metric)[1] if v]
@@ -83,11 +83,11 @@ def row(root: Path, one: drill.Drill, seeds: list[int]) -> str:
     steps = ", ".join(str(outcome.step) for outcome in found) if "rule" in one.sees else "at once"
     seen = f"`{one.sees['rule']}`" if "rule" in one.sees else "its error"
     fix = {k: v for k, v in one.fix.items() if k not in ("datasets", "output_dir", "max_steps")}
-    mended = ", ".join(f"`{k}: {json.dumps(v)}`" for k, v in fix.items()) or (
+    fixed = ", ".join(f"`{k}: {json.dumps(v)}`" for k, v in fix.items()) or (
         "other data" if "datasets" in one.fix else "the fault taken out"
     )
     what = f"{said(one.breaks)} {said(one.why)}"
-    cells = (f"`{one.name}`", what, seen, steps, said(mended), f"`{one.code}`")
+    cells = (f"`{one.name}`", what, seen, steps, said(fixed), f"`{one.code}`")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -95,7 +95,7 @@ def page(root: Path, drills: list[drill.Drill], seeds: list[int]) -> str:
     lines = [
         "# Failures, one by one", "",
         "Every drill in `drills/`: what it breaks and why that hurts, which rule (or error) named it first, "
-        "the step on three seeds, what mends it, and the place in the code where it is prevented or "
+        "the step on three seeds, what fixes it, and the place in the code where it is prevented or "
         "caught. Made by `python bench/plot_drills.py` from the runs of `bench/drills.py`; "
         "`python -m health drill NAME` shows one. The mechanisms and the pictures are in "
         "[the guide](stability.md).", "",
@@ -105,7 +105,7 @@ def page(root: Path, drills: list[drill.Drill], seeds: list[int]) -> str:
         if of_theme:
             lines += [f"## [{theme}](stability.md#{theme.lower()})", ""]
             lines += [
-                "| failure | what and why | seen | step | mended by | in the code |",
+                "| failure | what and why | seen | step | fixed by | in the code |",
                 "|---|---|---|---|---|---|",
             ]
             lines += [*(row(root, one, seeds) for one in of_theme), ""]

@@ -70,7 +70,7 @@ def gibibytes(size: float) -> str:
 
 def computed() -> None:
     counts = (1, 8, 64, 256)
-    print("memory of a GPU, GiB: " + f"bf16, gradient checkpointing, {TOKENS:,} tokens a pass\n")
+    print("memory of a GPU, GiB: " + f"bf16, gradient checkpointing, {TOKENS:,} tokens per pass\n")
     print("| model | | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in counts) + " |")
     print("|---|---|" + "---|" * len(counts))
     for name, shape in SHAPES.items():
@@ -81,8 +81,8 @@ def computed() -> None:
             peaks = [gibibytes(estimate(arch, config_of(**changes), n).peak) for n in counts]
             print(f"| {name if way == 'full' else ''} | {way} | " + " | ".join(peaks) + " |", flush=True)
     print(f"\ntime: {SHARE:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s, documents of {TOKENS:,} tokens\n")
-    print("| model | GFLOP a token | tokens a second and GPU | 10⁹ tokens on 8 GPUs, hours | on 256 | "
-          "tokens a GPU and step that hide FSDP: NVLink | network |")  # fmt: skip
+    print("| model | GFLOP a token | tokens per second and GPU | 10⁹ tokens on 8 GPUs, hours | on 256 | "
+          "tokens per GPU and step that hide FSDP: NVLink | network |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         with torch.device("meta"):
@@ -117,7 +117,7 @@ def matmul_rate() -> float:
 
 
 def one_rank(changes: dict) -> None:
-    """Steps of the small model; rank 0 prints [peak bytes, tokens a second, FLOP/s] of a process."""
+    """Steps of the small model; rank 0 prints [peak bytes, tokens per second, FLOP/s] of a process."""
     config = small_config(**changes)
     arch = architecture(SMALL)
     world = dist.init(config)
@@ -158,10 +158,9 @@ def measured(counts: list[int]) -> None:
     """On several processes a rank's share is held, and blocks are gathered."""
     arch = architecture(SMALL)
     print(f"\nmeasured here, a Qwen3 of {SMALL[1]} × {SMALL[3]} layers, vocabulary "
-          f"{SMALL[0]['vocab_size']:,}, 4 × 512 tokens a process\n")  # fmt: skip
-    print(
-        "| processes | | estimate, GiB | measured, GiB | ratio | tokens a second, all | of matrix products |"
-    )
+          f"{SMALL[0]['vocab_size']:,}, 4 × 512 tokens per process\n")  # fmt: skip
+    print("| processes | | estimate, GiB | measured, GiB | ratio | tokens per second, all "
+          "| of matrix products |")  # fmt: skip
     print("|---|---|---|---|---|---|---|")
     threads = len(os.sched_getaffinity(0))
     for n in counts:

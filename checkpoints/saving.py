@@ -336,7 +336,7 @@ class Checkpointer:
             _set_random_state(torch.load(path / f"random-{self.world.rank}.pt", weights_only=True))
         else:
             seed_everything(seed, self.world.rank)
-            log.info("made by %d processes: numbers go on to rounding, not to the bit", processes)
+            log.info("made by %d processes: results match to rounding only", processes)
 
 
 def _random_state() -> dict[str, Any]:

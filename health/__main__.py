@@ -24,7 +24,7 @@ USAGE = """usage: python -m health COMMAND …
     convert [FILE]        an axolotl or TRL config in our options, on stdout; without FILE all that is known
                           of their options (docs/migration.md)
     options               every option of every recipe (docs/configs.md)
-    drill NAME | all      break a tiny run on purpose, see it named, mend it (drills/*.yaml)"""
+    drill NAME | all      break a tiny run on purpose, see it named, fix it (drills/*.yaml)"""
 
 
 def recipe_configs() -> dict[str, Any]:

@@ -34,7 +34,7 @@ from run.files import write_atomically
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent.parent / "drills"
-MENDED = "mended"  # outcomes of mended runs, for the drills of one call that end in the same run
+FIXED = "fixed"  # outcomes of fixed runs, for the drills of one call that end in the same run
 
 
 @dataclass
@@ -259,7 +259,7 @@ def outcome(out: Path, code: int, seconds: float = 0.0) -> Outcome:
 
 
 def attempt(name: str, root: Path, seed: int = 42) -> tuple[Drill, Outcome, Outcome]:
-    """(the drill, the broken run, the mended run)."""
+    """(the drill, the broken run, the fixed run)."""
     drill = Drill.read(name)
 
     def placed(options: dict[str, Any]) -> dict[str, Any]:
@@ -269,24 +269,24 @@ def attempt(name: str, root: Path, seed: int = 42) -> tuple[Drill, Outcome, Outc
     runs = root / "runs" / name
     broken = run(root, drill.base, {**options, "output_dir": str(runs / f"broken-{seed}")}, drill.patch,
                  drill.processes, seed)  # fmt: skip
-    mended = {**options, **placed(drill.fix)}
+    fixed = {**options, **placed(drill.fix)}
     patch = drill.patch if drill.keep_patch else ""
     # Where the fix is to take the patch out, what is left is the base run, which other drills end in too.
-    key = json.dumps([drill.base, mended, patch, drill.processes, seed], sort_keys=True)
-    known = root / MENDED / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key = json.dumps([drill.base, fixed, patch, drill.processes, seed], sort_keys=True)
+    known = root / FIXED / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if known.exists():
         after = Outcome(**json.loads(known.read_text(encoding="utf-8")))
     else:
-        out = {"output_dir": str(runs / f"mended-{seed}")}
-        after = run(root, drill.base, {**mended, **out}, patch, drill.processes, seed)
+        out = {"output_dir": str(runs / f"fixed-{seed}")}
+        after = run(root, drill.base, {**fixed, **out}, patch, drill.processes, seed)
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(known, json.dumps(asdict(after)))
-    write_atomically(runs / f"mended-{seed}.place", after.place)  # for who draws it
+    write_atomically(runs / f"fixed-{seed}.place", after.place)  # for who draws it
     return drill, broken, after
 
 
 def show(name: str, root: Path) -> bool:
-    """`drill NAME`: what breaks, what is seen, what mends it, and that it does."""
+    """`drill NAME`: what breaks, what is seen, what fixes it, and that it does."""
     drill = Drill.read(name)
     prepare(root, drill.checkpoints)
     print(f"{name}: {drill.breaks}\n  why    {drill.why}")
@@ -296,16 +296,16 @@ def show(name: str, root: Path) -> bool:
         + (f" with {changed}" if changed else "")
         + (", patched" if drill.patch else "")
     )
-    shutil.rmtree(root / MENDED, ignore_errors=True)
-    _, broken, mended = attempt(name, root)
+    shutil.rmtree(root / FIXED, ignore_errors=True)
+    _, broken, fixed = attempt(name, root)
     expected = drill.sees.get("rule") or f"an error: {drill.sees.get('error')}"
     print(f"  sees   {broken.said()}")
     seen = broken.shows(drill.sees)
     if not seen:
         print(f"  BUT    expected {expected} within {drill.sees.get('within', '—')} steps")
     fix = ", ".join(f"{k}: {v}" for k, v in drill.fix.items()) or "take the patch out"
-    print(f"  fix    {fix}\n  then   {mended.said()}  ({broken.seconds + mended.seconds:.0f} s)")
-    return seen and mended.well
+    print(f"  fix    {fix}\n  then   {fixed.said()}  ({broken.seconds + fixed.seconds:.0f} s)")
+    return seen and fixed.well
 
 
 def in_parallel(work: Callable[..., T], wanted: Sequence[tuple], jobs: int) -> Iterator[tuple[tuple, T]]:
@@ -342,19 +342,19 @@ def show_all(
     """`drill all`: a line for each, `jobs` at a time."""
     chosen = chosen or names()
     prepare(root, {checkpoint for name in chosen for checkpoint in Drill.read(name).checkpoints})
-    shutil.rmtree(root / MENDED, ignore_errors=True)
+    shutil.rmtree(root / FIXED, ignore_errors=True)
     wanted = [(name, root, seed) for name in chosen for seed in seeds]
     good = True
-    print(f"{'drill':<26}{'seed':>5}  {'seen first':<28}{'step':>5}  {'mended':<24}{'s':>4}")
-    for (name, _, seed), (drill, broken, mended) in in_parallel(attempt, wanted, jobs):
+    print(f"{'drill':<26}{'seed':>5}  {'seen first':<28}{'step':>5}  {'fixed':<24}{'s':>4}")
+    for (name, _, seed), (drill, broken, fixed) in in_parallel(attempt, wanted, jobs):
         sees = drill.sees
         right = broken.shows(sees)
-        good &= right and mended.well
+        good &= right and fixed.well
         seen = "its error" if right else f"exit {broken.code}"
         seen = broken.first if "rule" in sees else seen
         seen = ("" if right else "NOT ") + (seen or "nothing")
-        after = "well" if mended.well else f"NOT WELL: {mended.first or mended.said()[:60]}"
-        seconds = broken.seconds + mended.seconds
+        after = "well" if fixed.well else f"NOT WELL: {fixed.first or fixed.said()[:60]}"
+        seconds = broken.seconds + fixed.seconds
         print(
             f"{name:<26}{seed:>5}  {seen:<28}{broken.step or '':>5}  {after:<24}{seconds:>4.0f}", flush=True
         )

@@ -40,7 +40,7 @@ class ForensicOptions:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a loss or a gradient is NaN or infinite: stop the run, or leave the step out and go on."""
     max_skipped_steps: int = 3
-    """on_nonfinite: skip: stop when so many steps have been left out."""
+    """on_nonfinite: skip: stop after N skipped steps."""
     detect_anomaly: bool = False
     """Let autograd look for NaN in every backward pass and name the operation: several times slower."""
 

@@ -3,7 +3,7 @@ it is too much; and, when it ran out, what was alive (reference page: OOM Debugg
 
 Weights, gradients and optimiser states are counted on a model without storage. What a layer keeps for the
 backward pass is measured: a few narrow blocks of the same kind run here, and since every tensor that is kept
-is tokens × a width, four widths and two lengths tell it for any.
+is tokens × a width, measured at four widths and two lengths, a linear model fits the rest.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def report_weights(model: nn.Module) -> None:
     """Log what this process's weights take."""
     stored = weight_bytes(model)
     each = stored / model.count_parameters()  # type: ignore[operator]
-    log.info("memory of a process: weights %s, %.2f bytes a parameter of the model", gib(stored), each)
+    log.info("memory of a process: weights %s, %.2f bytes per parameter of the model", gib(stored), each)
 
 
 def report_optimizers(optimizers: list, name: str, device: torch.device) -> None:
@@ -178,7 +178,7 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
     kept += tokens * 2 * D * element  # the embedding, and the last norm's output
     if config.bf16 and processes == 1:  # the weights of the products, once more in bf16
         kept += sum(2 * p.numel() for p in model.parameters() if p.dim() >= 2 and p.element_size() == 4)
-    chunk = min(judged, max(losses.TOKENS_A_CHUNK, losses.LOGITS_A_CHUNK // V))
+    chunk = min(judged, max(losses.TOKENS_PER_CHUNK, losses.LOGITS_PER_CHUNK // V))
     loss = chunk * V * (element + 4) + judged * D * element
     if any(n in ("lm_head.weight", "embed_tokens.weight") for n, _ in trained):
         loss += V * D * 4  # the head's gradient is made here, in fp32

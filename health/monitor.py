@@ -1,4 +1,4 @@
-"""What a run tells about itself: one tidy line a step, metrics.jsonl, TensorBoard, wandb, run.log, verdicts
+"""What a run tells about itself: one line per step, metrics.jsonl, TensorBoard, wandb, run.log, verdicts
 (rules.py) and clear endings; and the commands that judge, explain and redraw a finished run.
 """
 
@@ -32,7 +32,7 @@ from run.log import log
 @dataclass
 class LogOptions:
     logging_steps: int = 1
-    """Write metrics every so many steps."""
+    """Write metrics every N steps."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project; WANDB_MODE=offline needs no network."""
     wandb_entity: str | None = None

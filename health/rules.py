@@ -384,7 +384,7 @@ RULES: tuple[Rule, ...] = (
         "slow_rank", ("ranks/slowness",), "outside", "one rank's device is slower than the others'",
         "every step waits for it (ranks/slowest in the metrics is its number): a hot or throttled GPU, "
         "another process on it, or a weaker machine",
-        (("gpu_timeout_minutes", "leave that machine out; so long the others wait for one that stands"),),
+        (("gpu_timeout_minutes", "leave that machine out; this is how long ranks wait for a missing one"),),
         high=1.5, window=3,
     ),
 )  # fmt: skip

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kernels import soft_cap, tl, triton, use_triton
 
-# Elements of logits that exist at one time: 64 MiB in fp32. With fewer than 256 tokens a chunk the products
+# Elements of logits that exist at one time: 64 MiB in fp32. With fewer than 256 tokens per chunk the products
 # get slow: at a vocabulary of 151,936 chunks of 64 take twice as long as chunks of 220 (bench/loss.py).
-LOGITS_A_CHUNK = 2**24
-TOKENS_A_CHUNK = 256
+LOGITS_PER_CHUNK = 2**24
+TOKENS_PER_CHUNK = 256
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def linear_cross_entropy(
         keep = trained.nonzero().flatten()
         hidden, labels = hidden.index_select(0, keep), labels.index_select(0, keep)
     if chunk is None:
-        chunk = max(TOKENS_A_CHUNK, LOGITS_A_CHUNK // weight.shape[0])
+        chunk = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // weight.shape[0])
     return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk)
 
 
@@ -390,7 +390,7 @@ def linear_logprobs(
     N = hidden.shape[0]
     keep = (labels != -100).nonzero().flatten()
     if chunk is None:
-        chunk = max(TOKENS_A_CHUNK, LOGITS_A_CHUNK // weight.shape[0])
+        chunk = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // weight.shape[0])
     made = _LinearLogprobs.apply(
         hidden.index_select(0, keep), weight, labels.index_select(0, keep), temperature, softcap, chunk,
         group, offset,

@@ -321,7 +321,7 @@ def dequantize_blockwise(q: Tensor, absmax: Tensor, code: Tensor, block: int = N
 
 def quantize_nf4(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w [N, K], K a multiple of 64, to NF4 with double quantisation: (packed uint8 [N, K/2], absmax codes
-    uint8 [N, K/64], nested absmax fp32 [⌈N·K/64/256⌉], offset fp32 []). 0.516 bytes a weight.
+    uint8 [N, K/64], nested absmax fp32 [⌈N·K/64/256⌉], offset fp32 []). 0.516 bytes per weight.
 
     Codes, packing (first weight in the high four bits) and both levels are bitsandbytes'. Raises ValueError
     for other K.
@@ -582,7 +582,7 @@ def _blocks(part: slice) -> slice:
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) whose two moments are kept in 8 bits, block-wise over 256 values with the
-    dynamic code (arXiv 2110.02861): 2.03 bytes a parameter instead of 8. Tensors below 4,096 elements keep
+    dynamic code (arXiv 2110.02861): 2.03 bytes per parameter instead of 8. Tensors below 4,096 elements keep
     fp32 moments.
 
     A state dict holds the moments dequantised, under AdamW's names and shapes, so checkpoints are resharded

@@ -115,7 +115,7 @@ def write_blocks(
     directory: Path, step: int, parts: list[list[Document]],
     drawn: list[tuple[Tensor, Tensor, Tensor]], places: list[int], world: dist.World,
 ) -> None:  # fmt: skip
-    """directory/step-N.jsonl, one document a line in the order of the step, with the samples of its blocks
+    """directory/step-N.jsonl, one document per line in the order of the step, with the samples of its blocks
     [blocks, n, G], their log-probs, and advantages [blocks, n]. A collective."""
     lines: dict[int, dict] = {}
     for part, place, (tokens, logprobs, advantage) in zip(parts, places, drawn, strict=True):

@@ -2,8 +2,8 @@
 
 Three engines make them. Embedded: our own `generate`, in this process, on policy by construction. vLLM: one
 or several servers over HTTP, token ids in and out, which get the trainer's weights every vllm_sync_interval
-steps; after each sync a probe is scored on both sides, for a 200 from a server is no proof. Replay: a file
-that an earlier run, or another program, wrote.
+steps; after each sync a probe is scored on both sides, since HTTP 200 does not prove that the weights were
+loaded. Replay: a file that an earlier run, or another program, wrote.
 """
 
 import math

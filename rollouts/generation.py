@@ -23,7 +23,7 @@ from text.tokenizer import Tokenizer
 
 @dataclass
 class Generation:
-    """What `generate` made, a list entry a sequence; G sequences of a prompt stand in a row."""
+    """What `generate` made, one list entry per sequence; G sequences of a prompt stand in a row."""
 
     completion_ids: list[list[int]]
     logprobs: list[list[float]]  # of each sampled token under the distribution that it was drawn from

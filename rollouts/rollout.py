@@ -48,7 +48,7 @@ class RolloutOptions:
     vllm_model_name: str | None = None
     """Name under which they serve the model; unset: base_model. Compared before the first step."""
     vllm_sync_interval: int = 1
-    """Send weights every so many optimiser steps. Smaller is closer to on-policy: lower it when
+    """Send weights every N optimiser steps. Smaller is closer to on-policy: lower it when
     importance_sampling_ratio/min falls towards 0."""
     vllm_sync_method: Literal["auto", "file", "nccl", "adapter"] = "auto"
     """adapter: only the LoRA adapter. file: safetensors through vllm_sync_directory. nccl: GPU to GPU. auto:
@@ -76,7 +76,7 @@ class RolloutOptions:
     vllm_gpu_memory_utilization: float = 0.9
     """serve: share of a GPU's memory for vLLM."""
     vllm_tensor_parallel_size: int = 1
-    """serve: GPUs a server."""
+    """serve: GPUs per server."""
     log_completions: bool = False
     """Show a few completions at every logged step, with their rewards or beside their truths, and all of them
     in wandb."""
@@ -175,7 +175,7 @@ def to_json(rollout: Rollout) -> dict[str, Any]:
 def write_rollouts(
     directory: Path, step: int, rollouts: Sequence[Rollout], tokenizer: Tokenizer, kind: str = "step"
 ) -> None:
-    """directory/step-N.jsonl, one completion a line, those of a prompt in a row; the replay engine reads
+    """directory/step-N.jsonl, one completion per line, those of a prompt in a row; the replay engine reads
     it."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -241,7 +241,7 @@ def read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout:
     if logprobs is not None:
         if not isinstance(logprobs, list) or len(logprobs) != length:
             raise DataError(
-                file, number, f"sampling_logprobs must have {length} entries, one a completion token"
+                file, number, f"sampling_logprobs must have {length} entries, one per completion token"
             )
         if not all(figure(x) for x in logprobs):
             raise DataError(file, number, "sampling_logprobs holds something that is no number")

@@ -1,5 +1,6 @@
-"""The client of a vLLM server: requests that are retried or refused and never half believed, and weights that
-are put into a running server, with a probe that shows whether they arrived. The server's end: vllm_worker.py.
+"""The client of vLLM servers: requests that are retried or refused, answers that are validated completely,
+and weights that are put into a running server, with a probe that shows whether they arrived. The server's
+end: vllm_worker.py.
 """
 
 import concurrent.futures
@@ -29,7 +30,7 @@ from rollouts.nccl_transfer import NcclTransfer, refuse_nccl
 from rollouts.vllm_server import (
     NEUTRAL,
     PROBE_ANSWER,
-    THREADS_A_SERVER,
+    THREADS_PER_SERVER,
     Completion,
     EngineError,
     Server,
@@ -81,7 +82,7 @@ class VllmEngine:
         ] = {}  # by server: sums of what was sent and held last
         self._versions: set[str] = set()  # that this run has given to servers
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if world.main else None
-        threads = THREADS_A_SERVER * len(self.servers)
+        threads = THREADS_PER_SERVER * len(self.servers)
         self._requests = ThreadPoolExecutor(threads, thread_name_prefix="vllm") if world.main else None
         self.longest = max((len(p.ids) for p in prompts), default=0)
         self._pending: Future | None = None

@@ -38,7 +38,7 @@ class Completion:
 # Everything that a request leaves out, a server may fill from the checkpoint's generation_config.json.
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
            "frequency_penalty": 0.0}  # fmt: skip
-THREADS_A_SERVER = 64
+THREADS_PER_SERVER = 64
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"  # noqa: S108 - names in it are random
 PROBE_ANSWER = 16  # tokens that the probe lets a server sample
 

@@ -49,7 +49,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def run_command(work: Callable[[], int | None]) -> NoReturn:
-    """A command that is no training run: its exit code, or one line and 2 for what the user can mend."""
+    """A command that is no training run: its exit code, or one line and 2 for what the user can fix."""
     try:
         sys.exit(work())
     except BallastError as error:
@@ -61,7 +61,7 @@ def run_command(work: Callable[[], int | None]) -> NoReturn:
 
 
 class BallastError(Exception):
-    """A fault that the user can mend: printed as one line, exit code 2. The traceback goes to run.log
+    """A fault that the user can fix: printed as one line, exit code 2. The traceback goes to run.log
     only."""
 
     def __init__(self, message: str):

@@ -29,7 +29,7 @@ def claim(output_dir: Path) -> None:
     except BlockingIOError:
         holder = os.read(descriptor, 200).decode(errors="replace").strip()
         os.close(descriptor)
-        remedy = f"is another run's at this moment ({holder}): choose another, or stop that run"
+        remedy = f"is in use by another run ({holder}): choose another, or stop that run"
         raise ConfigError("output_dir", str(output_dir), remedy) from None
     except OSError as error:  # a network file system without locks
         logging.getLogger("ballast").warning(

@@ -16,7 +16,7 @@ def test_a_drill_says_what_breaks_what_is_seen_and_what_mends_it(name):
     found = Drill.read(name)
     assert found.breaks.endswith(".") and found.why.endswith(".") and len(found.why) > 40
     assert found.options or found.patch, "nothing is broken"
-    assert found.fix or found.patch, "nothing is mended"
+    assert found.fix or found.patch, "nothing is fixed"
     assert (drill.HERE / "base" / f"{found.base}.yaml").exists()
     if "rule" in found.sees:
         assert found.sees["rule"] in {rule.name for rule in rules.RULES} and found.sees["within"] > 0

@@ -51,7 +51,7 @@ def make_dataset(lengths, sources=None):
 def make_batches(dataset, units=4, weights=(1.0,), seed=0, packing=False):
     return Batches(
         dataset, np.arange(len(dataset)), weights=list(weights), capacity=32 if packing else None,
-        units_a_step=units,
+        units_per_step=units,
         seed=seed, pad_id=0,
     )  # fmt: skip
 

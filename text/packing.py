@@ -253,14 +253,14 @@ class Batches:
         rows: np.ndarray,
         *,
         weights: list[float],
-        units_a_step: int,
+        units_per_step: int,
         seed: int,
         pad_id: int,
         capacity: int | None = None,
         shuffle: bool = True,
     ):
         self.dataset, self.rows, self.weights, self.capacity = dataset, rows, weights, capacity
-        self.units_a_step, self.seed, self.pad_id, self.shuffle = units_a_step, seed, pad_id, shuffle
+        self.units_per_step, self.seed, self.pad_id, self.shuffle = units_per_step, seed, pad_id, shuffle
         self.total_units = sys.maxsize
         self._epochs: dict[int, list[list[int]]] = {}
         self._starts = [0]  # unit at which each epoch begins
@@ -290,23 +290,23 @@ class Batches:
         return self._epochs[number]
 
     def steps_per_epoch(self) -> int:
-        return -(-len(self.epoch(0)) // self.units_a_step)
+        return -(-len(self.epoch(0)) // self.units_per_step)
 
     def plan(self, epochs: float, max_steps: int | None = None) -> int:
         """Fix the end of the run, and return the number of its steps; the last one may be smaller."""
         if max_steps is not None:
-            self.total_units = max_steps * self.units_a_step
+            self.total_units = max_steps * self.units_per_step
             return max_steps
         whole = int(epochs)
         self.total_units = sum(len(self.epoch(number)) for number in range(whole))
         if epochs > whole:
             self.total_units += round((epochs - whole) * len(self.epoch(whole)))
         self.total_units = max(1, self.total_units)
-        return -(-self.total_units // self.units_a_step)
+        return -(-self.total_units // self.units_per_step)
 
     def units(self, step: int) -> list[list[int]]:
         """The units of one step. Epochs follow each other without a gap, to the end that `plan` set."""
-        first, last = step * self.units_a_step, min((step + 1) * self.units_a_step, self.total_units)
+        first, last = step * self.units_per_step, min((step + 1) * self.units_per_step, self.total_units)
         found: list[list[int]] = []
         while self._starts[-1] < last:  # an epoch is packed when it is needed, none after the last
             self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
@@ -318,8 +318,8 @@ class Batches:
         return found
 
     def epoch_of(self, step: int) -> float:
-        """How many epochs are behind after so many steps."""
-        unit = min(step * self.units_a_step, self.total_units)
+        """Epochs that are over after N steps."""
+        unit = min(step * self.units_per_step, self.total_units)
         while self._starts[-1] < unit:
             self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
         number = bisect.bisect_right(self._starts, unit) - 1

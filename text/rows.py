@@ -157,7 +157,7 @@ def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
             ).joinpath(*parts[2:])  # fmt: skip
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise DataError(path, None, f"could not be had from the hub: {reason}") from None
+            raise DataError(path, None, f"could not be downloaded from the hub: {reason}") from None
     else:
         local = Path(path).expanduser()
         if not local.is_absolute():
