@@ -215,7 +215,7 @@ def _check_parts(parts: list, i: int) -> None:
 SHAREGPT_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool",
     "function": "tool", "function_response": "tool", "function_call": "assistant",
-}  # fmt: skip
+}
 
 
 def _from_sharegpt(message: dict, i: int) -> dict:
@@ -359,14 +359,14 @@ READS = {
     "instruct": {"instruction", "input", "output", "system"},
     "prompt_completion": {"prompt", "completion", "system", "tools", "chat_template_kwargs"},
     "text": {"text"}, "tokens": {"input_ids", "labels"},
-}  # fmt: skip
+}
 
 
 # The columns by which a type is known where the config names none, in the order in which they decide
 SHAPES = (
     ("chat", ("messages",)), ("chat", ("conversations",)), ("prompt_completion", ("prompt", "completion")),
     ("instruct", ("instruction", "output")), ("tokens", ("input_ids",)), ("text", ("text",)),
-)  # fmt: skip
+)
 
 
 def settle_type(spec: dict, directory: Path, prompts: bool = False) -> str:
@@ -452,7 +452,7 @@ class Encoder:
             if made is None:
                 return None
             shapes = [("chat", "messages"), ("tokens", "input_ids"), ("prompt_completion", "completion"),
-                      ("instruct", "output"), ("text", "text")]  # fmt: skip
+                      ("instruct", "output"), ("text", "text")]
             kind = next((k for k, column in shapes if isinstance(made, dict) and column in made), None)
             if kind is None:
                 raise BadRow(
@@ -670,7 +670,7 @@ def _turns_of(kind: str, row: dict, turns: Turns) -> list[dict]:
 def read_prompts(
     specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path,
     longest: int | None = None, turns: Turns = "last",
-) -> tuple[list[Prompt], str]:  # fmt: skip
+) -> tuple[list[Prompt], str]:
     """Every row of the datasets as a prompt, and a fingerprint of them all. `turns` says which answers of a
     conversation are asked for.
 
@@ -836,7 +836,7 @@ def trained_tokenizer(options: Any, directory: Path, cache: Path) -> Tokenizer:
                         yield from strings(item)
 
             columns = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion",
-                       "text")  # fmt: skip
+                       "text")
             for spec in options.datasets:
                 for row in read_rows(spec, directory):
                     if isinstance(row, Row):
@@ -874,7 +874,7 @@ def inspect(argv: list[str]) -> int:
     options = parse_config(
         InspectOptions, [a for a in argv if a != "--json"], ignore_unknown=True,
         description="Show what training would see. --json prints one object a row.",
-    )  # fmt: skip
+    )
     directory = Path(options.config_directory)
     if not options.base_model:
         raise ConfigError("base_model", None, "must be set: a directory or a hub id")
@@ -974,7 +974,7 @@ def _report(
         ("nothing trained", len(no_token), f"{len(no_token) / total:.1%} of rows"),
         ("bad", count["bad"], f"{count['bad'] / total:.1%} of rows"),
         ("ids out of range", len(beyond), f"vocabulary {vocab_size:,}" if vocab_size else ""),
-    ]  # fmt: skip
+    ]
     for label, number, note in lines:
         print(f"{label:<20} {number:>10,}  {note}".rstrip())
     if options.sample_packing and used:

@@ -111,7 +111,7 @@ class OptimizerOptions:
             self, ("learning_rate", 0, math.inf), ("warmup_ratio", 0, 1), ("warmup_steps", 0, math.inf),
             ("weight_decay", 0, math.inf), ("max_grad_norm", 0, math.inf), ("min_lr_ratio", 0, 1),
             ("wsd_decay_ratio", 0, 1),
-        )  # fmt: skip
+        )
         for key in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be at least 0 and below 1")
@@ -380,7 +380,7 @@ def shard(model: Transformer, options: DistOptions, world: World) -> Transformer
         fully_shard(
             block, mesh=world.mesh, mp_policy=policy, offload_policy=offload,
             reshard_after_forward=options.fsdp_reshard_after_forward,
-        )  # fmt: skip
+        )
     # The head is needed again right after the forward pass, for the loss: keep the root's weights gathered.
     fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     register_fsdp_forward_method(model, "hidden_states")

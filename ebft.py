@@ -135,7 +135,7 @@ class FeatureOptions:
 class Config(
     ModelOptions, RowOptions, FeatureOptions, BlockOptions, PolicyOptions, LoopOptions, OptimizerOptions,
     CheckpointOptions, DistOptions, LogOptions, ForensicOptions,
-):  # fmt: skip
+):
     mode: Literal["structured", "strided"] = "structured"
     """structured: prompts with a true completion, sampled by a rollout engine. strided: many short rollouts
     that branch off the prefixes of a document, in one forward pass, without a server."""
@@ -170,7 +170,7 @@ class Config(
              "mask_truncated_completions"),
             "a batch serves one update here, a policy gradient without a ratio to clip; use grpo.py",
         ),
-    }  # fmt: skip
+    }
 
     @staticmethod
     def of_other_mode(mode: str) -> set[str]:
@@ -200,7 +200,7 @@ class Config(
             raise ConfigError(
                 "lora_dropout", self.lora_dropout,
                 "makes the trained policy another one than the one that samples: set it to 0 here",
-            )  # fmt: skip
+            )
 
 
 def options_by_mode() -> tuple[set[str], set[str]]:
@@ -321,7 +321,7 @@ def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict
         "pairwise_cosine": diversity(normalize(samples,
         dim=-1)).mean(-1) / 2 if n > 1 else torch.zeros(len(x)),
         "whitening_fallbacks": torch.full((len(x),), float(fallback > 0)),
-    }  # fmt: skip
+    }
     estimator = config.advantage_estimator
     return advantages(align, diverse, estimator, config.alignment_coef, config.diversity_coef), stats
 
@@ -405,7 +405,7 @@ def policy_gradient(
     if batch.sampling_logprobs is not None:
         ratio, applied, outside, known = sampler_ratio(old, batch.sampling_logprobs, batch.mask, config)
         stats |= {"sampler_ratio": ratio, "sampler_applied": applied, "sampler_outside": outside,
-                  "sampler_known": known}  # fmt: skip
+                  "sampler_known": known}
         if config.vllm_importance_sampling_correction:
             weight = applied.detach()
             counts = counts & (weight > 0)
@@ -455,7 +455,7 @@ def structured(config: Config) -> None:
     total_steps = min(prompts.batches, config.max_steps or prompts.batches)
     plan(run, total_steps, prompts.batches_per_epoch, **{
         "completions a step": batch_size, "data": prompts.fingerprint,
-    })  # fmt: skip
+    })
     train, held_out = (TruthSampler(which, run) for which in (prompts.train, prompts.held_out))
     refuse_without_truth(prompts, train, held_out, config)
 
@@ -471,7 +471,7 @@ def structured(config: Config) -> None:
     describe(
         run, model, f"{trained_on} prompts, {len(prompts.held_out):,} held out; {total_steps} steps of "
         f"{batch_size} completions on {world.devices(config)}, {config.rollout_engine} rollouts",
-    )  # fmt: skip
+    )
     report_kl(config)
 
     # 4. Resume.
@@ -557,7 +557,7 @@ def structured(config: Config) -> None:
                 "weight_version_lag": float(run.step - 1 - min(r.weight_version for r in rollouts)),
                 **{f"step_time/{phase}": value for phase, value in seconds_by_phase.items()},
                 **forensics.metrics(), **memory.peak_memory(world.device), **rank_timing,
-            }  # fmt: skip
+            }
 
             # f. Evaluate, log, save.
             due = end_step(run, evaluates=bool(prompts.held_out))
@@ -636,7 +636,7 @@ class TruthSampler:
             rollouts = play(
                 self.engine, Conversation, asked, which, n, step=step, seed=key, tokenizer=self.tokenizer,
                 world=self.world, options=replace(self.config, max_completion_length=limit),
-            )  # fmt: skip
+            )
             return self._with_truth(rollouts)
         groups = self.engine.generate([p.ids for p in asked], n, seed=key, limits=[limit] * len(asked))
         return self._with_truth(as_rollouts(groups, asked, which, step, self.engine, self.tokenizer.stop_ids))
@@ -717,7 +717,7 @@ def evaluate_structured(
         write_rollouts(run.output_dir / "rollouts", step, rollouts, run.tokenizer, kind="eval")
     right = sum(r.completion_ids == r.ground_truth_ids for r in rollouts)
     return {"eval/exact": right / len(rollouts), **tally.result(run.world),
-            **{f"eval/{name}": stats[name].mean().item() for name in JUDGED}}  # fmt: skip
+            **{f"eval/{name}": stats[name].mean().item() for name in JUDGED}}
 
 
 def truth_batches(rollouts: Sequence[Rollout], run: Run) -> Iterator[TruthBatch]:
@@ -803,7 +803,7 @@ def strided_loss(
         hidden[0].index_select(0, blocks.sources.flatten()), model.head_weight,
         blocks.input_ids[0, blocks.block_rows.flatten()], temperature=config.temperature,
         softcap=model.arch.final_softcap,
-    )  # fmt: skip
+    )
     rl_loss = -(batch.advantages * sampled.logprobs).sum() / size.tokens
     loss, nll = config.rl_coef * rl_loss, None
     if batch.with_truth:
@@ -812,7 +812,7 @@ def strided_loss(
     stats = {
         "loss": loss.detach(), "rl_loss": rl_loss.detach(), "nll": None if nll is None else nll.detach(),
         "entropy": sampled.entropy.detach(), "logprobs": sampled.logprobs.detach(),
-    }  # fmt: skip
+    }
     if aux_coef and router_logits:  # a mixture's experts stay in use
         share = len(batch.documents) / size.documents * batch.share
         loss = loss + aux_coef * share * load_balancing_loss(router_logits, model.arch)
@@ -829,7 +829,7 @@ def strided(config: Config) -> None:
     n, mb = config.n_samples_per_prompt, config.micro_batch_size
     plan(run, data.total_steps, data.steps_per_epoch, **{
         "documents a step": data.order.size, "data": data.fingerprint,
-    })  # fmt: skip
+    })
 
     # 3. Model, optimiser, and the frozen network of the features.
     model, optimizers = build(run)
@@ -840,7 +840,7 @@ def strided(config: Config) -> None:
     describe(
         run, model, f"{len(data.documents):,} documents, {len(data.held_out):,} held out; {run.total_steps} "
         f"steps of {data.order.size} documents on {world.devices(config)}",
-    )  # fmt: skip
+    )
 
     # 4. Resume.
     resume(run, model, optimizers)
@@ -860,7 +860,7 @@ def strided(config: Config) -> None:
         parts = [chosen[place : place + mb] for place in places]
         blocks = sum(len(d.anchors) for d in chosen)
         size = BlockStepSize(len(chosen), blocks * n * config.generate_max_len,
-                             max(1, sum(d.trained_tokens for d in chosen)), world.size)  # fmt: skip
+                             max(1, sum(d.trained_tokens for d in chosen)), world.size)
         tally, drawn, losses = Tally(), [], []
         with monitor.profiled(run.step + 1, config, run.output_dir, world.rank, world.device):
             for k, part in enumerate(parts):
@@ -900,7 +900,7 @@ def strided(config: Config) -> None:
             "ebft/num_blocks": float(blocks), "ebft/skipped_documents": float(data.skipped),
             "step_time": seconds(), "epoch": run.step * data.order.size / data.order.epoch_size,
             **forensics.metrics(), **memory.peak_memory(world.device), **rank_timing,
-        }  # fmt: skip
+        }
         write_blocks(run.output_dir / "rollouts", run.step - 1, parts, drawn, places, world)
 
         # f. Evaluate, log, save.
@@ -978,7 +978,7 @@ def read_documents(run: Run, config: Config) -> DocumentData:
             key, getattr(config, key),
             f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
             f"a step takes {a_step}",
-        )  # fmt: skip
+        )
     weights = weights_of(config.datasets) or [1.0]
     order = PromptOrder([d.source for d in documents], a_step, config.seed, weights)
     per_epoch = len(documents) // a_step if replayed else order.batches(1.0)

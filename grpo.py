@@ -122,7 +122,7 @@ class LossOptions:
             self, ("epsilon", 0, math.inf), ("epsilon_high", 0, math.inf), ("delta", 0, math.inf),
             ("entropy_coef", -math.inf, math.inf), ("entropy_target", 0, math.inf),
             ("off_policy_mask_threshold", -math.inf, math.inf),
-        )  # fmt: skip
+        )
         for key in ("sapo_temperature_pos", "sapo_temperature_neg"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ConfigError(key, getattr(self, key), "must be above 0")
@@ -136,7 +136,7 @@ class LossOptions:
 class Config(
     ModelOptions, DataOptions, RewardOptions, LossOptions, PolicyOptions, LoopOptions, OptimizerOptions,
     CheckpointOptions, DistOptions, LogOptions, ForensicOptions,
-):  # fmt: skip
+):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of their group, of the batch, or not at all."""
     ref_model_sync_steps: int | None = None
@@ -171,7 +171,7 @@ class Config(
         "sample_packing": "the completions of a micro-batch are packed anyway",
         "train_on_inputs": "what the policy wrote is trained and nothing else",
         "random_init": "train with sft.py first", "tokenizer_vocab_size": "train with sft.py first",
-    }  # fmt: skip
+    }
 
     def __post_init__(self):
         check_every_part(self)
@@ -186,7 +186,7 @@ class Config(
         check_ranges(
             self, ("replay_buffer_size", 0, math.inf), ("ref_model_mixup_alpha", 0, 1),
             ("eval_temperature", 0, math.inf), ("eval_success_reward", -math.inf, math.inf),
-        )  # fmt: skip
+        )
         if self.async_prefetch and self.environment:
             problem = "does not work with an environment; drop one of the two"
             raise ConfigError("async_prefetch", True, problem)
@@ -200,12 +200,12 @@ class Config(
             raise ConfigError(
                 "steps_per_generation", self.steps_per_generation,
                 f"must be a multiple of gradient_accumulation_steps ({self.gradient_accumulation_steps})",
-            )  # fmt: skip
+            )
         if self.lora_dropout:
             raise ConfigError(
                 "lora_dropout", self.lora_dropout,
                 "makes the trained policy another one than the one that samples: set it to 0 here",
-            )  # fmt: skip
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def policy_loss(
     logprobs: Tensor, *, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, options: Any,
     size: StepSize, sampling_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None,
     entropy_mask: Tensor | None = None, truncated: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's part of the step's loss, and what was computed on the way (for the metrics).
 
     All [B, T] but `advantages` and `truncated` [B]. The parts of all micro-batches and ranks add up to the
@@ -339,12 +339,12 @@ def grpo_loss(
         logprobs, old_logprobs=old_logprobs, advantages=batch.advantages, mask=batch.mask, options=config,
         size=size, sampling_logprobs=batch.sampling_logprobs, truncated=batch.truncated,
         entropy_mask=entropy_mask, ref_logprobs=batch.stored("ref_logprobs"),
-    )  # fmt: skip
+    )
     if size.entropy_coef:
         counted = stats["mask"] if entropy_mask is None else stats["mask"] * entropy_mask
         loss = loss - size.entropy_coef * (entropy * counted).sum() / size.trained_tokens
     stats |= {"loss": loss.detach(), "entropy": entropy.detach(), "old_logprobs": old_logprobs,
-              "nonfinite_hidden_states": nonfinite}  # fmt: skip
+              "nonfinite_hidden_states": nonfinite}
     if aux_coef and router_logits:
         real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
         balance = load_balancing_loss(router_logits, model.arch, real)
@@ -394,7 +394,7 @@ def generation_batch_size(config: Config, world_size: int) -> int:
             f"makes a generation batch of {size} completions (micro_batch_size · {world_size} processes · "
             f"{config.steps_per_generation} steps_per_generation), no multiple of num_generations ({n}); "
             f"these would do: {', '.join(str(m) for m in sorted(near))}",
-        )  # fmt: skip
+        )
     return size
 
 
@@ -511,7 +511,7 @@ class Sampler:
     def sample(
         self, indices: list[int], step: int, seed: tuple[int, ...], *, n: int | None = None,
         temperature: float | None = None, prefetched: bool = False,
-    ) -> list[Rollout]:  # fmt: skip
+    ) -> list[Rollout]:
         """Rollouts of these prompts with their rewards, n of each in a row, the same on every rank. A
         collective."""
         prompts, n = [self.prompts[i] for i in indices], n or self.config.num_generations
@@ -520,7 +520,7 @@ class Sampler:
             rollouts = play(
                 self.engine, self.environment, prompts, indices, n, step=step, seed=seed, options=self.config,
                 tokenizer=self.tokenizer, world=self.world, temperature=temperature,
-            )  # fmt: skip
+            )
         else:
             if prefetched:
                 assert isinstance(self.engine, VllmEngine)
@@ -529,7 +529,7 @@ class Sampler:
                 groups = self.engine.generate(
                     [p.ids for p in prompts], n, seed=seed, temperature=temperature,
                     on_group=self._watch(prompts) if temperature is None else None,
-                )  # fmt: skip
+                )
             rollouts = as_rollouts(groups, prompts, indices, step, self.engine, self.tokenizer.stop_ids)
         self.seconds["generate"] += seconds()
 
@@ -564,7 +564,7 @@ class Sampler:
         return RolloutQueue(
             self.engine, sample, prefetch, asynchronous=self.config.async_prefetch,
             ahead=None if ahead is None else [Rollout(**r) for r in ahead],
-        )  # fmt: skip
+        )
 
 
 def reward_table(rollouts: Sequence[Rollout], config: Config) -> tuple[Tensor, list[str], Tensor]:
@@ -659,7 +659,7 @@ def main(config: Config) -> None:
     plan(run, total_steps, updates * prompts.batches_per_epoch, **{
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "completions of a generation batch": batch_size, "data": prompts.fingerprint,
-    })  # fmt: skip
+    })
 
     # 3. Model, optimiser, reference, engine.
     model, optimizers = build(run)
@@ -670,7 +670,7 @@ def main(config: Config) -> None:
     describe(
         run, model, f"{trained_on} prompts, {len(prompts.held_out):,} held out; {total_steps} steps of "
         f"{step_rows} completions on {world.devices(config)}, {config.rollout_engine} rollouts",
-    )  # fmt: skip
+    )
     report_kl(config)
 
     # 4. Resume.
@@ -735,7 +735,7 @@ def main(config: Config) -> None:
                     model, reference, micro_batches(rollouts), config, world, share_prompts,
                     old=updates > 1 or config.top_entropy_quantile < 1,
                     kl=measures_kl(config, run.step, updates),
-                )  # fmt: skip
+                )
                 seconds_by_phase["logprob"] = timer()
 
             # The rows of this optimiser step. Groups stay together: prompts came in random order already, and
@@ -788,7 +788,7 @@ def main(config: Config) -> None:
                 "step_time": sum(seconds_by_phase.values()),
                 **{f"step_time/{phase}": value for phase, value in seconds_by_phase.items()},
                 **queue.metrics, **forensics.metrics(), **memory.peak_memory(world.device), **rank_timing,
-            }  # fmt: skip
+            }
 
             # g. Evaluate, log, save.
             due = end_step(run, evaluates=bool(prompts.held_out))
@@ -848,13 +848,13 @@ def step_size(
 def save(
     run: Run, model: Transformer, optimizers: list, rollouts: list[Rollout], ahead: list[Rollout] | None,
     buffer: ReplayBuffer, moving: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """A checkpoint with what the loop holds besides weights: the batch in use with its π_old and π_ref, a
     prefetched batch, the replay buffer. A collective."""
     stored = {
         i: (r.old_logprobs, r.ref_logprobs, r.entropies)
         for i, r in enumerate(rollouts) if r.old_logprobs or r.ref_logprobs
-    }  # fmt: skip
+    }
     for part in dist.gather(stored, run.world):
         for i, (old, ref, entropies) in part.items():
             rollouts[i].old_logprobs, rollouts[i].ref_logprobs, rollouts[i].entropies = old, ref, entropies
@@ -862,7 +862,7 @@ def save(
         **run.state, "rollouts": [vars(r) for r in rollouts],
         "ahead": None if ahead is None else [vars(r) for r in ahead],
         "buffer": [[vars(r) for r in group] for group in buffer.groups],
-    }, moving)  # fmt: skip
+    }, moving)
 
 
 # ------------------------------------------------------------------------------------------------------------

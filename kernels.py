@@ -235,7 +235,7 @@ class SharedPrompts:
 def _shared_prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, shared: SharedPrompts, scale: float, window: int | None,
     softcap: float | None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """q [1, N, H, E], k and v [1, N, K, E] → [1, N, H, E]."""
     if q.is_cuda:
         sees, mask = shared.predicate(window)
@@ -309,7 +309,7 @@ def _attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, first_ptr, last_ptr, N, scale, softcap,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """FlashAttention-2 (arXiv 2307.08691, algorithm 1) over tokens laid end to end: a block of queries meets
     only the keys from its oldest visible one on, and a mask within."""
     start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
@@ -364,7 +364,7 @@ def _attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, first_ptr, last_ptr, N, scale, softcap,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """dq of a block of queries; probabilities are recomputed from the saved log-sum-exp."""
     start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     zero = start.to(tl.int64) * 0  # makes what it is added to int64: offsets may pass 2^31
@@ -407,7 +407,7 @@ def _attention_dkv_kernel(
     softcap,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """dk and dv of a block of keys, summed over the query heads that share them."""
     start, head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
     zero = start.to(tl.int64) * 0  # makes what it is added to int64: offsets may pass 2^31
@@ -461,7 +461,7 @@ def attention_blocks(E: int, part: str, instruction: str) -> dict[str, int]:
                256: (64, 32, 8, 2)},
         "dkv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2),
                 256: (32, 64, 8, 2)},
-    }[part][wide]  # fmt: skip
+    }[part][wide]
     # mma.sync takes its operands from registers, which leaves less room for the sums.
     m, n, warps, stages = {
         "wgmma": {("dkv", 128): (64, 64, 8, 2) if wide == E else (32, 64, 8, 2)},
@@ -470,7 +470,7 @@ def attention_blocks(E: int, part: str, instruction: str) -> dict[str, int]:
                      ("dkv", 128): (32, 64, 8, 2), ("dkv", 256): (32, 32, 8, 2)},
         "tcgen05": {("dkv", 256): (32, 64, 8, 1), ("dkv", 16): (64, 64, 4, 1),
                     ("forward", 256): (64, 32, 8, 2 if wide == E else 1)},
-    }.get(instruction, {}).get((part, wide), (m, n, warps, stages))  # fmt: skip
+    }.get(instruction, {}).get((part, wide), (m, n, warps, stages))
     return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_E=wide, num_warps=warps, num_stages=stages)
 
 
@@ -595,9 +595,8 @@ def _causal(
             visible &= key > query - window
         arguments = (q[:, :, begin:end], k[:, :, oldest:end], v[:, :, oldest:end], visible, scale, softcap)
         if L > QUERY_BLOCK and torch.is_grad_enabled() and q.requires_grad:
-            blocks.append(
-                checkpoint(_masked, *arguments, use_reentrant=False)
-            )  # keeps memory O(L), not O(L²)
+            # Recomputed in the backward pass: memory is O(L), not O(L²).
+            blocks.append(checkpoint(_masked, *arguments, use_reentrant=False))
         else:
             blocks.append(_masked(*arguments))
     return torch.cat(blocks, dim=2).transpose(1, 2)
@@ -626,7 +625,7 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, soft
 def predicate_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Callable, *, scale: float, softcap: float | None = None,
     block_mask: Any = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention under any predicate visible(b, h, q_index, kv_index) → bool on index tensors (block-parallel
     masks).
 
@@ -681,7 +680,7 @@ def _decode_attention_kernel(
     per_split, scale, softcap,
     G: tl.constexpr, E: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
-):  # fmt: skip
+):
     """The G queries of one sequence that share a key head, over one split of its keys: unnormalised output,
     maximum and sum, merged by the caller (flash decoding). Splits keep a GPU busy when there are few
     sequences."""
@@ -738,7 +737,7 @@ def _decode_attention_triton(q, k, v, visible, scale: float, softcap: float | No
         per_split, scale, softcap or 1.0, G=H // K, E=E, SOFTCAP=softcap is not None,
         BLOCK_G=max(16, 1 << (H // K - 1).bit_length()), BLOCK_S=64,
         BLOCK_E=max(16, 1 << (E - 1).bit_length()), num_warps=4, num_stages=2,
-    )  # fmt: skip
+    )
     shrink = (top - top.amax(-1, keepdim=True)).exp()
     return ((out * shrink[..., None]).sum(2) / (total * shrink).sum(-1, keepdim=True)).to(q.dtype)
 
@@ -788,7 +787,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, rstd_ptr, D, eps, PLUS_ONE: tl.co
 def _rms_norm_backward_kernel(
     x_ptr, weight_ptr, dy_ptr, rstd_ptr, dx_ptr, dw_ptr, N, D, rows_per_program,
     PLUS_ONE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """dx of some rows, and their part of dw: [programs, D], summed by the caller in a fixed order."""
     program, offs_d = tl.program_id(0), tl.arange(0, BLOCK)
     scale = tl.load(weight_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
@@ -947,7 +946,7 @@ class _Rotate(torch.autograd.Function):
             _rotate_kernel[(x.numel() // E,)](
                 x, cos.contiguous(), sin.contiguous(), y, heads, E, half, sign,
                 BLOCK=max(16, 1 << (half - 1).bit_length()), num_warps=1,
-            )  # fmt: skip
+            )
         return y
 
 

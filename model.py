@@ -98,7 +98,7 @@ class ModelOptions:
             raise ConfigError(
                 "lora_alpha", self.lora_alpha,
                 "must be above 0: adapters are scaled by it, at 0 they change nothing and learn nothing",
-            )  # fmt: skip
+            )
         if self.lora_target_modules in ([], ""):
             problem = "names no layer; leave it out for all of them"
             raise ConfigError("lora_target_modules", self.lora_target_modules, problem)
@@ -205,7 +205,7 @@ class Linear(nn.Linear):
                     ((), torch.float32)],
             "int8": [((N, K), torch.int8), ((N,), torch.float32)],
             "fp8": [((N, K), torch.float8_e4m3fn), ((-(-N // 128), -(-K // 128)), torch.float32)],
-        }[kind]  # fmt: skip
+        }[kind]
         self.register_parameter("weight", None)
         self.kind = kind
         for i, (shape, dtype) in enumerate(shapes):
@@ -568,9 +568,8 @@ class Transformer(nn.Module):
         if self.token_rows is not None and self.token_rows.enabled:
             x = self.token_rows.into_embedding(x, input_ids)
         if self.arch.family.scale_embeddings:
-            x = x * torch.tensor(
-                self.arch.hidden_size**0.5, dtype=x.dtype
-            )  # rounded to x's dtype, as Gemma was trained
+            # Rounded to x's dtype, as Gemma was trained.
+            x = x * torch.tensor(self.arch.hidden_size**0.5, dtype=x.dtype)
         tables = {key: rope.tables(position_ids, lengths, x.dtype) for key, rope in self.arch.ropes.items()}
         now = Pass(tables, documents, cache, decoding)
         all_router_logits = []
@@ -721,7 +720,7 @@ class BlockCache:
     def __init__(
         self, arch: Architecture, document_ids: Tensor, documents: Tensor, prefixes: Tensor, steps: int,
         dtype: torch.dtype,
-    ):  # fmt: skip
+    ):
         device, R = document_ids.device, len(prefixes)
         self.prefixes = prefixes
         self.positions = count_positions(document_ids)[0]  # of the documents' tokens
@@ -742,7 +741,7 @@ class BlockCache:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, now: Pass, window: int | None, *, scale: float,
         softcap: float | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """As KVCache.attend. One softmax over the documents' keys, one product for all rows, and a row's
         own."""
         if self.length == 0:
@@ -758,16 +757,10 @@ class BlockCache:
         K, N = shared_k.shape[:2]
         grouped = q[:, 0].view(R, K, H // K, E)
         by_head = grouped.transpose(0, 1).reshape(K, R * (H // K), E)
-        scores = (
-            torch.cat(
-                [
-                    torch.matmul(by_head, shared_k.transpose(1, 2)).view(K, R, H // K, N).transpose(0, 1),
-                    torch.matmul(grouped, own_k.transpose(2, 3)),
-                ],
-                dim=-1,
-            ).to(torch.promote_types(q.dtype, torch.float32))
-            * scale
-        )  # [R, K, H/K, N + step + 1]
+        of_shared = torch.matmul(by_head, shared_k.transpose(1, 2)).view(K, R, H // K, N).transpose(0, 1)
+        of_own = torch.matmul(grouped, own_k.transpose(2, 3))
+        scores = torch.cat([of_shared, of_own], dim=-1)  # [R, K, H/K, N + step + 1]
+        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         visible = self.visible

@@ -53,7 +53,7 @@ from text.tokenizer import IGNORE, Tokenizer
 class Config(
     ModelOptions, ScratchOptions, RowOptions, LoopOptions, OptimizerOptions, CheckpointOptions, DistOptions,
     LogOptions, ForensicOptions,
-):  # fmt: skip
+):
     sample_packing: bool = False
     """Put several documents in one row of sequence_len. Attention and positions stay within a document."""
     eval_answers: int = 0
@@ -153,7 +153,7 @@ def sampled_accuracy(
         made = generate(
             model, part, max_new_tokens=config.eval_max_new_tokens, temperature=0,
             stop_token_ids=tokenizer.stop_ids, anyone=anyone,
-        )  # fmt: skip
+        )
         answers += [tokenizer.decode(ids).strip() for ids in made.completion_ids]
     right = sum(a == r for a, r in zip(answers[: len(mine)], references, strict=False))
     total_right, total = dist.all_reduce([float(right), float(len(mine))], world)
@@ -176,7 +176,7 @@ def main(config: Config) -> None:
     plan(run, order.plan(config.num_epochs, config.max_steps), order.steps_per_epoch(), **{
         "micro_batch_size · gradient_accumulation_steps · processes": order.units_per_step,
         "data": fingerprint(dataset, config),
-    })  # fmt: skip
+    })
 
     # 3. Model and optimiser.
     model, optimizers = build(run, tokenizer.vocab_size if config.random_init else None)
@@ -185,7 +185,7 @@ def main(config: Config) -> None:
     aux_coef = router_aux_coef(run)
     describe(run, model, f"{len(order.rows):,} rows to train on, {len(eval_order.rows):,} held out; "
              f"{run.total_steps} steps of {order.units_per_step} {'packs' if order.capacity else 'rows'} on "
-             f"{world.devices(config)}")  # fmt: skip
+             f"{world.devices(config)}")
     memory.report_weights(model)
 
     # 4. Resume.
@@ -230,14 +230,14 @@ def main(config: Config) -> None:
         sums = meter.end_step(
             () if finite else ("nll", "loss"), trained=size.tokens, learnt=size.tokens * finite,
             documents=sum(len(unit) for unit in units), seconds=seconds,
-        )  # fmt: skip
+        )
         state["num_tokens"] += int(sums["tokens"])
         metrics = loss_metrics(sums, aux_coef, world) | {
             "train/learning_rate": rate, **({"train/grad_norm": norm.item()} if finite else {}),
             "step_time": sums["seconds"], "step_time/data_share": seconds_for_data / sums["seconds"],
             "trained_token_share": trained_share(sums),
             **memory.peak_memory(world.device), **rank_timing, **forensics.metrics(),
-        }  # fmt: skip
+        }
         if run.step == first_step + 1:
             memory.report_optimizers(optimizers, config.optimizer, world.device)
 
@@ -282,7 +282,7 @@ def read_data(run: Run, config: Config) -> tuple[Dataset, Batches, Dataset, Batc
             of, rows, weights=weights, units_per_step=units * run.world.size, seed=config.seed,
             pad_id=run.tokenizer.pad_id, capacity=config.sequence_len if config.sample_packing else None,
             shuffle=shuffle,
-        )  # fmt: skip
+        )
 
     dataset = encoded(config.datasets)
     report_rows(dataset)
@@ -321,7 +321,7 @@ def speed_metrics(sums: dict[str, float], model: Transformer, world: World) -> d
         "tokens_per_second": sums["tokens"] / sums["seconds"], "step_time": sums["seconds"] / sums["steps"],
         "trained_token_share": trained_share(sums),
         "packing_efficiency": sums["tokens"] / sums["slots"],
-    }  # fmt: skip
+    }
     if peak := memory.peak_flops(world.device):
         flops = model.flops_per_token(sums["tokens"] / sums["documents"])
         metrics["mfu"] = flops * metrics["tokens_per_second"] / (peak * world.size)

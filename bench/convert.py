@@ -55,7 +55,7 @@ def outcome(file: Path, out: Path) -> tuple[str, str, list[str]]:
         return "failed", f"does not parse: {error}", []
     blocks = [theirs[name] for name in NESTED if isinstance(theirs.get(name), dict)]
     given = {k for block in ({k: v for k, v in theirs.items() if k not in (*NESTED, "vllm")}, *blocks)
-             for k, value in block.items() if value not in (None, False, "", [], {})}  # fmt: skip
+             for k, value in block.items() if value not in (None, False, "", [], {})}
     said = keys_said(text) | set(CHANGED) | STEERS
     silent = sorted(key for key in given if not {key, NAMES.get(key, key)} & said)
     if silent:

@@ -309,7 +309,7 @@ FAULTS: dict[str, Callable[[Path, str, Path, int], int]] = {
     "kill -9": kills, "SIGTERM": terminated, "SIGINT twice": interrupted_twice,
     "checkpoint damaged": damaged, "two runs in one directory": in_one_directory,
     "clock jumps": clock_jumps, "disk full": full_disk, "disk read-only": read_only,
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

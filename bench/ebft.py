@@ -50,7 +50,7 @@ def whitening() -> None:
         return align, advantage, align - diverse - advantage
 
     print("| spread of the samples | whitening | Σ(alignment/2)² | RMS of advantages: truth among them | "
-          "truth drawn like them | truth unrelated | baseline moves by |")  # fmt: skip
+          "truth drawn like them | truth unrelated | baseline moves by |")
     print("|---:|---|---:|---:|---:|---:|---:|")
     for spread in (0.1, 0.3, 1.0):
         common = unit(P, 1)
@@ -83,7 +83,7 @@ def network():
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32, "intermediate_size": 768,
         "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True, "rope_theta": 1e4,
         "max_position_embeddings": 4096, "attention_bias": False,
-    })  # fmt: skip
+    })
     with torch.device("meta"):
         model = Transformer(arch)
     model.to_empty(device="cpu")
@@ -111,7 +111,7 @@ def blocks_loss(model, part, tokens, weights):
     made = linear_logprobs(
         hidden[0].index_select(0, batch.sources.flatten()), model.head_weight,
         batch.input_ids[0, batch.block_rows.flatten()],
-    )  # fmt: skip
+    )
     return -(made.logprobs * weights.repeat_interleave(G)).sum()
 
 
@@ -161,7 +161,7 @@ def speed(length: int, stride: int, rounds: int) -> dict:
                 generate(
                     model, [one.ids[:anchor]], num_return_sequences=N, max_new_tokens=G, temperature=1.0,
                     generator=generator,
-                )  # fmt: skip
+                )
 
         def features() -> None:
             for block in range(len(one.anchors)):
@@ -184,7 +184,7 @@ def speed(length: int, stride: int, rounds: int) -> dict:
     seconds.clear()
     worst = max(one_round() for _ in range(rounds))
     return {"blocks": len(one.anchors), "gradient": worst,
-            **{name: statistics.median(values) for name, values in seconds.items()}}  # fmt: skip
+            **{name: statistics.median(values) for name, values in seconds.items()}}
 
 
 def training_pass(side: str, length: int, stride: int, rounds: int) -> dict:
@@ -249,7 +249,7 @@ def main() -> None:
         return
 
     print("| document | stride | blocks | block-parallel: sampling, features, training, s | one by one, s "
-          "| ratio | sampling | features | training | gradients differ |")  # fmt: skip
+          "| ratio | sampling | features | training | gradients differ |")
     print("|---:|---:|---:|---|---|---:|---:|---:|---:|---:|")
     shapes = [(length, 8) for length in given.lengths]
     for length, stride in shapes + [(max(given.lengths), s) for s in given.strides]:
@@ -269,7 +269,7 @@ def main() -> None:
         ours, dense = (measured("--only", side, length, 8, given.rounds) for side in ("blocks", "dense"))
         cells = [f"{ours['seconds']:.2f}", f"{dense['seconds']:.2f}",
                  f"{dense['seconds'] / ours['seconds']:.2f}×", f"{ours['MiB']:.0f}", f"{dense['MiB']:.0f}",
-                 f"{dense['MiB'] / max(1.0, ours['MiB']):.2f}×"]  # fmt: skip
+                 f"{dense['MiB'] / max(1.0, ours['MiB']):.2f}×"]
         print(f"| {length} |", " | ".join(cells), "|", flush=True)
 
 

@@ -59,7 +59,7 @@ ODD: list[Any] = [
     " ", "\x00", "\ud800", "é" * 50, "a" * 20000, "../../etc/passwd", "/", [], {}, [[]], [None], [{}],
     {"a": {"b": {"c": []}}}, ["x", 1, None], "null", "!!python/object:os.system", "{{ 1/0 }}", "<script>",
     7, {"": 1},
-]  # fmt: skip
+]
 
 
 def deep(levels: int) -> Any:
@@ -239,7 +239,7 @@ ROWS: dict[str, list[dict]] = {
                            "completion": [{"role": "assistant", "content": "a"}]}],
     "text": [{"text": "some words"}],
     "tokens": [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}],
-}  # fmt: skip
+}
 
 
 def read_all(bench: Bench, spec: dict, place: Path) -> Any:
@@ -298,7 +298,7 @@ def with_checkpoint(bench: Bench, folder: Path, recipe_arguments: list[str]) -> 
     spec = [{"path": str(bench.root / "data" / "few_letters.jsonl"), "type": "chat"}]
     arguments = ["--config", str(bench.root / "base" / "sft.yaml"), f"datasets={json.dumps(spec)}",
                  "max_steps=1", f"dataset_prepared_path={folder.parent / 'prepared'}", f"base_model={folder}",
-                 "random_init=false", "tokenizer_vocab_size=null", "test_datasets=null"]  # fmt: skip
+                 "random_init=false", "tokenizer_vocab_size=null", "test_datasets=null"]
     return "sft", arguments + recipe_arguments
 
 
@@ -306,7 +306,7 @@ def tokenizer(bench: Bench, rng: random.Random, place: Path) -> Case:
     case = Case(place)
     folder = copied(bench, place)
     name = rng.choice(["tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                       "generation_config.json"])  # fmt: skip
+                       "generation_config.json"])
     path = folder / name
     if not path.exists():
         path.write_text("{}")
@@ -340,7 +340,7 @@ def architecture(bench: Bench, rng: random.Random, place: Path) -> Case:
     if rng.random() < 0.5:
         value |= {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-                  "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}  # fmt: skip
+                  "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (folder / "config.json").write_bytes(either(value, rng, json.dumps))
 
     def read() -> Any:
@@ -404,7 +404,7 @@ def adapter(bench: Bench, rng: random.Random, place: Path) -> Case:
 def rollouts(bench: Bench, rng: random.Random, place: Path) -> Case:
     case = Case(place)
     row = {"prompt_ids": [5, 6], "completion_ids": [7, 8], "sampling_logprobs": [-1.0, -2.0],
-           "finish_reason": "stop", "rewards": {"exact_match": 1.0}, "weight_version": 0}  # fmt: skip
+           "finish_reason": "stop", "rewards": {"exact_match": 1.0}, "weight_version": 0}
     lines = [
         json.dumps(row),
         either(row, rng, json.dumps).decode("utf-8", "surrogateescape"),
@@ -588,7 +588,7 @@ if __name__ == "__main__":
         count = math.ceil(given.cases * shares[kind] / sum(shares.values()))
         seeds = [given.seed] if given.seed is not None else list(range(count))
         wanted += [(place, given.keep.absolute(), kind, seeds[at : at + 200], given.programs * (at == 0))
-                   for at in range(0, len(seeds), 200)]  # fmt: skip
+                   for at in range(0, len(seeds), 200)]
     totals: dict[str, Counter] = {kind: Counter() for kind in chosen}
     bad, begun, most = 0, time.monotonic(), 0.0
     for (_, _, kind, _, _), (counts, faults, grown) in drill.in_parallel(share, wanted, given.jobs):
@@ -601,6 +601,6 @@ if __name__ == "__main__":
     for kind, counts in totals.items():
         cases = counts["read"] + counts["refused"] + counts["FAILED"]
         print(f"{kind:<14}{cases:>7}{counts['read']:>7}{counts['refused']:>9}{counts['programs']:>13}"
-              f"{counts['FAILED']:>8}")  # fmt: skip
+              f"{counts['FAILED']:>8}")
     print(f"{time.monotonic() - begun:.0f} s; a process grew by at most {most / 2**20:.0f} MiB")
     sys.exit(1 if bad or most > ROOM else 0)

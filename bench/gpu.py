@@ -109,13 +109,13 @@ def products(small: bool) -> Iterator[Case]:
         "fp8 product (quantised operands)", flops, M * K + N * K + 2 * M * N,
         {"ours": lambda: low_precision.fp8_matmul(q, scale, qw, scale_w, dtype=torch.bfloat16),
          "cuBLAS bf16": lambda: x @ w.T, "cuBLAS fp8, no scales": cublas_fp8}, exact, peak=2,
-    )  # fmt: skip
+    )
     yield Case(
         "fp8 linear, forward + backward", 3 * flops, 3 * (M * K + N * K + 2 * M * N),
         {"ours": gradients(lambda x, w: low_precision.fp8_linear(x, w), x, w),
          "cuBLAS bf16": gradients(lambda x, w: x @ w.T, x, w)},
         gradients(lambda x, w: x @ w.T, x.float(), w.float()), peak=2,
-    )  # fmt: skip
+    )
     for blocks in (False, True):
         ours = low_precision.quantize_fp8_blocks if blocks else low_precision.quantize_fp8
         torch_form = (
@@ -126,7 +126,7 @@ def products(small: bool) -> Iterator[Case]:
             f"fp8 quantise by {'blocks' if blocks else 'tiles'}", 0, 3 * M * K,
             {"ours": lambda f=ours: f(x)[1], "torch": lambda f=torch_form: f(x)[1],
              "torch.compile": lambda f=compiled: f(x)[1]},
-        )  # fmt: skip
+        )
     for kind, width in (("nf4", 0.516), ("int8", 1.0), ("fp8", 1.0)):
         stored = low_precision.quantize(kind, w)
         for rows in (M, 16):
@@ -138,7 +138,7 @@ def products(small: bool) -> Iterator[Case]:
                     p @ low_precision.dequantize(k, s).to(p.dtype).T,
                  "cuBLAS bf16": lambda p=part: p @ w.T},
                 lambda p=part: p.float() @ w.float().T, peak=2 if kind == "fp8" else 1,
-            )  # fmt: skip
+            )
 
 
 def attentions(small: bool) -> Iterator[Case]:
@@ -168,13 +168,13 @@ def attentions(small: bool) -> Iterator[Case]:
             f"attention E {E}, forward", flops, bytes_,
             {"ours": lambda q=q, k=k, v=v, f=ours: f(q, k, v), "SDPA": lambda q=q, k=k, v=v: sdpa(q, k, v),
              "flex_attention": lambda q=q, k=k, v=v, f=flex: f(q, k, v)},
-        )  # fmt: skip
+        )
         yield Case(
             f"attention E {E}, forward + backward", 3.5 * flops, 3 * bytes_,
             {"ours": gradients(ours, q, k, v), "SDPA": gradients(sdpa, q, k, v),
              "flex_attention": gradients(flex, q, k, v)},
             gradients(sdpa, *exact) if T <= 2048 else None,
-        )  # fmt: skip
+        )
     E = 128
     ids = torch.arange(T, device=DEVICE).div(T // 8, rounding_mode="floor").expand(B, T)
     documents = kernels.Documents(ids)
@@ -184,7 +184,7 @@ def attentions(small: bool) -> Iterator[Case]:
         6 * B * T * E * (2 * H + 2 * K),
         {"ours": gradients(
             lambda q, k, v: kernels.attention(q, k, v, scale=E**-0.5, documents=documents), q, k, v)},
-    )  # fmt: skip
+    )
     rows, S = (4, 256) if small else (64, 8192)
     q, k, v = randn(rows, H, E), randn(rows, K, S, E), randn(rows, K, S, E)
     visible = torch.ones(rows, S, dtype=torch.bool, device=DEVICE)
@@ -197,7 +197,7 @@ def attentions(small: bool) -> Iterator[Case]:
         {"ours": lambda: kernels.decode_attention(q, k, v, visible, scale=E**-0.5), "SDPA": decode_sdpa},
         lambda: F.scaled_dot_product_attention(
             q[:, :, None].float(), k.float(), v.float(), enable_gqa=True)[:, :, 0],
-    )  # fmt: skip
+    )
 
 
 def loss_cases(small: bool) -> Iterator[Case]:
@@ -219,7 +219,7 @@ def loss_cases(small: bool) -> Iterator[Case]:
          "torch linear_cross_entropy": gradients(
              lambda h, w: F.linear_cross_entropy(h, w, labels, reduction="sum"), hidden, weight)},
         gradients(naive, hidden.float(), weight.float()) if small else None,
-    )  # fmt: skip
+    )
 
     def naive_statistics():
         logp = F.log_softmax((hidden @ weight.T).float(), -1)
@@ -232,7 +232,7 @@ def loss_cases(small: bool) -> Iterator[Case]:
     yield Case(
         f"log-probability + entropy, {vocabulary:,}, forward", work / 3, 2 * vocabulary * width,
         {"ours": statistics, "naive": naive_statistics}, naive_statistics,
-    )  # fmt: skip
+    )
 
 
 def gradients_or_reason(make: Callable, *inputs: torch.Tensor) -> Callable[[], object]:
@@ -267,7 +267,7 @@ def pointwise(small: bool) -> Iterator[Case]:
         ("rotate", 8 * q.numel(), rotate, rotate_torch, None, (q,)),
     ):
         sides = {"ours": gradients(ours, *inputs), "torch": gradients(torch_form, *inputs),
-                 "torch.compile": gradients_or_reason(torch.compile(torch_form), *inputs)}  # fmt: skip
+                 "torch.compile": gradients_or_reason(torch.compile(torch_form), *inputs)}
         if liger is not None:
             sides["Liger"] = gradients_or_reason(liger, *inputs)
         exact = gradients(torch_form, *(t.float() for t in inputs))
@@ -294,7 +294,7 @@ def optimisers(small: bool) -> Iterator[Case]:
         {"ours, 8 bit": stepper(low_precision.AdamW8bit),
          "torch fused, fp32": stepper(lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True)),
          "bitsandbytes, 8 bit": bitsandbytes},
-    )  # fmt: skip
+    )
 
 
 def peaks() -> tuple[float, float, str]:
@@ -339,7 +339,7 @@ def kernels_table(wanted: list[str], small: bool) -> None:
                 shown = f"{case.flops / took / 1e12:10.1f}" if case.flops else f"{'—':>10}"
                 wrong = "—" if error is None else f"{error:.1e}"
                 print(f"  {side:<26}{took * 1e3:10.3f}{shown}{case.bytes / took / 1e9:8.0f}"
-                      f"{least / took:10.0%}{wrong:>10}{took / base:7.2f}×", flush=True)  # fmt: skip
+                      f"{least / took:10.0%}{wrong:>10}{took / base:7.2f}×", flush=True)
 
 
 def sft(small: bool) -> None:
@@ -349,7 +349,7 @@ def sft(small: bool) -> None:
         intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
         vocab_size=151936, tie_word_embeddings=True, rms_norm_eps=1e-6, rope_theta=1e6,
         max_position_embeddings=40960, hidden_act="silu", attention_bias=False,
-    )  # fmt: skip
+    )
     length, rows = (128, 64) if small else (4096, 3000)
     if small:
         shape |= dict(hidden_size=64, num_hidden_layers=2, intermediate_size=128, head_dim=16, vocab_size=512)
@@ -369,7 +369,7 @@ def sft(small: bool) -> None:
         runs = {
             "bf16": own, "fp8": [*own, "fp8=true"], "checkpointing": [*own, "gradient_checkpointing=true"],
             "lora": ["adapter=lora", "lora_r=16"],  # on what the first run saved
-        }  # fmt: skip
+        }
         for label, options in runs.items():
             base = directory / "bf16" / "final" if label == "lora" else directory
             command = [
@@ -377,7 +377,7 @@ def sft(small: bool) -> None:
                 f"datasets=[{{path: {directory / 'rows.jsonl'}, type: text}}]", f"sequence_len={length}",
                 "sample_packing=true", "micro_batch_size=2", "max_steps=20", "num_epochs=100", "bf16=true",
                 "logging_steps=5", "learning_rate=1e-4", f"output_dir={directory / label}", *options,
-            ]  # fmt: skip
+            ]
             done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
             if done.returncode:
                 print(f"{label:<16}failed: {(done.stdout + done.stderr).strip().splitlines()[-1][:120]}")
@@ -392,7 +392,7 @@ def sft(small: bool) -> None:
             last = [json.loads(line) for line in lines if "tokens_per_second" in line][-1]
             mfu = f", MFU {last['mfu']:.1%}" if "mfu" in last else ""
             print(f"{label:<16}{last['tokens_per_second']:>12,.0f} tokens/s, "
-                  f"{last['memory/max_alloc']:.1f} GiB{mfu}", flush=True)  # fmt: skip
+                  f"{last['memory/max_alloc']:.1f} GiB{mfu}", flush=True)
 
 
 class Both(io.TextIOBase):

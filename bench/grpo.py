@@ -34,7 +34,7 @@ def make(directory: Path) -> None:
         num_key_value_heads=4,
         head_dim=32, vocab_size=WORDS, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     words = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, WORDS)}}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
@@ -62,7 +62,7 @@ def make(directory: Path) -> None:
 def step_ours(directory: Path, steps: int, *options: str) -> dict:
     out = directory / f"out-{time.time_ns()}"
     command = [sys.executable, ROOT / "grpo.py", "--config", directory / "c.yaml", f"output_dir={out}",
-               f"max_steps={steps}", *options]  # fmt: skip
+               f"max_steps={steps}", *options]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
@@ -88,13 +88,13 @@ def step_trl(directory: Path, steps: int) -> dict:
         max_completion_length=COMPLETION, learning_rate=1e-5, bf16=False, gradient_checkpointing=False,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, beta=0.0,
         use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+    )
     trainer = trl.GRPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), args=config,
         reward_funcs=lambda completion_ids, **_: odd.odd(completion_ids),
         train_dataset=datasets.Dataset.from_list([{"prompt": r["prompt"]} for r in rows]),
         processing_class=transformers.AutoTokenizer.from_pretrained(directory),
-    )  # fmt: skip
+    )
     generating, whole = [], []
     inner = trainer._generate
 
@@ -154,7 +154,7 @@ def generate_transformers(directory: Path) -> float:
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=COMPLETION, do_sample=True, top_k=0,
             eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+        )
         took.append((out.shape[1] - PROMPT) * len(ids) / (time.perf_counter() - started))
     return statistics.median(took[1:])
 
@@ -172,12 +172,12 @@ class Vllm:
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         command = [sys.executable, ROOT / "grpo.py", "serve", "--config", directory / "c.yaml",
                    f"vllm_server_base_url=[{self.url}]", f"vllm_python={python}",
-                   f"output_dir={directory / 'server'}"]  # fmt: skip
+                   f"output_dir={directory / 'server'}"]
         self.log = (directory / "server.log").open("w")
         self.process = subprocess.Popen(
             [str(part) for part in command], stdout=self.log, stderr=self.log, start_new_session=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        )
         for _ in range(600):
             try:
                 if httpx.get(self.url + "/health", timeout=2).status_code == 200:
@@ -193,7 +193,7 @@ class Vllm:
         import httpx
 
         body = {"model": "policy", "prompt": prompts(64), "max_tokens": COMPLETION, "temperature": 1.0,
-                "ignore_eos": True, "logprobs": 0, "return_token_ids": True}  # fmt: skip
+                "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
         took = []
         for _ in range(3):
             started = time.perf_counter()
@@ -218,7 +218,7 @@ def main() -> None:
         "ballast, no shared prompts": lambda d: step_ours(d, arguments.steps, "share_prompts=false"),
         "TRL": lambda d: step_trl(d, arguments.steps),
         "generate: ballast": generate_ours, "generate: transformers": generate_transformers,
-    }  # fmt: skip
+    }
     if arguments.side:
         print("RESULT " + json.dumps(sides[arguments.side](arguments.directory)))
         return
@@ -229,7 +229,7 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for side in sides:
                 command = [sys.executable, __file__, f"--side={side}", f"--directory={directory}",
-                           f"--steps={arguments.steps}"]  # fmt: skip
+                           f"--steps={arguments.steps}"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
                 if not lines:
@@ -256,7 +256,7 @@ def main() -> None:
             print(f"{'ballast, vLLM rollouts':<30}{with_server['step']:>8.2f}{with_server['generate']:>10.2f}"
                   f"{with_server['train']:>8.2f}{base / with_server['step']:>11.2f}×"
                   f"   sync with its proof {with_server['sync']:.3f} s, "
-                  f"{with_server['sync GB/s']:.2f} GB/s")  # fmt: skip
+                  f"{with_server['sync GB/s']:.2f} GB/s")
         print(f"\n{'generation, 64 × 64 tokens':<30}{'tokens/s':>10}{'ours / this':>13}")
         for side, rate in rates.items():
             print(f"{side:<30}{rate:>10,.0f}{rates['ballast'] / rate:>12.2f}×")

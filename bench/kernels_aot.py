@@ -32,7 +32,7 @@ from numerics import losses, low_precision
 TARGETS = {
     "80": GPUTarget("cuda", 80, 32), "89": GPUTarget("cuda", 89, 32), "90": GPUTarget("cuda", 90, 32),
     "100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
-}  # fmt: skip
+}
 TENSOR_CORES = {
     "80": "mma.sync",
     "89": "mma.sync",
@@ -53,7 +53,7 @@ def case(
     assert len(names) == len(given), (kernel.__name__, names, given)
     signature = dict(zip(names, given, strict=True)) | dict.fromkeys(constants, "constexpr")
     return dict(kernel=kernel, signature=signature, constants=constants, flops=flops, bytes=bytes_, fp8=fp8,
-                dots=dots,                warps=warps, stages=stages)  # fmt: skip
+                dots=dots,                warps=warps, stages=stages)
 
 
 def cases(target: str) -> dict[str, dict]:
@@ -69,15 +69,15 @@ def cases(target: str) -> dict[str, dict]:
                     low_precision._quantize_fp8_kernel, f"{x} *u8 *fp32 i32 i32 i32 i32 i32",
                     dict(WHOLE_BLOCK=block, POWER_OF_TWO=power, ROWS=128 if block else 16, BLOCK=128),
                     flops=2 * M * K, bytes_=(size + 1) * M * K, dots=False,
-                )  # fmt: skip
+                )
         for rows in (128, 1):
             for block_m in (128, 64):
                 constants = dict(B_ROWS=rows, BLOCK_M=block_m, BLOCK_N=128 if rows == 128 else 64,
-                                 BLOCK_K=128, GROUP=8)  # fmt: skip
+                                 BLOCK_K=128, GROUP=8)
                 found[f"fp8_matmul scales {rows} rows {block_m} {kind}"] = case(
                     low_precision._fp8_matmul_kernel, f"*fp8e4nv *fp32 *fp8e4nv *fp32 {x} i32 i32 i32 i32",
                     constants, flops=2 * M * N * K, bytes_=M * K + N * K + size * M * N, fp8=True, warps=8,
-                )  # fmt: skip
+                )
         for gradient in (False, True):
             label = "input gradient" if gradient else "forward"
             tile = 32 if exact else 64
@@ -86,11 +86,11 @@ def cases(target: str) -> dict[str, dict]:
             found[f"nf4_matmul {label} {kind}"] = case(
                 low_precision._nf4_matmul_kernel, f"{x} *u8 *u8 *fp32 *fp32 *fp32 *fp32 {x} i32 i32 i32",
                 constants, bytes_=size * M * K + 0.52 * N * K + size * M * N, **work,
-            )  # fmt: skip
+            )
             found[f"int8_matmul {label} {kind}"] = case(
                 low_precision._int8_matmul_kernel, f"{x} *i8 *fp32 {x} i32 i32 i32",
                 constants, bytes_=size * M * K + N * K + size * M * N, **work,
-            )  # fmt: skip
+            )
         tokens, vocabulary, width = 8192, 151936, 2048
         for cap in (False, True):
             found[f"linear_logprobs {kind}{' soft cap' * cap}"] = case(
@@ -98,13 +98,13 @@ def cases(target: str) -> dict[str, dict]:
                 dict(SOFTCAP=cap, BLOCK_N=64, BLOCK_V=32 if exact else 64, BLOCK_D=32 if exact else 64),
                 flops=2 * tokens * vocabulary * width, bytes_=size * (vocabulary + tokens) * width,
                 dots=not exact,
-            )  # fmt: skip
+            )
             for gradient in (False, True):
                 found[f"cross_entropy {kind}{' soft cap' * cap}{' gradient' * gradient}"] = case(
                     losses._cross_entropy_kernel, f"{x} *i64 *fp32 i32 fp32",
                     dict(SOFTCAP=cap, GRADIENT=gradient, BLOCK=4096), flops=10 * 512 * vocabulary,
                     bytes_=(2 + gradient) * size * 512 * vocabulary, dots=False, warps=8,
-                )  # fmt: skip
+                )
         pointwise = dict(dots=False)
         for plus_one in (False, True):
             for D in (128, 2048, 4096, 8192):  # a head's own norm, and rows of the largest models
@@ -114,26 +114,26 @@ def cases(target: str) -> dict[str, dict]:
                     kernels._rms_norm_kernel, f"{x} {x} {x} *fp32 i32 fp32",
                     dict(PLUS_ONE=plus_one, BLOCK=D), flops=4 * M * D, bytes_=2 * size * M * D, warps=warps,
                     **pointwise,
-                )  # fmt: skip
+                )
                 found[f"rms_norm backward {label}"] = case(
                     kernels._rms_norm_backward_kernel, f"{x} {x} {x} *fp32 {x} *fp32 i32 i32 i32",
                     dict(PLUS_ONE=plus_one, BLOCK=D), flops=8 * M * D, bytes_=3 * size * M * D, warps=warps,
                     **pointwise,
-                )  # fmt: skip
+                )
         D, elements = 4096, 8192 * 14336
         found[f"swiglu {kind}"] = case(
             kernels._swiglu_kernel, f"{x} {x} {x} i32", dict(BLOCK=1024), flops=5 * elements,
             bytes_=3 * size * elements, **pointwise,
-        )  # fmt: skip
+        )
         found[f"swiglu backward {kind}"] = case(
             kernels._swiglu_backward_kernel, f"{x} {x} {x} {x} {x} i32", dict(BLOCK=1024),
             flops=10 * elements, bytes_=5 * size * elements, **pointwise,
-        )  # fmt: skip
+        )
         for half in (16, 64, 128):
             found[f"rotate {half} pairs {kind}"] = case(
                 kernels._rotate_kernel, f"{x} {x} {x} {x} i32 i32 i32 fp32", dict(BLOCK=half),
                 flops=3 * M * D, bytes_=2 * size * M * D, warps=1, **pointwise,
-            )  # fmt: skip
+            )
     T, H, K = 8192, 32, 8
     widths = (16, 32, 64, 80, 96, 112, 128, 160, 192, 256)  # 16-bit only: in fp32 torch's attention is taken
     for E in widths:
@@ -145,7 +145,7 @@ def cases(target: str) -> dict[str, dict]:
                     "*bf16 *bf16 *bf16 *u8 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 fp32 fp32",
                     dict(G=group, E=E, SOFTCAP=cap, BLOCK_G=max(16, group), BLOCK_S=64, BLOCK_E=wide),
                     flops=4 * 64 * H * E * T, bytes_=4 * 64 * K * E * T, stages=2, dots=False,
-                )  # fmt: skip
+                )
     for E in widths:
         for window, cap in ((0, False), (4096, False), (0, True), (4096, True)):
             if window == 0 and cap and E not in (64, 128, 256):
@@ -162,13 +162,13 @@ def cases(target: str) -> dict[str, dict]:
                  f"*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *bf16 {spans}", 1.5, "dq"),
                 ("dkv", kernels._attention_dkv_kernel,
                  f"*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 {spans}", 2, "dk, dv"),
-            ):  # fmt: skip
+            ):
                 blocks = kernels.attention_blocks(E, part, TENSOR_CORES[target].split(".mma")[0])
                 warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
                 found[f"attention {name} {label}"] = case(
                     kernel, types, shape | blocks, flops=factor * flops, bytes_=bytes_, warps=warps,
                     stages=stages,
-                )  # fmt: skip
+                )
     return found
 
 
@@ -246,7 +246,7 @@ def main() -> int:
             roofline = f"{intensity:7.1f} FLOP/byte, {seconds * 1e6:8.1f} µs"
             shown = {k: "—" if result[k] is None else str(result[k]) for k in ("registers", "spilled")}
             print(f"  {name:<{WIDTH}}{shown['registers']:>10}{shown['spilled']:>9}"
-                  f"{result['shared'] / 1024:>12.1f}  {result['instruction']:<18}{roofline}")  # fmt: skip
+                  f"{result['shared'] / 1024:>12.1f}  {result['instruction']:<18}{roofline}")
             if result["spilled"]:
                 failures.append(f"{target}: {name}: {result['spilled']} bytes spilled")
             if result["lost"]:

@@ -29,7 +29,7 @@ from health import drill
 
 RECIPES = ("sft", "grpo", "ebft")
 SMALLER = {"sft": {"micro_batch_size": 8, "eval_steps": 200}, "grpo": {"micro_batch_size": 16},
-           "ebft": {"micro_batch_size": 16}}  # fmt: skip
+           "ebft": {"micro_batch_size": 16}}
 MOST = {"memory": 1.05, "files": 1.0, "threads": 1.0, "CPU/step": 1.2}  # end / beginning
 LOG_A_STEP = 500  # bytes of run.log
 
@@ -41,7 +41,7 @@ def look(pid: int, out: Path) -> dict[str, float]:
     lines = {k: v.split() for k, _, v in (line.partition(":") for line in status.splitlines())}
     files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
     return {"memory": float(lines["VmRSS"][0]), "files": float(files), "threads": float(lines["Threads"][0]),
-            "CPU": float(numbers[11]) + float(numbers[12]), "steps": float(steps)}  # fmt: skip
+            "CPU": float(numbers[11]) + float(numbers[12]), "steps": float(steps)}
 
 
 def quarters(values: list[float], of: Callable[[list[float]], float]) -> float:
@@ -53,7 +53,7 @@ def quarters(values: list[float], of: Callable[[list[float]], float]) -> float:
 def options(out: Path, base: str, steps: int, seed: int) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     return {**SMALLER[base], "output_dir": str(out), "max_steps": steps, "num_epochs": 99, "seed": seed,
-            "save_steps": max(75, steps // 20)}  # fmt: skip
+            "save_steps": max(75, steps // 20)}
 
 
 def long_run(root: Path, base: str, steps: int) -> dict[str, float]:
@@ -116,10 +116,10 @@ if __name__ == "__main__":
     seeds = [(1, "a"), (1, "b"), (2, "c")]
     wanted = [(place, base, seed, name) for base in RECIPES for seed, name in seeds]
     made = {(base, name): digest
-            for (_, base, _, name), digest in drill.in_parallel(weights, wanted, given.jobs)}  # fmt: skip
+            for (_, base, _, name), digest in drill.in_parallel(weights, wanted, given.jobs)}
     for base in RECIPES:
         a, b, c = (made[base, name] for name in "abc")
         good &= a == b != c
         print(f"{base}: equal seeds {'give equal bytes' if a == b else 'DIFFER'}, "
-              f"another seed {'gives others' if a != c else 'THE SAME'}")  # fmt: skip
+              f"another seed {'gives others' if a != c else 'THE SAME'}")
     sys.exit(0 if good else 1)

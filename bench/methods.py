@@ -50,7 +50,7 @@ METHODS = {
     "EBFT, structured": ("ebft.py", "ebft.yaml", []),
     "EBFT, structured, ce_coef 0.1": ("ebft.py", "ebft.yaml", ["ce_coef=0.1"]),
     "EBFT, strided": ("ebft.py", "ebft_strided.yaml", []),
-}  # fmt: skip
+}
 FORMS = [
     f"{mode}, whitening {form}"
     for mode in ("structured", "strided")
@@ -64,7 +64,7 @@ COLUMNS = {
     "sampled": ("right, sampled", "{:.1%}"), "greedy": ("right, greedy", "{:.1%}"),
     "cross_entropy": ("cross-entropy", "{:.4f}"), "cfm": ("feature distance", "{:.5f}"),
     "seconds": ("seconds", "{:.0f}"),
-}  # fmt: skip
+}
 
 
 def train(method: str, start: Path, out: Path, steps: int, seed: int, more: list[str]) -> float:
@@ -75,7 +75,7 @@ def train(method: str, start: Path, out: Path, steps: int, seed: int, more: list
          f"output_dir={out}", f"max_steps={steps}", f"seed={seed}", "test_datasets=[]", "logging_steps=1",
          "save_steps=null", "eval_steps=null", *own, *more],
         capture_output=True, text=True,
-    )  # fmt: skip
+    )
     if done.returncode:
         sys.exit(f"{method}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -100,7 +100,7 @@ def judge(checkpoint: Path, start: Path, count: int) -> dict[str, float]:
             model, ids, num_return_sequences=n, max_new_tokens=config.max_completion_length,
             stop_token_ids=tokenizer.stop_ids, temperature=temperature,
             generator=torch.Generator().manual_seed(7),
-        ).completion_ids  # fmt: skip
+        ).completion_ids
 
     n = 8
     sampled, greedy = answers(n, 1.0), answers(1, 0.0)
@@ -122,7 +122,7 @@ def judge(checkpoint: Path, start: Path, count: int) -> dict[str, float]:
         "sampled": sum(s == truths[i // n] for i, s in enumerate(sampled)) / len(sampled),
         "greedy": sum(a == t for a, t in zip(greedy, truths, strict=True)) / len(greedy),
         "cross_entropy": nll / tokens, "cfm": torch.cat(distances).mean().item(),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def page(root: Path, drills: list[drill.Drill], seeds: list[int]) -> str:
         "caught. Made by `python bench/plot_drills.py` from the runs of `bench/drills.py`; "
         "`python -m health drill NAME` shows one. The mechanisms and the pictures are in "
         "[the guide](stability.md).", "",
-    ]  # fmt: skip
+    ]
     for theme in dict.fromkeys(re.findall(r"^## (\w+)$", GUIDE.read_text(encoding="utf-8"), re.M)):
         of_theme = [one for one in drills if one.theme == theme.lower()]
         if of_theme:

@@ -51,14 +51,14 @@ def architecture(shape: tuple) -> Architecture:
         "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": width,
         "tie_word_embeddings": tied, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
-    })  # fmt: skip
+    })
 
 
 def config_of(**changes) -> Config:
     given = dict(
         base_model="x", datasets=[{"path": "x", "type": "chat"}], micro_batch_size=1, sequence_len=TOKENS,
         bf16=True, gradient_checkpointing=True,
-    )  # fmt: skip
+    )
     return Config(**{**given, **changes})
 
 
@@ -82,7 +82,7 @@ def computed() -> None:
             print(f"| {name if way == 'full' else ''} | {way} | " + " | ".join(peaks) + " |", flush=True)
     print(f"\ntime: {SHARE:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s, documents of {TOKENS:,} tokens\n")
     print("| model | GFLOP a token | tokens per second and GPU | 10⁹ tokens on 8 GPUs, hours | on 256 | "
-          "tokens per GPU and step that hide FSDP: NVLink | network |")  # fmt: skip
+          "tokens per GPU and step that hide FSDP: NVLink | network |")
     print("|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         with torch.device("meta"):
@@ -93,7 +93,7 @@ def computed() -> None:
         hide = [rate * moved / wire for wire in (NVLINK, NETWORK)]
         hours = [1e9 / rate / n / 3600 for n in (8, 256)]
         print(f"| {name} | {flops / 1e9:,.1f} | {rate:,.0f} | {hours[0]:,.1f} | {hours[1]:,.2f} | "
-              f"{hide[0]:,.0f} | {hide[1]:,.0f} |")  # fmt: skip
+              f"{hide[0]:,.0f} | {hide[1]:,.0f} |")
 
 
 MEASURED = {"": {}, "gradient checkpointing": {"gradient_checkpointing": True}, "bf16": {"bf16": True}}
@@ -158,9 +158,9 @@ def measured(counts: list[int]) -> None:
     """On several processes a rank's share is held, and blocks are gathered."""
     arch = architecture(SMALL)
     print(f"\nmeasured here, a Qwen3 of {SMALL[1]} × {SMALL[3]} layers, vocabulary "
-          f"{SMALL[0]['vocab_size']:,}, 4 × 512 tokens per process\n")  # fmt: skip
+          f"{SMALL[0]['vocab_size']:,}, 4 × 512 tokens per process\n")
     print("| processes | | estimate, GiB | measured, GiB | ratio | tokens per second, all "
-          "| of matrix products |")  # fmt: skip
+          "| of matrix products |")
     print("|---|---|---|---|---|---|---|")
     threads = len(os.sched_getaffinity(0))
     for n in counts:
@@ -170,12 +170,12 @@ def measured(counts: list[int]) -> None:
             done = subprocess.run(
                 [*command, __file__, "--rank", json.dumps(changes)],
                 env={**os.environ, "OMP_NUM_THREADS": each}, capture_output=True, text=True, check=True,
-            )  # fmt: skip
+            )
             peak, rate, flops = json.loads(done.stdout.splitlines()[-1])
             guess = estimate(arch, small_config(**changes), n).peak
             torch.set_num_threads(threads)
             print(f"| {n} | {way} | {guess / 2**30:.2f} | {peak / 2**30:.2f} | {guess / peak:.2f} | "
-                  f"{n * rate:,.0f} | {n * flops / matmul_rate():.0%} |", flush=True)  # fmt: skip
+                  f"{n * rate:,.0f} | {n * flops / matmul_rate():.0%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ SHAPES = {
     "vocabulary": dict(hidden_size=128, num_hidden_layers=2, intermediate_size=384, num_attention_heads=4,
                        num_key_value_heads=2, head_dim=32, vocab_size=151936, rows=8, length=512,
                        packing=False),
-}  # fmt: skip
+}
 
 
 def make(shape: dict, directory: Path, steps: int) -> int:
@@ -73,7 +73,7 @@ def ours(directory: Path, shape: dict, steps: int, started: float) -> dict:
         f"datasets=[{{path: {directory}/rows.jsonl, type: tokens}}]", f"micro_batch_size={shape['rows']}",
         f"sequence_len={shape['length']}", f"sample_packing={str(shape['packing']).lower()}",
         "learning_rate=1e-4",
-    ]  # fmt: skip
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     first = None
     for line in process.stdout or []:
@@ -85,7 +85,7 @@ def ours(directory: Path, shape: dict, steps: int, started: float) -> dict:
     seconds = sum(row["step_time"] for row in rows[1:])
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return {"tokens_per_second": (rows[-1]["num_tokens"] - rows[0]["num_tokens"]) / seconds, "peak_GiB": peak,
-            "first_step_seconds": first}  # fmt: skip
+            "first_step_seconds": first}
 
 
 def trl(directory: Path, shape: dict, steps: int, started: float) -> dict:
@@ -109,12 +109,12 @@ def trl(directory: Path, shape: dict, steps: int, started: float) -> dict:
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], seed=0,
         disable_tqdm=True,
         include_num_input_tokens_seen="non_padding", dataloader_num_workers=0,
-    )  # fmt: skip
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     trainer = trl.SFTTrainer(
         model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
         processing_class=transformers.AutoTokenizer.from_pretrained(directory), callbacks=[Clock()],
-    )  # fmt: skip
+    )
     trainer.train()
     (first, seen), (last, seen_last) = times[0], times[-1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -147,7 +147,7 @@ def main() -> None:
             for side in results:
                 command = [sys.executable, __file__, arguments.shape, f"--steps={arguments.steps}",
                 f"--side={side}",
-                           f"--directory={directory}", f"--started={time.time()}"]  # fmt: skip
+                           f"--directory={directory}", f"--started={time.time()}"]
                 done = subprocess.run(
                     command,
                     capture_output=True,

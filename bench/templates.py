@@ -43,7 +43,7 @@ TOOL = {
         "name": "add_up", "description": "Adds numbers.",
         "parameters": {"type": "object", "properties": PARAMETERS, "required": ["a"]},
     },
-}  # fmt: skip
+}
 
 
 def user(text) -> dict:
@@ -121,7 +121,7 @@ CONVERSATIONS: dict[str, list[dict]] = {
     "a call, then a question": [
         A, said("", **ONE), result("toolaaa"), said("ansaaa"), B, said("ansbbb")],
     "a call without arguments": [A, said("", tool_calls=[call(1)]), result("toolaaa"), said("ansaaa")],
-}  # fmt: skip
+}
 
 SPECIAL = re.compile(
     r"<\|[\w▁ .:/-]+\|>|<｜[^｜<>]+｜>|</?s>|<(?:bos|eos|pad|unk)>|<\w+_of_\w+>|<[A-Z_]+_TOKEN>|<seed:\w+>"
@@ -142,7 +142,7 @@ ENDS = (
     "<|im_end|>", "<|eot_id|>", "<|eot|>", "<|return|>", "<end_of_turn>", "<turn|>", "<|END_OF_TURN_TOKEN|>",
     "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eom_id|>", "[|endofturn|]", "<|end|>", "<|endoftext|>",
     "<|end_of_turn|>", "<seed:eos>", "[e~[", "<SPECIAL_12>", "</s>", "<eos>",
-)  # fmt: skip
+)
 
 
 def write_tokenizer(template: str, directory: Path) -> None:

@@ -84,7 +84,7 @@ def apply_lora(
         "target_modules": _names_for_peft(chosen, block_linears(model)),
         "base_model_name_or_path": options.base_model, "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "modules_to_save": None, "trainable_token_indices": trained,
-    }  # fmt: skip
+    }
     return model
 
 
@@ -103,7 +103,7 @@ def initialize_lora(model: Transformer, seed: int) -> None:
         rows = model.token_rows
         for parameter, source in (
             (rows.embedding, model.embed_tokens.weight), (rows.of_head, model._frozen_head),
-        ):  # fmt: skip
+        ):
             whole = full_tensor(source)  # sharded: a collective
             local, begin = local_rows(parameter)
             local.copy_(whole[rows.index(whole.device)[begin : begin + local.shape[0]]])
@@ -235,7 +235,7 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
         "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "peft_version",
         "loftq_config",
         "megatron_core", "qalora_group_size", "trainable_token_indices",
-    }  # fmt: skip
+    }
     for key, value in raw.items():
         if key not in known and value not in (None, False, "none", [], {}, 0, 0.0):
             raise CheckpointError(f"{path}: {key}={shown(value)} is not supported")
@@ -260,7 +260,7 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
         base_model=base_model, adapter="lora", lora_r=raw["r"], lora_alpha=raw["lora_alpha"],
         lora_dropout=raw.get("lora_dropout", 0.0), lora_target_modules=names,
         lora_use_rslora=bool(raw.get("use_rslora")),
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

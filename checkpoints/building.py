@@ -17,7 +17,7 @@ from run.config import ConfigError
 def build_model(
     arch: Architecture, checkpoint: Path, config: Any, world: World, random_init: bool = False,
     new_tokens: Sequence[int] = (), frozen: bool = False,
-) -> Transformer:  # fmt: skip
+) -> Transformer:
     """The model of a config, sharded, with its weights (loaded or random) and adapters, in training mode.
     Beside adapters the rows of `new_tokens` are trained too. `frozen`: a copy that is only read, in the
     precision of the products (with fp8 its products begin from the same weights as the model's: fp32).
@@ -35,7 +35,7 @@ def build_model(
         raise ConfigError(
             stored[0], True, "cannot go with fsdp_cpu_offload, which moves parameters only: quantised "
             "weights are needed on the GPU all the time; leave one of the two out",
-        )  # fmt: skip
+        )
     before = adapter_token_rows(config.lora_model_dir) if config.adapter and config.lora_model_dir else []
     rows = sorted({*before, *new_tokens})
     if config.adapter and rows:

@@ -41,11 +41,11 @@ _GEMMA: dict[str, Any] = dict(
     **_LLAMA_BIASES, norms="both", norm_plus_one=True, softcaps=True, scale_embeddings=True, windows="typed",
     reads=("hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
            "attention_bias", "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern"),
-)  # fmt: skip
+)
 _GEMMA_DEFAULTS: dict[str, Any] = dict(
     head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, sliding_window=4096,
     tie_word_embeddings=True,
-)  # fmt: skip
+)
 _QWEN_WINDOW = ("use_sliding_window", "max_window_layers")
 
 FAMILIES: dict[str, Family] = {
@@ -91,19 +91,19 @@ FAMILIES: dict[str, Family] = {
                "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
                "router_aux_loss_coef", "output_router_logits"),
     ),
-}  # fmt: skip
+}
 
 COMMON_FIELDS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
     "max_position_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window", "layer_types",
-}  # fmt: skip
+}
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
     "num_key_value_heads", "sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok",
     "moe_intermediate_size", "decoder_sparse_step", "max_window_layers", "no_rope_layer_interval",
-)  # fmt: skip
+)
 # Fields that do not touch the forward arithmetic: identity, generation defaults, and leftovers of training
 # libraries and servers. Neither does any name that begins with an underscore, unless the family reads it.
 INERT_FIELDS = {
@@ -128,7 +128,7 @@ INERT_FIELDS = {
     "tf_legacy_loss", "use_flash_attn", "use_flash_attention", "use_sdpa", "low_cpu_mem_usage", "world_size",
     "model_name", "move_model_to_device", "sequence_parallel_enabled", "selective_checkpoint_enabled",
     "tokenizer_padding_side", "pad_token",
-}  # fmt: skip
+}
 # Fields that repeat in other words what this code computes anyway, and the value at which they do
 IMPLIED_FIELDS = {"moe_frequency": 1, "full_attn_mod": 1, "interpolate_factor": 1}
 
@@ -305,9 +305,7 @@ class Architecture:
         if "use_sliding_window" in family.reads and not cfg.get("use_sliding_window", False):
             window = None if "layer_types" not in raw else window
         types = cfg.get("layer_types")
-        rope_layers: list = (
-            cfg.get("no_rope_layers") or []
-        )  # 1 where the layer has positions, despite its name
+        rope_layers: list = cfg.get("no_rope_layers") or []  # despite its name, 1 where it has positions
         if "no_rope_layers" in family.reads and not rope_layers:
             rope_layers = [int((i + 1) % cfg["no_rope_layer_interval"] != 0) for i in range(L)]
         if types is not None:
@@ -372,7 +370,7 @@ class Architecture:
             router_aux_loss_coef=cfg.get("router_aux_loss_coef", 0.001) if X else 0.0,
             raw={key: value for key, value in raw.items() if key != "quantization_config"},  # saved dense
             checkpoint_vocab_size=vocab_size,
-        )  # fmt: skip
+        )
 
 
 ROPE_FIELDS = {
@@ -381,7 +379,7 @@ ROPE_FIELDS = {
     "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
     "mscale",
              "mscale_all_dim", "truncate"},
-}  # fmt: skip
+}
 
 
 def _read_rope(params: dict, cfg: dict, head_dim: int, refuse: Callable) -> Rope:

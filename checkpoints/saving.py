@@ -105,7 +105,7 @@ def _member(of: Any, name: str) -> enum.Enum:
     return of[name]
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):  # noqa: S301 - checked by find_class
     """DCP keeps its index of tensors as a pickle, which could name any function to be called: only what an
     index is made of is let in."""
 
@@ -115,7 +115,7 @@ class _Unpickler(pickle.Unpickler):
             "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
             "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    })  # fmt: skip
+    })
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):  # how Python before 3.11.4 pickles a member of an Enum
@@ -197,9 +197,8 @@ class Checkpointer:
     def _state_dict(
         model: Transformer, optimizers: list[torch.optim.Optimizer], others: Mapping[str, nn.Module]
     ) -> dict[str, Any]:
-        options = StateDictOptions(
-            ignore_frozen_params=True
-        )  # the base weights of LoRA are not the run's to save
+        # The base weights of LoRA are not the run's to save.
+        options = StateDictOptions(ignore_frozen_params=True)
         return {
             "model": get_model_state_dict(model, options=options),
             "optimizer": get_optimizer_state_dict(model, optimizers, options=options),
@@ -209,7 +208,7 @@ class Checkpointer:
     def save(
         self, step: int, model: Transformer, optimizers: list[torch.optim.Optimizer], state: dict,
         others: Mapping[str, nn.Module] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write step-N; in the background if `save_async`. A collective. `state` must be JSON; `others` are
         frozen models that move, all of whose weights are saved too."""
         self.finish()
@@ -317,7 +316,7 @@ class Checkpointer:
     def load(
         self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int,
         others: Mapping[str, nn.Module] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Bring parameters, optimisers and random state back. Where the world has another size than the
         checkpoint's, the numbers then agree only to rounding, and random state starts anew from `seed`."""
         log.info("resuming from %s", path)
@@ -345,7 +344,7 @@ def _random_state() -> dict[str, Any]:
     state = {
         "torch": torch.get_rng_state(), "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), pos, has_gauss, cached],
-    }  # fmt: skip
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

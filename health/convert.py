@@ -35,7 +35,7 @@ NAMES: dict[str, str] = {
     "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
     "dp_shard_size": "hsdp_shard_size", "num_generations_eval": "eval_num_generations",
     "vllm_max_model_length": "vllm_max_model_len",
-}  # fmt: skip
+}
 
 
 def _words(text: str) -> set[str]:
@@ -50,15 +50,15 @@ def _by_name(table: dict[str, str]) -> dict[str, str]:
 OPTIMIZERS = _by_name({
     "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf paged_adamw paged_adamw_32bit adamw_apex_fused",
     "adamw_8bit": "adamw_8bit adamw_bnb_8bit adamw_torch_8bit paged_adamw_8bit ao_adamw_8bit", "muon": "muon",
-})  # fmt: skip
+})
 SCHEDULERS = {
     "cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant",
     "warmup_stable_decay": "wsd", "cosine_with_min_lr": "cosine",
-}  # fmt: skip
+}
 
 # Template names of axolotl → those that are shipped here; every other one is the checkpoint's own.
 TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "gemma3": "gemma", "phi_3": "phi_3",
-             "phi_35": "phi_3"}  # fmt: skip
+             "phi_35": "phi_3"}
 OWN_TEMPLATES = _words("""
     tokenizer_default qwen_25 qwen3 qwen3_5 mistral_v1 mistral_v2v3 mistral_v3_tekken mistral_v7_tekken
     deepseek_v2 deepseek_v3 phi_4 cohere command_a command_a_tool_use command_a_rag jamba falcon_h1 exaone
@@ -85,7 +85,7 @@ DATA_TYPES: dict[str, tuple[str | None, Values, Values, str]] = {
     "ebft_reasoning.transform": ("chat", {}, {}, ""),
     "ebft_reasoning.transform_strided": ("chat", {}, {}, ""),
     "ebft_reasoning.transform_answer_only": ("chat", {}, {"strip_thinking": True}, ""),
-}  # fmt: skip
+}
 
 # What theirs does where an option is left out and ours does something else, by recipe
 DEFAULTS: dict[str, dict[str, Values]] = {
@@ -103,7 +103,7 @@ DEFAULTS: dict[str, dict[str, Values]] = {
         "sft": {"sequence_len": 1024, "excess_length_strategy": "truncate", "train_on_inputs": True},
         "grpo": {"learning_rate": 1e-6, "max_completion_length": 512, "use_bias_correction_kl": True},
     },
-}  # fmt: skip
+}
 PEFT_DEFAULTS: Values = {"lora_dropout": 0.05, "lora_target_modules": ["q_proj", "v_proj"]}
 
 # Left out because there is nothing to set: reason → options
@@ -169,7 +169,7 @@ NOT_NEEDED = _by_name({
         disable_dropout
         use_data_producer prefetch_depth skip_zero_advantage_batches reward_num_workers
         ignore_bias_buffers env""",
-})  # fmt: skip
+})
 
 # Left out although the result is another without it: what to know of those that are met often
 LOST: dict[str, str] = {
@@ -194,7 +194,7 @@ LOST: dict[str, str] = {
     "top_k": "must be 0 in training: the sampler would renormalise, the trainer not",
     "min_p": "must be 0 in training: the sampler would renormalise, the trainer not",
     "reinit_weights": "random_init of sft.py does this",
-}  # fmt: skip
+}
 
 # Options by which another algorithm is known: the algorithm → options
 OTHER_ALGORITHMS = _by_name({
@@ -211,7 +211,7 @@ OTHER_ALGORITHMS = _by_name({
     "pruning": "llmcompressor",
     "training on GPTQ weights": "gptq",
     "a model of images or sound, and only text is trained here": "processor_type",
-})  # fmt: skip
+})
 PREFERENCE_LOSSES = _words("""
     sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_pair aot_unpaired discopop
     apo_zero apo_down sigmoid_norm kto simpo alphapo
@@ -351,7 +351,7 @@ def _template(c: Conversion, value: Any) -> Values:
     if value in OWN_TEMPLATES:
         if value != "tokenizer_default":
             c.say("changed", "chat_template", f"{value}: the checkpoint's own is taken, which is the same "
-                                              "in the chat versions of that family")  # fmt: skip
+                                              "in the chat versions of that family")
         return {}
     return {"chat_template": value}  # the template itself, or a file
 
@@ -405,7 +405,7 @@ def _vllm(c: Conversion, value: Any) -> Values:
     if mode == "colocate":
         c.say("changed", "vllm_mode", "colocate: vLLM shares the trainer's GPU there; here the embedded "
                                       "engine samples in the trainer, or set rollout_engine: vllm and "
-                                      "start `python grpo.py serve`")  # fmt: skip
+                                      "start `python grpo.py serve`")
         return {"rollout_engine": "embedded"}
     host = c.get("vllm_server_host", c.get("vllm_host", "127.0.0.1"))
     host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104  where a server listens, not where it is
@@ -494,7 +494,7 @@ def _as_it_is(name: str) -> Rule:
 # -- data sets -----------------------------------------------------------------------------------------------
 
 _KNOWN_ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "assistant", "chatgpt", "model"},
-                "system": {"system"}, "tool": {"tool", "observation", "function_response"}}  # fmt: skip
+                "system": {"system"}, "tool": {"tool", "observation", "function_response"}}
 _KNOWN_KEYS = {"role": {"role", "from"}, "content": {"content", "value"}}
 
 
@@ -518,14 +518,14 @@ def _dataset(c: Conversion, entry: Any) -> list[Values]:
     if isinstance(kind, dict):  # a prompt format of the user's own
         made["type"] = "instruct"
         fields = {"instruction": "field_instruction", "input": "field_input", "output": "field_output",
-                  "system": "field_system"}  # fmt: skip
+                  "system": "field_system"}
         columns |= {ours: kind[its] for ours, its in fields.items() if kind.get(its) not in (None, "", ours)}
         if kind.get("system_prompt"):
             made["system"] = kind["system_prompt"]
         if any(kind.get(name) for name in ("format", "no_input_format", "system_format")):
             c.say("lost", "datasets.type.format", "instruct rows go through the chat template if there is "
                                                   "one, else under ### Instruction: and ### Response:; "
-                                                  "for other forms write module.function")  # fmt: skip
+                                                  "for other forms write module.function")
     elif kind is not None:
         _refuse_preferences(str(kind), given)
         base = str(kind).split(":")[0] if str(kind).startswith(("alpaca:", "completion:")) else str(kind)
@@ -539,16 +539,16 @@ def _dataset(c: Conversion, entry: Any) -> list[Values]:
             made["type"] = kind
             c.say("lost", "datasets.type", f"{kind} is a function or format of theirs: write "
                                            "module.function, which takes a row and returns one with "
-                                           "messages, or prompt and completion")  # fmt: skip
+                                           "messages, or prompt and completion")
     else:
         _refuse_preferences("", given)
     for field_, ours in (("field_messages", "messages"), ("field_tools", "tools"), ("field", "text"),
-                         ("text_column", "text")):  # fmt: skip
+                         ("text_column", "text")):
         if (value := given.pop(field_, None)) not in (None, ours, "conversations"):
             columns[ours] = value
     mapping = dict(given.pop("message_property_mappings", {}))
     for key, ours in (("message_field_role", "role"), ("message_field_content", "content"),
-                      ("message_field_training", "train")):  # fmt: skip
+                      ("message_field_training", "train")):
         if key in given:
             mapping[ours] = given.pop(key)
     thinking, shown_as = given.pop("field_thinking", None), given.pop("template_thinking_key", None)
@@ -562,7 +562,7 @@ def _dataset(c: Conversion, entry: Any) -> list[Values]:
     trained = given.pop("roles_to_train", ["assistant"])
     if set(trained) - {"assistant", "gpt"}:
         c.say("lost", "datasets.roles_to_train", f"{shown(trained)}: only what the assistant wrote is "
-                                                 "trained, or with train_on_inputs everything")  # fmt: skip
+                                                 "trained, or with train_on_inputs everything")
     for key, usual in (("train_on_eos", "turn"), ("train_on_eot", "turn")):
         if (value := given.pop(key, usual)) != usual:
             c.say("lost", f"datasets.{key}", f"{value}: the end of every trained turn is trained")
@@ -581,7 +581,7 @@ def _dataset(c: Conversion, entry: Any) -> list[Values]:
         made["columns"] = columns
     files = given.pop("data_files", None)
     for key in ("path", "revision", "ds_type", "trust_remote_code", "shards", "skip", "preprocess_shards",
-                "train_on_split", "conversation", "strict"):  # fmt: skip
+                "train_on_split", "conversation", "strict"):
         given.pop(key, None)
     for key, value in given.items():
         c.say("lost", f"datasets.{key}", f"{shown(value)}: not known here; see docs/data.md")
@@ -615,7 +615,7 @@ def _datasets(key: str) -> Rule:
 
 def _pretraining(c: Conversion, value: Any) -> Values:
     entries = [{"type": "completion", **({"path": e} if isinstance(e, str) else e)}
-               for e in (value if isinstance(value, list) else [value])]  # fmt: skip
+               for e in (value if isinstance(value, list) else [value])]
     made = [one for entry in entries for one in _dataset(c, {**entry, "type": "completion"})]
     return {"datasets": made, "excess_length_strategy": "truncate"}
 
@@ -737,7 +737,7 @@ CHANGED: dict[str, tuple[str, Rule]] = {
     "top_k": ("must be 0", _neutral("top_k", (0, -1))),
     "min_p": ("must be 0", _neutral("min_p", (0, 0.0))),
     "repetition_penalty": ("must be 1", _neutral("repetition_penalty", (1, 1.0))),
-}  # fmt: skip
+}
 
 
 def _refuse_other_algorithms(theirs: Values, sampled: bool) -> None:
@@ -859,7 +859,7 @@ def _defaults(c: Conversion) -> Values:
     ):
         c.say("changed", "train_on_inputs", "TRL trains every token of conversations and texts; of rows "
                                             "with prompt and completion only the completion: for those "
-                                            "remove the line")  # fmt: skip
+                                            "remove the line")
     return {k: v for k, v in defaults.items() if k in c.names and k not in c.made}
 
 
@@ -964,7 +964,7 @@ def page(recipes: dict[str, type]) -> str:
         "counts it instead).",
         "- `resume: auto` is the default: the same command goes on. The two newest checkpoints are kept "
         "(`save_total_limit`); TRL keeps all.",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -126,7 +126,7 @@ def prepare(root: Path, checkpoints: Collection[str] = tuple(CHECKPOINTS)) -> No
                         "{% if add_generation_prompt %}assistant: {% endif %}",
         "foreign_ids": '{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}\n'
                        '{"input_ids": [5, 151643, 7], "labels": [-100, 6, 7]}\n' * 40,
-    }  # fmt: skip
+    }
     (root / "data").mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         path = root / "data" / (name if "." in name else f"{name}.jsonl")
@@ -140,7 +140,7 @@ def prepare(root: Path, checkpoints: Collection[str] = tuple(CHECKPOINTS)) -> No
         print(f"making the {name} that RL drills begin from (once, about half a minute)", flush=True)
         data = [{"path": str(root / "data" / f"{rows_of}.jsonl"), "type": "chat"}]
         options = {"max_steps": 400, "optimizer": "muon", "output_dir": str(root / name), "datasets": data,
-                   "eval_steps": 100, "logging_steps": 20}  # fmt: skip
+                   "eval_steps": 100, "logging_steps": 20}
         done = run(root, "sft", options)
         if done.code != 0:
             raise ConfigError("drill", None, f"its {name} could not be made: {done.said()}")
@@ -191,7 +191,7 @@ def run(
         out.mkdir(parents=True)
         job = json.dumps([str(root), recipe_of(base), arguments(root, base, options), patch, str(out)])
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                  f"--nproc-per-node={processes}", "-m", "health", "drill-rank", job]  # fmt: skip
+                  f"--nproc-per-node={processes}", "-m", "health", "drill-rank", job]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
         with (out / "launch").open("w") as log:
             code = subprocess.run(launch, stdout=log, stderr=log, env=environment).returncode
@@ -268,7 +268,7 @@ def attempt(name: str, root: Path, seed: int = 42) -> tuple[Drill, Outcome, Outc
     options = placed(drill.options)
     runs = root / "runs" / name
     broken = run(root, drill.base, {**options, "output_dir": str(runs / f"broken-{seed}")}, drill.patch,
-                 drill.processes, seed)  # fmt: skip
+                 drill.processes, seed)
     fixed = {**options, **placed(drill.fix)}
     patch = drill.patch if drill.keep_patch else ""
     # Where the fix is to take the patch out, what is left is the base run, which other drills end in too.

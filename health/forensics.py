@@ -271,7 +271,7 @@ class Forensics:
     def healthy(
         self, step: int, losses: Sequence[Tensor], norm: Tensor,
         loss_of: Callable[[Any], Tensor | tuple[Tensor, Any]],
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """Whether the update of this step (counted from 1) may be made; a collective. `loss_of(batch)` gives
         the loss that a micro-batch's backward pass began with, alone or before its statistics: it is computed
         again, with every module watched, only where something is not finite. NonFinite where the run has to
@@ -292,7 +292,7 @@ class Forensics:
         said = f"step {step} is not finite ({values}): {fault.line()}; all of it in {directory}"
         if self.config.on_nonfinite == "skip" and self.skipped <= self.config.max_skipped_steps:
             log.warning("%s; the step is left out, %d of at most %d", said, self.skipped,
-                        self.config.max_skipped_steps)  # fmt: skip
+                        self.config.max_skipped_steps)
             return False
         if self.config.on_nonfinite == "skip":
             said += f"; max_skipped_steps is {self.config.max_skipped_steps}"
@@ -377,7 +377,7 @@ class Forensics:
     def _write(
         self, directory: Path, step: int, values: str, fault: Fault, suspect: Suspect | None,
         probe: Probe | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The incident on disk: report, batch, random state, config, text, and the weights that made it."""
         with saving.appearing(directory, self.world) as aside:
             if self.world.rank == fault.rank and suspect is not None and probe is not None:
@@ -392,7 +392,7 @@ class Forensics:
                     "step": step, "values": values, "world": self.world.size, **asdict(fault),
                     "says": fault.line(), "advice": advice(fault, self.config), "torch": torch.__version__,
                     "device": str(self.world.device),
-                }  # fmt: skip
+                }
                 whole = json.dumps(report, indent=2, ensure_ascii=False)
                 (aside / "report.json").write_text(whole + "\n", encoding="utf-8")
                 texts = [f"{r['name']} tokens {r['first']}–{r['last']}\n{r['text']}\n" for r in fault.rows]
@@ -427,7 +427,7 @@ def bad_parameter(model: Transformer) -> Fault | None:
     bad = [
         (name, p.grad) for name, p in model.named_parameters()
         if p.grad is not None and not_finite(p.grad).any()
-    ]  # fmt: skip
+    ]
     if not bad:
         return None
     name, gradient = bad[-1]
@@ -507,14 +507,14 @@ def advice(fault: Fault, config: Any) -> str:
     if fault.direction == "loss":
         rest = "see `given` in the report: rewards, advantages or log-probs are not numbers" if any(
             "hold" in note for note in fault.notes
-        ) else f"logits have grown beyond what exp() takes; {rate}: halve it"  # fmt: skip
+        ) else f"logits have grown beyond what exp() takes; {rate}: halve it"
         return rest
     if fault.direction == "unseen":
         return "run it again with deterministic: true; if it comes back elsewhere, suspect the machine"
     parts = [f"{rate}: divide it by 2 to 5", precision, fp8]
     if fault.direction in ("backward", "parameter"):
         parts.append(f"max_grad_norm is {config.max_grad_norm:g}" if config.max_grad_norm else
-                     "max_grad_norm is 0: 1.0 clips what a step can do")  # fmt: skip
+                     "max_grad_norm is 0: 1.0 clips what a step can do")
     elif fault.rows:
         parts.append("look at the rows in rows.txt")
     return "; ".join(filter(None, parts))
@@ -544,7 +544,7 @@ def _read_incident(directory: Path) -> tuple[dict, Any, dict[str, Tensor], dict[
     checkpoint = folder
     if config.adapter:
         checkpoint = resolve_checkpoint(config.base_model, config.base_model_revision,
-                                        Path(config.config_directory))  # fmt: skip
+                                        Path(config.config_directory))
         config.lora_model_dir = str(folder)
     config.fsdp_cpu_offload = False
     return report, config, batch, random, checkpoint
@@ -565,7 +565,7 @@ def _replay(
 ) -> bool:
     world = World(0, 1, 0, torch.device("cpu"))
     model = build_model(read_architecture(checkpoint, config.ignore_config_fields), checkpoint, config,
-                             world)  # fmt: skip
+                             world)
     ids, shared = batch["input_ids"], None
     if "groups" in batch:
         groups: dict[int, tuple[int, list[tuple[int, int]]]] = {}
@@ -582,7 +582,7 @@ def _replay(
         hidden, _ = model.hidden_states(
             ids, position_ids=batch.get("position_ids"),
             document_ids=batch.get("document_ids"), shared_prompts=shared,
-        )  # fmt: skip
+        )
         fault = probe.forward_fault
         if fault is None and gradient is not None:
             print(f"forward: finite, from {span(hidden)}; gradient that came back to it: {span(gradient)}")

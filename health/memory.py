@@ -71,7 +71,7 @@ def report_optimizers(optimizers: list, name: str, device: torch.device) -> None
     log.info(
         "memory of a process: optimiser %s (%s), peak %.2f GiB after the first step",
         gib(optimizer_bytes(optimizers)), name, peak_memory(device)["memory/max_alloc"],
-    )  # fmt: skip
+    )
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -203,7 +203,7 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
         weights=stored // shards + gathered, gradients=gradients // shards, optimizer=state // shards,
         activations=kept, working=tokens * working, loss=loss, cache=cache, copies=copies // shards,
         naive_logits=judged * V * 8, tokens=tokens, accumulating=config.gradient_accumulation_steps > 1,
-    )  # fmt: skip
+    )
 
 
 MOST_ROWS = 512  # that are sampled at once, however much memory there is
@@ -266,7 +266,7 @@ def _kept(arch: Architecture, config: Any, widths: tuple[int, ...], documents: i
         expert_layers=[arch.expert_layers[which]], windows=[None], layer_ropes=[arch.layer_ropes[which]],
         num_experts=min(arch.num_experts, 8), vocab_size=64, tied=True,
         experts_per_token=min(arch.experts_per_token, 8),
-    )  # fmt: skip
+    )
     plain: Any = SimpleNamespace(
         **{**vars(config), "load_in_4bit": False, "load_in_8bit": False, "fp8_frozen": False}
     )
@@ -334,7 +334,7 @@ def ladder(arch: Architecture, config: Any, processes: int = 1) -> list[tuple[st
             f"micro_batch_size: 1 (is {config.micro_batch_size}) with gradient_accumulation_steps: {more} "
             f"(is {config.gradient_accumulation_steps}): the same batch",
             micro_batch_size=1, gradient_accumulation_steps=more,
-        )  # fmt: skip
+        )
     if not config.gradient_checkpointing:
         rung("gradient_checkpointing: true (a third more time)", gradient_checkpointing=True)
     if not config.bf16:
@@ -372,7 +372,7 @@ def table(arch: Architecture, config: Any, processes: int = 1) -> str:
         ("backward", e.working, "of one block at a time"),
         ("loss", e.loss, f"a chunk of logits; all of them at once would take {gib(e.naive_logits)}"),
         ("keys and values", e.cache, "of the embedded engine, while it samples"),
-    ]  # fmt: skip
+    ]
     lines = [f"{arch.name}: estimated peak of a process {gib(e.peak)}"]
     lines += [f"  {name:<16}{gib(size):>12}  {note}" for name, size, note in rows if size]
     lines.append("what to change, from least to most disruptive (each with those above it):")

@@ -2,7 +2,6 @@
 (rules.py) and clear endings; and the commands that judge, explain and redraw a finished run.
 """
 
-import importlib
 import importlib.metadata
 import json
 import math
@@ -68,7 +67,7 @@ class LogOptions:
                 raise ConfigError(
                     "on_unhealthy", self.on_unhealthy,
                     "must be warn, stop or checkpoint_and_stop, or {warning: …, critical: …} of these",
-                )  # fmt: skip
+                )
 
 
 class Unhealthy(BallastError):
@@ -92,7 +91,7 @@ FORMATS = {
     "eval/cfm_unwhitened": ("held-out cfm_unwhitened", ".5f"),
     "eval/accuracy": ("held-out accuracy", ".1%"), "eval/reward": ("held-out reward", ".3f"),
     "eval/pass@1": ("held-out pass@1", ".1%"), "eval/greedy": ("held-out greedy", ".1%"),
-}  # fmt: skip
+}
 
 
 def made_by() -> str:
@@ -146,11 +145,11 @@ class MetricLogger:
                 project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_name,
                 id=config.wandb_run_id, resume="allow" if config.wandb_run_id else None,
                 dir=str(output_dir), config=values,
-            )  # fmt: skip
+            )
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False,
             disable=not sys.stderr.isatty(), file=sys.stderr,
-        )  # fmt: skip
+        )
         self.total_steps = total_steps
         if config.health:
             self.doctor = Doctor(values, total_steps)
@@ -293,7 +292,7 @@ def say_saved(final: Path) -> None:
     log.info(
         "talk to it          %s chat %s",
         "ballast-model" if installed else "python model.py", final,
-    )  # fmt: skip
+    )
 
 
 def evaluation_lines(before: dict[str, float] | None, after: dict[str, float] | None) -> list[str]:
@@ -328,4 +327,4 @@ def profiled(step: int, options: LogOptions, output_dir: Path, rank: int, device
     log.info(
         "profile of step %d in %s: chrome://tracing, ui.perfetto.dev, or tensorboard --logdir there",
         step, directory,
-    )  # fmt: skip
+    )

@@ -21,7 +21,7 @@ def options_page(recipes: dict[str, type]) -> str:
         "YAML file sets them, `key=value` on the command line overrides it. `--help` of a recipe prints its "
         "own.",
         "", f"Most runs set some of these: {', '.join(f'`{name}`' for name in FIRST)}.",
-    ]  # fmt: skip
+    ]
     for part, names in owners.items():
         declared = inspect.get_annotations(part)
         own = [f for f in dataclasses.fields(part) if f.name in declared and f.name != "config_directory"]
@@ -32,7 +32,7 @@ def options_page(recipes: dict[str, type]) -> str:
         title = part.__module__.replace(".", "/") + ".py"
         title = title if part.__name__ == "Config" else f"{part.__name__} ({title})"
         lines += ["", f"## {title}", "", f"In {', '.join(f'`{name}.py`' for name in names)}.", "",
-                  "| option | type | default | meaning |", "|---|---|---|---|"]  # fmt: skip
+                  "| option | type | default | meaning |", "|---|---|---|---|"]
         for field in own:
             default = default_of(field)
             shown = "must be set" if default is dataclasses.MISSING else f"`{yaml_of(default)}`"

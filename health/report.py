@@ -120,13 +120,13 @@ FIRST = (
     "ebft/alignment_cosine",
     "ebft/cfm_unwhitened", "ebft/pairwise_cosine", "ebft/reward", "trained_token_share", "tokens_per_second",
     "step_time", "memory/max_alloc",
-)  # fmt: skip
+)
 HEALTHY = {  # the page's own ranges, where no rule draws one
     "train/grad_norm": (0.1, 10.0), "entropy": (0.05, 0.5), "kl": (0.0, 0.5),
     "frac_reward_zero_std": (0.0, 0.8), "clip_ratio/region_mean": (0.0, 0.1),
     "completions/clipped_ratio": (0.0, 0.3), "sampling/sampling_logp_difference/mean": (0.0, 0.1),
     "sampling/importance_sampling_ratio/min": (0.1, 1.0), "ebft/alignment_cosine": (0.3, 1.0),
-}  # fmt: skip
+}
 COLOURS = ("#1f6f8b", "#c8553d", "#6b4e9b", "#b8860b", "#2e7d4f", "#7a7a7a")
 SILENT = ("health/", "num_tokens", "epoch", "step_time/", "skipped_micro_batches")
 
@@ -183,7 +183,7 @@ class RunPage:
     def lines(self) -> list[tuple[str, str]]:
         """(severity, line) of each change of state."""
         return [(v.rule.severity if v.ill else "over", v.line(self.config).removeprefix("health: "))
-                for v in self.verdicts]  # fmt: skip
+                for v in self.verdicts]
 
 
 def read_run(path: Path) -> RunPage:
@@ -236,7 +236,7 @@ def draw(metric: str, pages: list[RunPage]) -> str:
         axis.set_yscale("log")
     if low is not None or high is not None:
         axis.axhspan(low if low is not None else bottom, high if high is not None else max(top, max(values)),
-                     color="#8fb996", alpha=0.22, lw=0)  # fmt: skip
+                     color="#8fb996", alpha=0.22, lw=0)
         axis.set_ylim((min(values) * 0.8 if positive else bottom), (max(values) * 1.25 if positive else top))
     middle, most = (max(values) + min(values)) / 2, max(abs(v) for v in values)
     if most and max(values) - min(values) < 1e-3 * most:  # the last digits of what hardly moves are no news

@@ -387,7 +387,7 @@ RULES: tuple[Rule, ...] = (
         (("gpu_timeout_minutes", "leave that machine out; this is how long ranks wait for a missing one"),),
         high=1.5, window=3,
     ),
-)  # fmt: skip
+)
 
 PROMPTED = {"chat", "instruct", "prompt_completion"}
 
@@ -420,7 +420,7 @@ GUARDS: dict[str, Callable[[dict], Any]] = {
 ALIASES: dict[str, str] = {  # what other trainers, and versions before 0.3, call the same
     "loss": "train/loss", "eval_loss": "eval/loss", "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
-}  # fmt: skip
+}
 
 
 def _figure(value: float) -> str:
@@ -523,7 +523,7 @@ CHECKS: dict[str, Callable[[Rule, "Series"], str | None]] = {
     "outside": _check_outside, "stays_at": _check_stays_at, "unmoved": _check_unmoved, "flat": _check_flat,
     "spike": _check_spike, "above_best": _check_above_best, "below_best": _check_below_best,
     "rising": _check_rising, "creep": _check_creep, "jump": _check_jump,
-}  # fmt: skip
+}
 
 
 class Series:
@@ -613,7 +613,7 @@ def rules_of(config: dict, rules: Sequence[Rule] = RULES) -> list[Rule]:
                 right = value in ("warning", "critical") if key == "severity" else (
                     isinstance(value, int | float) and not isinstance(value, bool)
                     and (key in ("low", "high") or (isinstance(value, int) and value >= (key == "window")))
-                )  # fmt: skip
+                )
                 if not right:
                     raise ConfigError(f"health_rules.{name}.{key}", value, "is not a value that it can have")
     found = []

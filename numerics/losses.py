@@ -25,7 +25,7 @@ TOKENS_PER_CHUNK = 256
 def _cross_entropy_kernel(
     logits_ptr, labels_ptr, nll_ptr, V, softcap,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program a row of logits [c, V]: its NLL, and with GRADIENT its logits replaced by d NLL / d logits.
     Two passes over the row where torch makes seven."""
     row = tl.program_id(0).to(tl.int64)
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _cross_entropy_kernel[(x.shape[0],)](
                     d_logits, target, nll, weight.shape[0], softcap or 1.0, SOFTCAP=softcap is not None,
                     GRADIENT=need_hidden or need_weight, BLOCK=4096, num_warps=8,
-                )  # fmt: skip
+                )
                 total += nll.sum()
                 _add_gradients(d_logits, x, weight, d_hidden, d_weight, rows)
                 continue
@@ -124,9 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = d_hidden * upstream.to(d_hidden.dtype)
         if d_weight is not None:
-            d_weight = d_weight.mul_(
-                upstream.to(d_weight.dtype)
-            )  # [V, D] is the largest tensor here: no second copy
+            d_weight = d_weight.mul_(upstream.to(d_weight.dtype))  # [V, D] is the largest tensor: no copy
         return d_hidden, d_weight, None, None, None
 
 
@@ -215,7 +213,7 @@ def _partial_statistics_reference(
 def _partial_statistics_kernel(
     hidden_ptr, weight_ptr, labels_ptr, out_ptr, N, V, D, per_split, temperature, softcap,
     SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+):
     """The statistics of BLOCK_N tokens over one split of the vocabulary, logits never leaving the
     registers."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -233,9 +231,9 @@ def _partial_statistics_kernel(
         logits = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         for start_d in range(0, D, BLOCK_D):
             x = tl.load(hidden_ptr + offs_n[:, None].to(tl.int64) * D + start_d + offs_d[None, :],
-                        mask=(offs_n[:, None] < N) & (start_d + offs_d[None, :] < D), other=0.0)  # fmt: skip
+                        mask=(offs_n[:, None] < N) & (start_d + offs_d[None, :] < D), other=0.0)
             w = tl.load(weight_ptr + offs_v[None, :].to(tl.int64) * D + start_d + offs_d[:, None],
-                        mask=(offs_v[None, :] < V) & (start_d + offs_d[:, None] < D), other=0.0)  # fmt: skip
+                        mask=(offs_v[None, :] < V) & (start_d + offs_d[:, None] < D), other=0.0)
             logits = tl.dot(x, w, logits, input_precision="ieee")
         if SOFTCAP:
             logits = soft_cap(logits, softcap)
@@ -280,7 +278,7 @@ def _partial_statistics(
         temperature,
         softcap or 1.0, SOFTCAP=softcap is not None, BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_D=block_d,
         num_warps=4, num_stages=3,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -394,7 +392,7 @@ def linear_logprobs(
     made = _LinearLogprobs.apply(
         hidden.index_select(0, keep), weight, labels.index_select(0, keep), temperature, softcap, chunk,
         group, offset,
-    )  # fmt: skip
+    )
     if len(keep) == N:
         return TokenStatistics(*made)
     *floats, argmax = made

@@ -79,7 +79,7 @@ def _fp8_scale_kernel(amax, POWER_OF_TWO: tl.constexpr):
 def _quantize_fp8_kernel(
     x_ptr, q_ptr, scale_ptr, M, N, stride_m, stride_n, scale_columns,
     WHOLE_BLOCK: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One program a [ROWS, 128] piece: a scale a row, or (WHOLE_BLOCK, ROWS = 128) one for the piece."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -111,7 +111,7 @@ def _quantize_fp8_triton(x: Tensor, power_of_two: bool, blocks: bool) -> tuple[T
         _quantize_fp8_kernel[(-(-M // rows), columns)](
             x, q.view(torch.uint8), scale, M, N, x.stride(0), x.stride(1), columns,
             WHOLE_BLOCK=blocks, POWER_OF_TWO=power_of_two, ROWS=rows, BLOCK=FP8_BLOCK, num_warps=4,
-        )  # fmt: skip
+        )
     return q, scale
 
 
@@ -156,7 +156,7 @@ def _fp8_matmul_kernel(
     a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, c_ptr, M, N, K, k_blocks,
     B_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+):
     """c = (a·a_scale) @ (b·b_scale)ᵀ. Each 128 of K is one tensor-core product whose fp32 result is scaled
     and added in fp32 registers: the promotion that keeps FP8's short accumulators from losing small terms
     (DeepSeek-V3, §3.3.2)."""
@@ -208,16 +208,14 @@ def fp8_matmul(
     if c.numel() == 0:
         return c
     block_m = 128 if M > 64 else 64
-    block_n = (
-        128 if b_rows == FP8_BLOCK else 64
-    )  # a scale a column takes registers: a smaller tile, no spills
+    block_n = 128 if b_rows == FP8_BLOCK else 64  # a scale per column takes registers: a smaller tile
     grid = (-(-M // block_m) * -(-N // block_n),)
     _fp8_matmul_kernel[grid](
         a.contiguous(), a_scale.contiguous(), b.contiguous(), b_scale.contiguous(), c,
         M, N, K, a_scale.shape[1],
         B_ROWS=b_rows, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=FP8_BLOCK, GROUP=8,
         num_warps=8, num_stages=3,
-    )  # fmt: skip
+    )
     return c
 
 
@@ -274,7 +272,7 @@ NF4_CODE = (
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
-)  # fmt: skip
+)
 
 
 @functools.cache
@@ -389,7 +387,7 @@ def _nf4_tile(
 def _nf4_matmul_kernel(
     x_ptr, packed_ptr, absmax_codes_ptr, nested_ptr, offset_ptr, code_ptr, dynamic_ptr, y_ptr, M, N, K,
     INPUT_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """y [M, N] = x [M, K] wᵀ, or with INPUT_GRADIENT y [M, K] = x [M, N] w, the weight dequantised tile by
     tile."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -451,7 +449,7 @@ def _nf4_matmul_kernel(
 def _int8_matmul_kernel(
     x_ptr, q_ptr, scale_ptr, y_ptr, M, N, K,
     INPUT_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """As _nf4_matmul_kernel for q int8 [N, K] with a scale a row."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if INPUT_GRADIENT:
@@ -671,7 +669,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     value = DTensor.from_local(
                         value, parameter.device_mesh, parameter.placements, shape=parameter.shape,
                         stride=parameter.stride(), run_check=False,
-                    )  # fmt: skip
+                    )
                 whole[parameter][name] = value
         self.state = whole  # type: ignore[assignment]
         try:

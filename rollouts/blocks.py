@@ -89,7 +89,7 @@ def packed(documents: list[Document], device: torch.device) -> tuple[Tensor, Ten
 def sample_blocks(
     model: Transformer, documents: list[Document], n: int, length: int, temperature: float,
     generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """`n` samples of `length` tokens for every block, all of them a token a step: (tokens, log-probs) [R,
     length], rows in the order document, block, sample. The documents' keys and values are made once."""
     device = model.device
@@ -114,7 +114,7 @@ def sample_blocks(
 def write_blocks(
     directory: Path, step: int, parts: list[list[Document]],
     drawn: list[tuple[Tensor, Tensor, Tensor]], places: list[int], world: dist.World,
-) -> None:  # fmt: skip
+) -> None:
     """directory/step-N.jsonl, one document per line in the order of the step, with the samples of its blocks
     [blocks, n, G], their log-probs, and advantages [blocks, n]. A collective."""
     lines: dict[int, dict] = {}
@@ -126,7 +126,7 @@ def write_blocks(
                 "row": d.name, "document_ids": d.ids, "counted": [int(c) for c in d.counted],
                 "anchors": d.anchors, "block_ids": tokens[blocks].tolist(),
                 "sampling_logprobs": logprobs[blocks].tolist(), "advantages": advantage[blocks].tolist(),
-            }  # fmt: skip
+            }
     everyone = {place: line for share in dist.gather(lines, world) for place, line in share.items()}
     if world.main:
         directory.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ def read_blocks(path: str, directory: Path, n: int, G: int, vocab_size: int) -> 
             isinstance(anchors, list) and bool(anchors)
             and all(type(a) is int and 0 < a <= len(ids) - G for a in anchors),
             f"anchors must be places in the document with {G} tokens (generate_max_len) behind them",
-        )  # fmt: skip
+        )
         try:
             tokens, drawn = np.array(blocks, dtype=np.int64), np.array(logprobs, dtype=np.float32)
             every = np.concatenate([np.array(ids, dtype=np.int64), tokens.reshape(-1)])

@@ -44,7 +44,7 @@ class EmbeddedEngine:
     def generate(
         self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], temperature: float | None = None,
         limits: list[int] | None = None, on_group: Callable[[int, list[Completion]], None] | None = None,
-    ) -> list[list[Completion]]:  # fmt: skip
+    ) -> list[list[Completion]]:
         """`n` completions of each prompt, the same on every rank. `limits` are most tokens by prompt. A
         collective; `on_group(prompt, completions)` is called on rank 0."""
         world = self.world
@@ -67,7 +67,7 @@ class EmbeddedEngine:
                 max_new_tokens=max(limits), stop_token_ids=self.stop_ids, generator=generator,
                 anyone=anyone,
                 temperature=self.options.temperature if temperature is None else temperature,
-            )  # fmt: skip
+            )
             for place, i in enumerate(part):
                 made[i] = []
                 for row in range(place * n, place * n + n):
@@ -122,7 +122,7 @@ def make_engine(
 def as_rollouts(
     groups: list[list[Completion]], prompts: Sequence[Prompt], indices: Sequence[int], step: int,
     engine: Engine, stop_ids: Sequence[int],
-) -> list[Rollout]:  # fmt: skip
+) -> list[Rollout]:
     """The completions of each prompt, in a row."""
     stops, made = set(stop_ids), []
     for prompt, index, group in zip(prompts, indices, groups, strict=True):
@@ -132,7 +132,7 @@ def as_rollouts(
                     prompt.ids, c.ids, c.logprobs, truncated=c.ids[-1] not in stops, step=step,
                     weight_version=engine.version(step), row=prompt.name, prompt_index=index,
                 )
-            )  # fmt: skip
+            )
     return made
 
 
@@ -147,7 +147,7 @@ class RolloutQueue:
     def __init__(
         self, engine: Engine, sample: Callable[[int, int, bool], list[Rollout]],
         prefetch: Callable[[int], None], *, asynchronous: bool, ahead: list[Rollout] | None = None,
-    ):  # fmt: skip
+    ):
         self.engine, self.sample, self.prefetch, self.asynchronous = engine, sample, prefetch, asynchronous
         self.ahead = ahead  # the next batch, where it was collected before its time: for a checkpoint
         self.under_way = False  # whether the engine samples the next batch

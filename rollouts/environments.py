@@ -25,7 +25,7 @@ def play(
     engine: Engine, environment: Callable[[], Any], prompts: Sequence[Prompt], indices: Sequence[int], n: int,
     *, step: int, seed: tuple[int, ...], options: Any, tokenizer: Tokenizer, world: World,
     temperature: float | None = None,
-) -> list[Rollout]:  # fmt: skip
+) -> list[Rollout]:
     """Multi-turn rollouts: the policy answers, the environment replies, until it is done or there is no room.
 
     What the environment says is read but not trained on (mask 0). Its rewards add up under the name
@@ -36,7 +36,7 @@ def play(
         Rollout(list(p.ids), [], [], [], step=step, weight_version=engine.version(step), row=p.name,
                 prompt_index=i, rewards={"environment": 0.0})
         for p, i in played
-    ]  # fmt: skip
+    ]
     worlds: list[Any] = []
 
     def begin() -> list[list[int]]:

@@ -49,9 +49,7 @@ def sampling_logprobs(
     if top_p < 1:
         probabilities = logprobs.softmax(-1)
         ordered = probabilities.sort(dim=-1, descending=True).values
-        before = (
-            ordered.cumsum(-1) - ordered
-        )  # mass of the better tokens; a token stays while that is below top_p
+        before = ordered.cumsum(-1) - ordered  # mass of the better tokens: below top_p a token stays
         smallest = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
         logprobs = logprobs.masked_fill(probabilities < smallest, -torch.inf)
     return logprobs.log_softmax(-1) if min_p > 0 or top_k > 0 or top_p < 1 else logprobs
@@ -223,7 +221,7 @@ def chat(argv: list[str]) -> None:
         reply = _stream_reply(
             model, tokenizer, prompt, max_new_tokens=room, temperature=arguments.temperature,
             top_p=arguments.top_p, generator=generator,
-        )  # fmt: skip
+        )
         messages.append({"role": "assistant", "content": reply.strip()})
 
 

@@ -35,7 +35,7 @@ def refuse_nccl(options: Any, device: torch.device) -> None:
         raise ConfigError(
             key, value, "means nccl here, for which the trainer's Python needs vLLM too: "
             f"`pip install 'vllm==0.32.*'` into it, {other}",
-        )  # fmt: skip
+        )
 
 
 class NcclTransfer:
@@ -54,7 +54,7 @@ class NcclTransfer:
     def begin(
         self, servers: Sequence[Server], shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype,
         version: Callable[[Server], bool],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Every server starts to receive tensors of these names and shapes. `version` tells whether a server
         still has what it was sent: one that has not was restarted, and its workers join anew.
 
@@ -133,7 +133,7 @@ class NcclTransfer:
         info = {
             "master_address": address, "master_port": port, "rank_offset": 1, "world_size": 1 + workers,
             "packed": True, "packed_buffer_size_bytes": BUFFER, "packed_num_buffers": IN_FLIGHT,
-        }  # fmt: skip
+        }
         asked = _in_background(server.ask, "POST", "/init_weight_transfer_engine", {"init_info": info})
         joined = _in_background(join, address, port, 1 + workers, self.device)
         done, waiting = concurrent.futures.wait(

@@ -41,7 +41,7 @@ class PolicyOptions(RolloutOptions):
     vllm_importance_sampling_mode: Literal[
         "sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "geometric_mask",
         "geometric_truncate",
-    ] = "sequence_mask"  # fmt: skip
+    ] = "sequence_mask"
     """Ratio of each token, of the whole completion (the product over its tokens, whose spread grows with its
     length), or the geometric mean over its tokens; truncate clamps it, mask drops what lies outside.
     geometric_mask drops completions and leaves the others unweighted. Above some hundred tokens take
@@ -58,20 +58,20 @@ class PolicyOptions(RolloutOptions):
         check_ranges(
             self, ("beta", 0, math.inf), ("vllm_importance_sampling_clip_min", 0, math.inf),
             ("vllm_importance_sampling_clip_max", 0, math.inf),
-        )  # fmt: skip
+        )
         check_at_least_one(self, "kl_steps")
         if self.vllm_importance_sampling_clip_min >= self.vllm_importance_sampling_clip_max:
             raise ConfigError(
                 "vllm_importance_sampling_clip_min", self.vllm_importance_sampling_clip_min,
                 "must be below vllm_importance_sampling_clip_max",
-            )  # fmt: skip
+            )
         geometric = self.vllm_importance_sampling_mode.startswith("geometric")
         if geometric and self.vllm_importance_sampling_clip_min == 0:
             raise ConfigError(
                 "vllm_importance_sampling_clip_min", 0.0,
                 "rejects nothing: a geometric mean stays near 1; set limits around it, e.g. 0.95 here and "
                 "vllm_importance_sampling_clip_max: 1.05",
-            )  # fmt: skip
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def collate(rollouts: Sequence[Rollout], device: torch.device, share_prompts: bo
         torch.tensor([r.advantage for r in rollouts], device=device),
         reported.to(device) if known else None,
         torch.tensor([r.truncated for r in rollouts], device=device), rollouts,
-    )  # fmt: skip
+    )
 
 
 def hidden_states(model: Transformer, batch: PolicyBatch) -> tuple[Tensor, list[Tensor]]:
@@ -200,7 +200,7 @@ def token_logprobs(
     made = linear_logprobs(
         hidden, model.head_weight, batch.targets,
         temperature=temperature, softcap=model.arch.final_softcap,
-    )  # fmt: skip
+    )
     entropy = made.entropy if entropy_gradient else made.entropy.detach()
     return batch.spread(made.logprobs), batch.spread(entropy), router_logits, bad
 
@@ -338,7 +338,7 @@ def tally_policy(tally: Tally, stats: dict[str, Any], batch: PolicyBatch, step: 
         tally.mean(
             "sampling/importance_sampling_ratio/applied_mean",
             applied.expand_as(mask)[known].sum().item(), count,
-        )  # fmt: skip
+        )
         tally.mean("sampling/unknown_logprobs", tokens - count, tokens)
         # Of the units that are weighed: completions, or tokens. What lies outside is dropped, or clamped.
         units = known if applied.shape == known.shape else known.any(-1, keepdim=True)
@@ -392,7 +392,7 @@ def report_kl(options: Any) -> None:
 def check_sampler(
     engine: Engine, model: Transformer, rollouts: Sequence[Rollout], micro: Sequence[Sequence[Rollout]],
     options: Any, world: World, share: bool,
-) -> None:  # fmt: skip
+) -> None:
     """EngineError where the first batch from a server was drawn from something else than the trainer's
     weights give: a probe sees some tokens, this all that would be trained. Nothing at later batches, or where
     the weights have moved since. A collective."""
@@ -433,7 +433,7 @@ def check_sampler(
 def keep_logprobs(
     model: Transformer, reference: Transformer | None, micro: Sequence[Sequence[Rollout]], options: Any,
     world: World, share: bool, *, old: bool, kl: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Store log π_old and entropies (`old`: the weights will move before these micro-batches are used up, or
     tokens are chosen by entropy) and log π_ref (`kl`; from a frozen copy, or with LoRA the model with its
     adapters off) with this rank's rollouts. No gradients."""

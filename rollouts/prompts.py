@@ -46,7 +46,7 @@ def read_prompt_data(
             raise ConfigError(
                 "replay_path", config.replay_path,
                 f"holds {len(replay.rollouts)} rollouts, a batch takes {batch_size}",
-            )  # fmt: skip
+            )
     if config.datasets and (replay is None or config.val_set_size):
         train, read_from = read(config.datasets)
         fingerprint = read_from if replay is None else fingerprint

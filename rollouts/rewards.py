@@ -129,7 +129,7 @@ def built_in_rewards(config: Any) -> dict[str, Callable]:
     return {
         "exact_match": exact_match, "numeric_match": numeric_match, "reasoning_gym": reasoning_gym,
         "format": matches, "length": overlong,
-    }  # fmt: skip
+    }
 
 
 def import_reward(name: str, config: Any) -> Callable:
@@ -179,7 +179,7 @@ class Scorer:
             for key in sorted({k for p in prompts for k in p.columns})
         }
         return {**columns, "prompts": [p.prompt for p in prompts], "completions": completions,
-                "completion_ids": [list(i) for i in ids]}  # fmt: skip
+                "completion_ids": [list(i) for i in ids]}
 
     def finish(self, started: dict[str, Future]) -> dict[str, list[float | None]]:
         """Scores by function. RewardError for one that raises, is late, or returns what is no score."""

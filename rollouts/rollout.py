@@ -85,7 +85,7 @@ class RolloutOptions:
         check_at_least_one(
             self, "num_generations", "max_completion_length", "rollout_batch_size", "max_turns",
             "vllm_sync_interval", "vllm_tensor_parallel_size", "max_prompt_length", "vllm_max_model_len",
-        )  # fmt: skip
+        )
         for key in ("vllm_timeout", "vllm_probe_tolerance"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
@@ -101,7 +101,7 @@ class RolloutOptions:
                     key, getattr(self, key),
                     "would make importance ratios wrong: the sampler renormalises over the tokens that it "
                     f"keeps, the trainer does not; leave it at {off} and lower temperature instead",
-                )  # fmt: skip
+                )
         if (self.rollout_engine == "replay") != (self.replay_path is not None):
             raise ConfigError("replay_path", self.replay_path, "goes together with rollout_engine: replay")
         if self.async_prefetch and self.rollout_engine != "vllm":
@@ -119,7 +119,7 @@ class RolloutOptions:
                         "vllm_server_base_url", None,
                         "holds a user name or password, which would stand in config.yaml and the logs; reach "
                         "the server through an SSH tunnel or a private network instead",
-                    )  # fmt: skip
+                    )
 
 
 class Engine(Protocol):
@@ -128,7 +128,7 @@ class Engine(Protocol):
     def generate(
         self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], temperature: float | None = None,
         limits: list[int] | None = None, on_group: Callable[[int, list[Completion]], None] | None = None,
-    ) -> list[list[Completion]]:  # fmt: skip
+    ) -> list[list[Completion]]:
         """`n` completions of each prompt, the same on every rank. A collective."""
         ...
 
@@ -249,7 +249,7 @@ def read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout:
         raise DataError(file, number, "ground_truth_ids must be a non-empty list of token ids")
     for name, given, count in (
         ("completion_mask", mask, length), ("ground_truth_mask", truth_mask, len(truth or [])),
-    ):  # fmt: skip
+    ):
         if given is None:
             continue
         if not isinstance(given, list) or len(given) != count or not all(x in (0, 1) for x in given):
@@ -267,7 +267,7 @@ def read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout:
         rewards={str(k): None if v is None else float(v) for k, v in rewards.items()},
         step=steps[0], weight_version=steps[1],
         row=f"{file}:{number}", ground_truth_ids=truth, ground_truth_mask=truth_mask,
-    )  # fmt: skip
+    )
 
 
 class ReplayEngine:
@@ -284,7 +284,7 @@ class ReplayEngine:
                 raise DataError(
                     *place_of(group[-1]), f"the {n} completions of a prompt must stand in a row",
                     "set num_generations to what the file was made with",
-                )  # fmt: skip
+                )
         if not self.rollouts:
             raise ConfigError("replay_path", path, "holds no rollout")
 
@@ -322,5 +322,5 @@ def show_rollouts(rollouts: list[Rollout], tokenizer: Tokenizer, logger: Any, st
                 step, tokenizer.decode(r.prompt_ids, special=True),
                 tokenizer.decode(r.completion_ids, special=True),
                 *[r.rewards.get(name) for name in names], r.advantage,
-            )  # fmt: skip
+            )
         logger.wandb.log({"completions": table}, step=step)

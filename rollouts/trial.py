@@ -36,7 +36,7 @@ def score_samples(config: Any) -> None:
             model, [p.ids for p in prompts], max_new_tokens=config.max_completion_length,
             temperature=config.temperature, stop_token_ids=tokenizer.stop_ids,
             generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        )
         ids = made.completion_ids
     else:
         missing = next((p.name for p in prompts if "answer" not in p.columns), None)

@@ -45,7 +45,7 @@ def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) ->
         raise DataError(
             prompt.name, None, "has remaining_turns, but the chat template changes earlier turns",
             "set strip_thinking: true, or another chat_template, e.g. chatml",
-        )  # fmt: skip
+        )
     last = max(i for i, label in enumerate(labels) if label != IGNORE)
     stops, begin_of_last = set(tokenizer.stop_ids), last
     while begin_of_last and labels[begin_of_last - 1] != IGNORE:

@@ -71,7 +71,7 @@ class VllmEngine:
                 "tokens", options.tokens,
                 "lie beyond the rows that a server of base_model has; train with sft.py first "
                 "(merge_adapter: true), whose result has them, or set rollout_engine: embedded",
-            )  # fmt: skip
+            )
         if self.method == "adapter" and not options.adapter:
             raise ConfigError("vllm_sync_method", "adapter", "needs adapter: lora; use file or nccl")
         if self.method == "nccl":
@@ -136,7 +136,7 @@ class VllmEngine:
                 if living and self.options.vllm_allow_missing_servers:
                     log.warning("%s: no answer for %g s (vllm_timeout); the run goes on with %s",
                                 ", ".join(lost), self.options.vllm_timeout,
-                                ", ".join(server.url for server in living))  # fmt: skip
+                                ", ".join(server.url for server in living))
                     return [server.url for server in living]
                 raise EngineError(
                     f"{lost[0]}: no healthy answer for {self.options.vllm_timeout:g} s (vllm_timeout); is "
@@ -154,7 +154,7 @@ class VllmEngine:
     def generate(
         self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], temperature: float | None = None,
         limits: list[int] | None = None, on_group: Callable[[int, list[Completion]], None] | None = None,
-    ) -> list[list[Completion]]:  # fmt: skip
+    ) -> list[list[Completion]]:
         """As EmbeddedEngine.generate. A server that was lost is waited for, gets the weights again, and the
         batch is asked for again. A collective."""
         job = (prompts, n, seed, temperature, limits, on_group)
@@ -163,7 +163,7 @@ class VllmEngine:
     def prefetch(
         self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], limits: list[int] | None = None,
         on_group: Callable[[int, list[Completion]], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Start sampling on a thread of rank 0; `collect` has the result."""
         self._job = (prompts, n, seed, None, limits, on_group)
         if self._thread is not None:
@@ -249,7 +249,7 @@ class VllmEngine:
             "temperature": temperature, **NEUTRAL, "logprobs": 0, "return_token_ids": True,
             "stop_token_ids": self.stop_ids, "skip_special_tokens": False, "seed": seed,
             "cache_salt": self._version_name(),
-        }  # fmt: skip
+        }
 
     def _check_versions(self) -> None:
         for server in self.servers:
@@ -306,7 +306,7 @@ class VllmEngine:
                     time.sleep(0.1)
                 else:
                     log.warning("%s: requests of others hold its prefix cache, which could not be emptied; "
-                                "this run does not read what they left", server.url)  # fmt: skip
+                                "this run does not read what they left", server.url)
                 server.set_version(self._version_name())
             self._versions.add(self._version_name())
 
@@ -516,7 +516,7 @@ class VllmEngine:
         return linear_logprobs(
             hidden[0, :-1], self.model.head_weight, ids[0, 1:], temperature=temperature,
             softcap=self.model.arch.final_softcap,
-        ).logprobs.float().cpu()  # fmt: skip
+        ).logprobs.float().cpu()
 
     def _ask_probe(self) -> list[tuple[str, list[float], list[int], list[float]]]:
         """By server: its address, log-probs of the probe, and tokens that it sampled after the probe with the

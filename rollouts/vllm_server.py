@@ -37,7 +37,7 @@ class Completion:
 
 # Everything that a request leaves out, a server may fill from the checkpoint's generation_config.json.
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-           "frequency_penalty": 0.0}  # fmt: skip
+           "frequency_penalty": 0.0}
 THREADS_PER_SERVER = 64
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"  # noqa: S108 - names in it are random
 PROBE_ANSWER = 16  # tokens that the probe lets a server sample
@@ -60,7 +60,7 @@ class Server:
         self.client = httpx.Client(
             base_url=self.url, timeout=httpx.Timeout(timeout, connect=10.0),
             limits=httpx.Limits(max_connections=None),
-        )  # fmt: skip
+        )
 
     def ask(self, method: str, path: str, json: Any = None, **kwargs) -> Any:
         """The decoded answer. ServerLost: no answer or 5xx. EngineError: 4xx, with the server's own words."""
@@ -134,7 +134,7 @@ def compare_received(sent: dict[str, list[int]], worker: Any, url: str, step: in
         received, missing = worker["received"], worker["missing"]
     except (TypeError, KeyError):
         raise EngineError(f"{where} its worker answered in a form that is not understood; start it with "
-                          "`python grpo.py serve` of this version") from None  # fmt: skip
+                          "`python grpo.py serve` of this version") from None
     wrong = sorted(name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name))
     if wrong:
         raise EngineError(
@@ -202,14 +202,14 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
     environment = {
         "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONSAFEPATH": "1",
         "PYTHONPATH": str(folder),
-    }  # fmt: skip
+    }
     command = [
         options.vllm_python or sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", model, "--served-model-name", options.vllm_model_name or options.base_model,
         "--host", where.hostname or "127.0.0.1", "--port", str(where.port or 8000), "--dtype", dtype,
         "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", "--seed", str(options.seed),
         "--worker-extension-cls", "vllm_worker.WeightReceiver",
-    ]  # fmt: skip
+    ]
     longest = options.vllm_max_model_len
     if longest is None and options.max_prompt_length:
         longest = options.max_prompt_length + options.max_completion_length
@@ -251,13 +251,13 @@ def serve(config: Any) -> None:
             "run methods in the server have no password: whoever reaches this port owns the process; open "
             "it to the trainer's host alone (a firewall, a private network, an SSH tunnel)",
             file=sys.stderr, flush=True,
-        )  # fmt: skip
+        )
     print(" ".join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
     if config.vllm_python is None and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "vllm_python", None, f"is unset, and {sys.executable} has no vLLM: `pip install 'vllm==0.32.*'` "
             "into it or into a venv of its own, and set vllm_python to that one's Python",
-        )  # fmt: skip
+        )
     try:
         os.execvpe(command[0], command, {**os.environ, **environment})  # noqa: S606
     except OSError as error:

@@ -301,7 +301,7 @@ FIRST = (
     "mode", "base_model", "datasets", "val_set_size", "test_datasets", "reward_funcs", "num_generations",
     "max_completion_length", "sequence_len", "sample_packing", "adapter", "micro_batch_size",
     "gradient_accumulation_steps", "learning_rate", "num_epochs", "max_steps", "rollout_engine", "output_dir",
-)  # fmt: skip
+)
 
 
 def option_groups(config_class: type) -> list[tuple[str, list[dataclasses.Field]]]:
@@ -427,7 +427,7 @@ def import_attribute(key: str, name: str, directory: str | Path) -> Any:
             f"cannot be imported ({type(error).__name__}: {error}); looked in {Path(directory).resolve()}, "
             f"then among installed packages; try: cd {directory} && python -c 'import {module or name}; "
             f"{name}'",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _load_file(path: Path) -> ModuleType:

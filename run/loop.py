@@ -83,7 +83,7 @@ IDENTITY = (
     "lora_r", "lora_target_modules", "optimizer", "seed", "sequence_len", "sample_packing", "val_set_size",
     "num_generations", "num_iterations", "steps_per_generation", "rollout_engine", "stride",
     "context_length", "generate_max_len", "n_samples_per_prompt",
-)  # fmt: skip
+)
 
 
 def plan(run: Run, total_steps: int, steps_per_epoch: int, **identity: Any) -> None:
@@ -110,7 +110,7 @@ def build(run: Run, rows: int | None = None) -> tuple[Transformer, list[torch.op
     model = building.build_model(
         run.arch, run.checkpoint, config, run.world, getattr(config, "random_init", False),
         new_tokens=tokenizer.new_ids,
-    )  # fmt: skip
+    )
     return model, dist.make_optimizers(model, config)
 
 
@@ -236,7 +236,7 @@ ERRORS: tuple[tuple[str, str, str], ...] = (
     (r"CUDA driver version is insufficient|no kernel image is available",
      "torch was built for another driver or GPU", "install the torch that pyproject.toml pins"),
     (r"Too many open files", "the process's limit of open files is reached", "ulimit -n 65536"),
-)  # fmt: skip
+)
 
 
 def explain_error(error: BaseException) -> str | None:

@@ -33,11 +33,11 @@ torch.set_num_threads(2)
 COMMON = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+)
 LLAMA3_ROPE = dict(
     rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
-)  # fmt: skip
+)
 YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_embeddings=16)
 
 # name → (transformers config class, its arguments); every family, every rope, windows shorter than the test
@@ -69,7 +69,7 @@ FAMILIES = {
         dict(head_dim=8, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=[1],
              norm_topk_prob=True),
     ),
-}  # fmt: skip
+}
 
 
 def make_reference(name: str, **changes):
@@ -210,7 +210,7 @@ def write_tokenizer(
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=500, special_tokens=tokens, show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     core.train([CORPUS], trainer)
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=eos, bos_token=bos, pad_token=tokens[0]
@@ -347,7 +347,7 @@ def task(tmp_path_factory):
     """Prompts, and a reward that is higher the more often a completion has the letter g."""
     directory = tmp_path_factory.mktemp("task")
     rows = [{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": str(i)}]}
-            for i in range(30)]  # fmt: skip
+            for i in range(30)]
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "letters.py").write_text(
         "def many_g(completions, answer, **_):\n"
@@ -397,7 +397,7 @@ def arguments(small_checkpoint, chat_file, output_dir, **options):
         "base_model": str(small_checkpoint[0]), "datasets": f"[{{path: {chat_file}, type: chat}}]",
         "output_dir": str(output_dir),
         "sequence_len": 256, "learning_rate": 1e-3, "seed": 5, **options,
-    }  # fmt: skip
+    }
     return [f"{key}={value}" for key, value in values.items()]
 
 
@@ -433,7 +433,7 @@ def options(**changes) -> grpo.Config:
     given = dict(
         base_model="x", datasets=[{"path": "x"}], reward_funcs=["exact_match"], num_generations=4,
         micro_batch_size=4,
-    )  # fmt: skip
+    )
     return grpo.Config(**{**given, **changes})
 
 
@@ -509,7 +509,7 @@ def with_hub(code: str, folder: Path, home: Path, kind: str = "models"):
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home),
-           "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
+           "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
     env.pop("HF_HUB_OFFLINE", None)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     server.shutdown()

@@ -212,7 +212,7 @@ class FakeVllm:
                 token = (
                     int(torch.multinomial(tempered.exp(), 1, generator=generator))
                     if body["temperature"] else int(tempered.argmax())
-                )  # fmt: skip
+                )
                 raw = self.faults.get("raw_logprobs") or len(body["prompt"]) < self.faults.get("raw_below", 0)
                 reported = logits.log_softmax(-1) if raw else tempered
                 ids.append(token)
@@ -226,7 +226,7 @@ class FakeVllm:
                 "index": index, "token_ids": ids[len(body["prompt"]) :], "finish_reason": "length",
                 "logprobs": {"token_logprobs": logprobs}, "prompt_token_ids": body["prompt"],
                 "prompt_logprobs": scored if "prompt_logprobs" in body else None,
-            })  # fmt: skip
+            })
         time.sleep(0)
         return 200, {"choices": choices}
 

@@ -91,7 +91,7 @@ class FaultyProxy:
         given = self.client.request(
             handler.command, self.target + handler.path, content=body,
             headers={"content-type": handler.headers.get("content-type", "application/json")},
-        )  # fmt: skip
+        )
         status, raw = given.status_code, given.content
         if fault in ("500", "400"):
             status, raw = int(fault), b"spoilt on purpose"

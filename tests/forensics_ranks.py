@@ -118,14 +118,14 @@ def cases(model):
                 yield (
                     f"{value} back from {name}", lambda n=name, v=value: BackwardFault(model, n, v),
                     ("backward", name, "gradient of its input"),
-                )  # fmt: skip
+                )
         for name in [name for name, _ in model.named_parameters()]:
             module, _, parameter = name.rpartition(".")
             if module == "lm_head":  # a weight of the loss, never run as a module
                 continue
             yield f"{value} in d {name}", lambda n=name, v=value: ParameterFault(model, n, v), (
                 "parameter", module, parameter,
-            )  # fmt: skip
+            )
 
 
 def run_cases(checkpoint: str, out: str, **changes) -> list[str]:

@@ -31,7 +31,7 @@ def main(checkpoint: str) -> None:
     arch = read_architecture(Path(checkpoint))
     model = building.build_model(arch, Path(checkpoint), config, world)
     before = {name: (type(p), p.dtype, p.to_local().clone() if isinstance(p, DTensor) else p.clone())
-              for name, p in model.named_parameters()}  # fmt: skip
+              for name, p in model.named_parameters()}
     assert all(dtype == torch.float32 for _, dtype, _ in before.values())
     assert world.size == 1 or all(
         kind is DTensor or issubclass(kind, DTensor) for kind, _, _ in before.values()
@@ -53,7 +53,7 @@ def main(checkpoint: str) -> None:
         "group_features": lambda: ebft.group_features(model, [group], config),
         "sample_blocks": lambda: sample_blocks(
             model, [Document(list(range(3, 20)), [4, 8], [True] * 17, "a")], 2, 3, 1.0, None),
-    }  # fmt: skip
+    }
     for name, run in passes.items():
         run()
         for key, parameter in model.named_parameters():

@@ -41,7 +41,7 @@ def test_blocks_equal_ordinary_causal_passes_over_prefix_and_rollout(name, seed,
     trained = linear_logprobs(
         hidden[0][batch.sources.flatten()], model.head_weight, tokens.flatten(), temperature=temperature,
         softcap=model.arch.final_softcap,
-    ).logprobs.view_as(sampled)  # fmt: skip
+    ).logprobs.view_as(sampled)
     weights = torch.randn(sampled.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     parameters = list(model.parameters())
     gradients = torch.autograd.grad((weights * trained).sum(), parameters)
@@ -67,7 +67,7 @@ def test_blocks_equal_ordinary_causal_passes_over_prefix_and_rollout(name, seed,
     off = linear_logprobs(
         hidden[0][batch.block_rows.flatten()], model.head_weight, tokens.flatten(), temperature=temperature,
         softcap=model.arch.final_softcap,
-    ).logprobs.view_as(sampled)  # fmt: skip
+    ).logprobs.view_as(sampled)
     assert (off - expected).abs().max() > 1e-2
     assert (trained.detach() - expected.flatten().view(G, -1).T).abs().max() > 1e-2
 
@@ -107,7 +107,7 @@ def test_features_equal_those_of_each_sequence_alone(method, references):
         pooled = {
             "last_token": own[-1], "mean_pooling": states.mean(0), "completion_mean": own.mean(0),
             "concat": torch.cat([own[1], own[2], own[3]]),
-        }  # fmt: skip
+        }
         return pooled[method]
 
     row = block = 0

@@ -124,7 +124,7 @@ BAD = [  # (options, what the error names); in every recipe that has them
     (dict(ce_coef=math.nan), "ce_coef"), (dict(diversity_coef=math.nan), "diversity_coef"),
     (dict(eval_success_reward=math.nan), "eval_success_reward"),
     (dict(tokenizer_vocab_size=300), "random_init"), (dict(random_init=True, adapter="lora"), "adapter"),
-]  # fmt: skip
+]
 HAVING = [
     (recipe, given, named)
     for given, named in BAD
@@ -162,7 +162,7 @@ def test_every_option_that_takes_a_number_has_an_impossible_value_above():
         ("ebft", "environment", "a.B", "grpo.py"), ("ebft", "reward_funcs", "[exact_match]", "grpo.py"),
         ("sft", "num_generations", "8", "is not an option"), ("sft", "beta", "0.1", "is not an option"),
     ],
-)  # fmt: skip
+)
 def test_an_option_of_another_recipe_is_refused_by_name(recipe, name, value, says):
     with pytest.raises(UnknownOption, match=name) as caught:
         parse_config(RECIPES[recipe], ["base_model=x", "datasets=[{path: x, type: chat}]", f"{name}={value}"])
@@ -177,7 +177,7 @@ OF_MODES = [
     ("structured", dict(stride=4)), ("structured", dict(n_samples_per_prompt=8)),
     ("structured", dict(sequence_len=64)), ("structured", dict(train_on_inputs=True)),
     ("structured", dict(samples_a_pass=2)), ("structured", dict(dataset_prepared_path="x")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("mode, given", OF_MODES)
@@ -202,11 +202,11 @@ RUNS = {  # for each recipe and mode: runs whose code together reads its options
              ["environment=letters.Once", "reward_funcs=[]"]],
     "structured": [["val_set_size=4", "log_completions=true", "save_steps=1"], ["adapter=lora", "lora_r=4"]],
     "strided": [["val_set_size=4", "log_completions=true", "save_steps=1"], ["adapter=lora", "lora_r=4"]],
-}  # fmt: skip
+}
 OWN = {
     "sft": [], "strided": ["mode=strided"], "grpo": ["num_generations=4", "max_completion_length=4"],
     "structured": ["num_generations=4", "micro_batch_size=4", "max_completion_length=4"],
-}  # fmt: skip
+}
 BY_KEY = {"health_rules", "on_unhealthy"}  # read from a dict, in rules.py and health.py
 NEUTRAL = {"top_p", "top_k", "min_p"}  # there to be refused unless they are
 
@@ -230,7 +230,7 @@ def test_every_option_is_read_by_the_recipe_and_mode_that_takes_it(
         done = run_program(
             ROOT / "tests" / "executed.py", recipe, "--config", str(tmp_path / "c.yaml"), *OWN[kind], *more,
             f"output_dir={tmp_path / str(k)}",
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         read |= set(json.loads(done.stdout.splitlines()[-1]))
     if kind in ("grpo", "structured"):  # no server is at hand: what its client and `serve` read counts
@@ -260,14 +260,14 @@ def test_max_steps_is_the_number_of_steps_and_intervals_may_be_shares_in_every_r
         "save_total_limit: 9\nsave_async: false\n"
     )
     more = {"sft": ["micro_batch_size=4"], "grpo": ["micro_batch_size=16", "reward_funcs=[letters.many_g]"],
-            "structured": ["micro_batch_size=16"], "strided": ["micro_batch_size=4"]}[kind]  # fmt: skip
+            "structured": ["micro_batch_size=16"], "strided": ["micro_batch_size=4"]}[kind]
     recipe = "ebft" if kind in ("structured", "strided") else kind
     own = [option for option in OWN[kind] if not option.startswith("micro_batch_size")]
     for name, saves in (("epochs", "saves_per_epoch=1"), ("shares", "save_steps=0.5")):
         done = run_program(
             ROOT / f"{recipe}.py", "--config", str(tmp_path / "c.yaml"), *own, *more, saves,
             f"output_dir={tmp_path / name}",
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert metrics(tmp_path / name)[-1]["step"] == 7
         saved = {int(p.name.split("-")[1]) for p in (tmp_path / name / "checkpoints").glob("step-*")}

@@ -69,7 +69,7 @@ def test_an_axolotl_config_becomes_one_that_its_recipe_reads(tmp_path):
         {"path": "hf://datasets/owner/chats", "type": "chat", "split": "train[:90%]",
          "columns": {"messages": "turns"}},
         {"path": "./rows.jsonl", "type": "instruct"}, {"path": "/data/books", "type": "text"},
-    ]  # fmt: skip
+    ]
     assert (config.adapter, config.load_in_4bit, config.lora_r, config.lora_alpha) == ("lora", True, 16, 32)
     assert (config.optimizer, config.lr_scheduler, config.bf16) == ("adamw_8bit", "constant", True)
     assert config.gradient_checkpointing and config.special_tokens == {"pad_token": "<|endoftext|>"}
@@ -93,7 +93,7 @@ def test_what_axolotl_leaves_out_means_its_own_defaults(tmp_path):
     assert (config.learning_rate, config.lr_scheduler, config.train_on_inputs) == (1e-4, "cosine", False)
     assert "adam_beta2: 0.999  # axolotl's default" in text
     text, config = converted(tmp_path, BASE + "adam_beta2: 0.95\nweight_decay: 0.1\nwarmup_steps: 7\n"
-                             "sequence_len: 4096\nsave_steps: 30\n")  # fmt: skip
+                             "sequence_len: 4096\nsave_steps: 30\n")
     assert (config.adam_beta2, config.weight_decay, config.warmup_steps) == (0.95, 0.1, 7)
     assert (config.sequence_len, config.save_steps, config.saves_per_epoch) == (4096, 30, None)
     assert config.warmup_ratio is None and "adam_beta2: 0.95\n" in text
@@ -114,7 +114,7 @@ def test_what_trl_leaves_out_means_its_own_defaults(tmp_path):
     _, config = converted(tmp_path, TRL + "use_peft: true\n")
     assert (config.adapter, config.lora_dropout, config.lora_target_modules) == (
         "lora", 0.05, ["q_proj", "v_proj"]
-    )  # fmt: skip
+    )
 
 
 def test_a_grpo_block_is_laid_flat_and_finds_its_recipe(tmp_path):
@@ -124,7 +124,7 @@ def test_a_grpo_block_is_laid_flat_and_finds_its_recipe(tmp_path):
         f"micro_batch_size: 8\ntrl: {block}num_generations: 8, reward_funcs: [exact_match], "
         "scale_rewards: false}\n"
         "vllm: {gpu_memory_utilization: 0.7, max_model_len: 2048, enable_prefix_caching: true}\n",
-    )  # fmt: skip
+    )
     assert config.vllm_server_base_url == ["http://10.0.0.7:9000"] and config.rollout_engine == "vllm"
     assert (config.vllm_gpu_memory_utilization, config.vllm_max_model_len) == (0.7, 2048)
     assert (config.num_generations, config.beta, config.scale_rewards) == (8, 0.01, "none")
@@ -140,7 +140,7 @@ def test_a_grpo_block_is_laid_flat_and_finds_its_recipe(tmp_path):
     ("use_vllm: true\nvllm_mode: server\nvllm_server_host: 0.0.0.0\nvllm_server_port: 81\n", "vllm",
      ["http://127.0.0.1:81"]),
     ("use_vllm: false\n", "embedded", None),
-])  # fmt: skip
+])
 def test_the_address_of_a_server_is_kept_and_colocate_is_no_server(options, engine, urls, tmp_path):
     text, config = converted(tmp_path, TRL + "reward_funcs: [exact_match]\n" + options)
     assert config.rollout_engine == engine
@@ -204,7 +204,7 @@ def test_arguments_of_a_trl_trainer(tmp_path):
     ("{path: a.jsonl}", [{"path": "a.jsonl"}], []),
     ("{path: a.jsonl, type: alpaca, shuffle_by: x}", [{"path": "a.jsonl", "type": "instruct"}],
          ["datasets.shuffle_by"]),
-])  # fmt: skip
+])
 def test_every_key_of_a_data_set_is_converted_or_named(entry, made, lost, tmp_path):
     text, config = converted(tmp_path, f"base_model: a/b\ndatasets: [{entry}]\n")
     assert config.datasets == made
@@ -240,7 +240,7 @@ def test_every_key_of_a_data_set_is_converted_or_named(entry, made, lost, tmp_pa
     ("fsdp_config: {fsdp_offload_params: true}", "fsdp_cpu_offload", True), ("bf16: auto", "bf16", True),
     ("batch_size: 8", "gradient_accumulation_steps", 4), ("resize_token_embeddings_to_32x: true",
      "pad_vocab_to_multiple_of", 32),
-])  # fmt: skip
+])
 def test_a_value_of_axolotl_in_ours(given, option, value, tmp_path):
     _, config = converted(tmp_path, BASE + given + "\n")
     assert getattr(config, option) == value
@@ -265,7 +265,7 @@ def test_a_value_of_axolotl_in_ours(given, option, value, tmp_path):
     ("model_name_or_path: a/b\ndataset_mixture: {datasets: [{id: o/n, split: train_prefs}]}",
          "preference data"),
     ("model_name_or_path: a/b\ndataset_mixer: {o/n: 1.0}\ndataset_splits: [train_prefs]", "preference data"),
-])  # fmt: skip
+])
 def test_what_is_no_config_or_another_algorithm_is_refused(text, named, tmp_path):
     with pytest.raises(ConfigError, match=named):
         converted(tmp_path, text)
@@ -277,7 +277,7 @@ def test_mixtures_and_rewards_of_public_trl_recipes(tmp_path):
         "split: OpenHermes_2.5_no_think, weight: 0.5}\n    - {id: o/m, split: train}\n  "
         "test_split_size: 100\n"
         "assistant_only_loss: true\nchat_template: '{{ messages }}'\n",
-    )  # fmt: skip
+    )
     assert config.datasets == [
         {"path": "hf://datasets/o/n", "name": "SFT", "split": "OpenHermes_2.5_no_think", "weight": 0.5},
         {"path": "hf://datasets/o/m", "split": "train"},
@@ -286,10 +286,10 @@ def test_mixtures_and_rewards_of_public_trl_recipes(tmp_path):
     text, config = converted(
         tmp_path, "model_name_or_path: a/b\ndataset_name: o/math\ndataset_prompt_column: problem\n"
         'system_prompt: "Think.\\nThen answer."\nreward_funcs: [accuracy, mine.score]\ntop_p: 0.95\n',
-    )  # fmt: skip
+    )
     assert config.datasets == [{"path": "hf://datasets/o/math", "type": "instruct",
                                 "columns": {"instruction": "problem"}, "system": "Think.\nThen "
-                                                                                 "answer."}]  # fmt: skip
+                                                                                 "answer."}]
     assert "accuracy is a function of theirs" in comments(text, "LOST")["reward_funcs"]
     assert "top_p" in comments(text, "LOST") and config.top_p == 1.0
     assert "system_prompt" in comments(text, "changed") and "mine.score is" not in text
@@ -300,7 +300,7 @@ def test_options_of_the_other_mode_and_dropout_do_not_stop_a_strided_config(tmp_
         tmp_path, "base_model: a/b\nrl: ebft\nebft: {mode: strided, stride: 4}\ntrl: {num_generations: 4, "
         "epsilon: 0.2}\ndatasets: [{path: o/n, type: ebft_pretrain.transform}]\nadapter: "
         "lora\nlora_dropout: 0.05\n",
-    )  # fmt: skip
+    )
     assert (config.mode, config.stride, config.lora_dropout) == ("strided", 4, 0.0)
     assert config.datasets == [{"path": "hf://datasets/o/n", "type": "text"}]
     assert "not of mode strided" in comments(text, "not needed")["num_generations"]
@@ -312,20 +312,20 @@ def test_the_page_is_up_to_date_and_the_command_prints(tmp_path):
     assert (ROOT / "docs" / "migration.md").read_text() == convert.page(RECIPES)
     (tmp_path / "a.yaml").write_text(AXOLOTL)
     done = subprocess.run([sys.executable, "-m", "health", "convert", str(tmp_path / "a.yaml")], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+                          capture_output=True, text=True)
     assert done.returncode == 0 and yaml.safe_load(done.stdout)["lora_r"] == 16, done.stderr
 
 
 def test_the_count_over_a_folder_finds_no_silent_difference(tmp_path):
     for name, text in (("a", AXOLOTL), ("b", TRL), ("c", BASE + "rl: dpo\n"), ("d", BASE + "neftune: 3\n"),
-                       ("e", "services: {}\n")):  # fmt: skip
+                       ("e", "services: {}\n")):
         (tmp_path / f"{name}.yaml").write_text(text)
     done = run_program(ROOT / "bench" / "convert.py", str(tmp_path), "--show")
     counts = {line.split(maxsplit=1)[1]: int(line.split()[0]) for line in done.stdout.splitlines()
-              if line.startswith("  ") and line.split()[0].isdigit()}  # fmt: skip
+              if line.startswith("  ") and line.split()[0].isdigit()}
     assert done.returncode == 0 and counts == {
         "parses": 2, "parses, with losses named": 1, "refused": 1, "failed": 0, "no config": 1,
-    }  # fmt: skip
+    }
 
 
 def test_the_defaults_of_trl_are_those_of_its_classes():
@@ -333,7 +333,7 @@ def test_the_defaults_of_trl_are_those_of_its_classes():
     import trl
 
     sft, grpo, model = ({f.name: f.default for f in dataclasses.fields(c)}
-                        for c in (trl.SFTConfig, trl.GRPOConfig, trl.ModelConfig))  # fmt: skip
+                        for c in (trl.SFTConfig, trl.GRPOConfig, trl.ModelConfig))
     theirs_of = {
         ours: its for its, ours in convert.NAMES.items() if its in sft or its in grpo or its in model
     }
@@ -364,4 +364,4 @@ SAID_ON_THE_PAGE = {
     "deterministic", "ref_model_sync_steps", "chat_template_kwargs", "gradient_checkpointing_kwargs",
     "sample_packing", "max_steps", "entropy_target", "eval_num_generations",
     "vllm_importance_sampling_clip_min", "kl_steps", "loss_type", "router_aux_loss_coef",
-}  # fmt: skip
+}

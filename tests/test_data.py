@@ -125,14 +125,14 @@ BAD_ROWS = [
     ("tokens", {"input_ids": [1, 2], "labels": [1]}, "2 numbers"),
     ("tokens", {"input_ids": [1, -2]}, "negative"),
     ("tokens", {"input_ids": "1 2"}, "lists"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind, row, reason", BAD_ROWS)
 def test_a_bad_row_stops_with_file_and_line_or_is_counted(kind, row, reason, tokenizer, tmp_path):
     good = {"messages": CONVERSATIONS["one turn"], "instruction": "a", "output": "b", "prompt": "a",
     "completion": "b",
-            "text": "a b c d", "input_ids": [1, 2]}  # fmt: skip
+            "text": "a b c d", "input_ids": [1, 2]}
     path = write(tmp_path / "rows.jsonl", [good, row, good])
     tok = tokenizer("chatml")
     with pytest.raises(DataError, match=reason) as caught:
@@ -310,7 +310,7 @@ def test_reasoning_traces_are_taken_out_of_answers_only():
         "messages": [{"role": "user", "content": "<think>mine</think>?"},
                      {"role": "assistant", "content": "<think>a\nb</think>\n\n4", "reasoning_content": "c"}],
         "output": "<think>x</think>5", "completion": "6<think>never ends", "input": "<think>y</think>z",
-    }  # fmt: skip
+    }
     plain = without_thinking(row)
     assert plain["messages"] == [row["messages"][0], {"role": "assistant", "content": "4"}]
     assert (plain["output"], plain["completion"], plain["input"]) == ("5", "6", "<think>y</think>z")
@@ -337,7 +337,7 @@ AS_MESSAGES = [{"role": "system", "content": "Be brief."}, *CONVERSATIONS["tools
         '{"name": "add", "arguments": {"a": 1}}', '[{"name": "add", "arguments": {"a": 1}}]',
         '{"name": "add", "arguments": "{\\"a\\": 1}"}',
     ],
-)  # fmt: skip
+)
 def test_sharegpt_rows_with_tools_are_the_conversation_that_they_mean(value, tokenizer, tmp_path):
     row = json.loads(json.dumps(SHAREGPT_TOOLS))
     row["conversations"][1]["value"] = value
@@ -368,7 +368,7 @@ def test_sharegpt_rows_with_tools_are_the_conversation_that_they_mean(value, tok
         ({"messages": CONVERSATIONS["one turn"], "tools": "no"}, "tools is text that is not JSON"),
         ({"messages": CONVERSATIONS["one turn"], "tools": {"a": 1}}, "tools must be a list"),
     ],
-)  # fmt: skip
+)
 def test_rows_that_mean_something_else_are_refused_by_name(row, reason, tokenizer, tmp_path):
     kind = "prompt_completion" if "completion" in row else "chat"
     path = write(tmp_path / "a.jsonl", [row])
@@ -390,19 +390,19 @@ def test_one_side_of_preference_data_can_be_chosen_by_its_column(tokenizer, tmp_
 
 def test_columns_that_nothing_reads_are_named_once_in_the_log_and_by_inspect(small_checkpoint, tmp_path):
     rows = [{"messages": CONVERSATIONS["one turn"], "quality": 3, "source": "web", "id": None, "system": ""}
-            for _ in range(4)]  # fmt: skip
+            for _ in range(4)]
     chats = write(tmp_path / "a.jsonl", [*rows, {"messages": CONVERSATIONS["system"], "source": "book"}])
     line = "nothing reads these columns: quality (4 rows), source (5 rows)"
     for _ in range(2):  # the second run finds the rows prepared
         done = run_program(
             ROOT / "sft.py", *arguments(small_checkpoint, chats, tmp_path / "out", max_steps=1),
             f"dataset_prepared_path={tmp_path / 'prepared'}",
-        )  # fmt: skip
+        )
         assert done.stdout.count(line) == 1, done.stdout + done.stderr
     done = run_program(
         ROOT / "data.py", "inspect", f"base_model={small_checkpoint[0]}",
         f"datasets=[{{path: {chats}, type: chat}}]",
-    )  # fmt: skip
+    )
     assert f"warning: {line}" in done.stdout, done.stdout + done.stderr
 
 
@@ -418,11 +418,11 @@ def test_inspect_warns_of_every_answer_without_a_trained_end_and_of_calls_that_a
     (row,) = encode_all({"path": path, "type": "chat"}, tok)
     assert turns_without_end(row, set(tok.stop_ids)) == 2
     (good,) = encode_all({"path": path, "type": "chat"}, Tokenizer.load(write_tokenizer(
-        tmp_path / "good", QWEN3_TEMPLATE, CHATML_TOKENS, "<|im_end|>")))  # fmt: skip
+        tmp_path / "good", QWEN3_TEMPLATE, CHATML_TOKENS, "<|im_end|>")))
     assert turns_without_end(good, set(tok.stop_ids)) == 0 and not good.lost
     no_calls = QWEN3_TEMPLATE.replace("message.tool_calls or []", "[]")
     (row,) = encode_all({"path": path, "type": "chat"}, Tokenizer.load(write_tokenizer(
-        tmp_path / "none", no_calls, CHATML_TOKENS, "<|im_end|>")))  # fmt: skip
+        tmp_path / "none", no_calls, CHATML_TOKENS, "<|im_end|>")))
     assert row.lost == ["tool calls"]
     for name, expected in (
         ("t", f"2 answers in 1 rows have no trained end ({path}:1)"),
@@ -443,7 +443,7 @@ def test_inspect_warns_of_every_answer_without_a_trained_end_and_of_calls_that_a
     ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "prompt_completion"),
     ({"instruction": "q", "output": "a", "text": "both"}, "instruct"), ({"input_ids": [1, 2]}, "tokens"),
     ({"text": "a"}, "text"), ({"id": 3}, None),
-])  # fmt: skip
+])
 def test_a_type_that_is_left_out_is_the_one_that_the_columns_show(row, kind, tmp_path):
     write(tmp_path / "rows.jsonl", [row])
     spec = {"path": "rows.jsonl"}
@@ -489,7 +489,7 @@ def test_the_system_message_of_a_data_set_begins_the_conversations_that_have_non
     write(tmp_path / "instruct.jsonl", [{"instruction": "Hi", "output": "Yes"}])
     tok = tokenizer("chatml")
     for path, kind, expected in (("rows.jsonl", "chat", ["Be brief.", "Mine.", "The row's."]),
-                                 ("instruct.jsonl", "instruct", ["Be brief."])):  # fmt: skip
+                                 ("instruct.jsonl", "instruct", ["Be brief."])):
         spec = {"path": path, "type": kind, "system": "Be brief."}
         made = [tok.decode(row.input_ids) for row in encode_dataset(spec, tok, RowOptions(), tmp_path)]
         assert [text.split("system\n")[1].split("user")[0].strip() for text in made] == expected

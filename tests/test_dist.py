@@ -93,7 +93,7 @@ def test_quantised_weights_are_not_offloaded(key, small_checkpoint):
         sft.Config,
         ["datasets=[{path: x, type: chat}]", f"base_model={small_checkpoint[0]}", "adapter=qlora",
          f"{key}=true", "fsdp_cpu_offload=true"],
-    )  # fmt: skip
+    )
     arch = read_architecture(small_checkpoint[0])
     with pytest.raises(ConfigError, match=f"{key}.*fsdp_cpu_offload"):
         building.build_model(arch, small_checkpoint[0], config, World(0, 1, 0, torch.device("cpu")))

@@ -110,7 +110,7 @@ def layers(top: dict[str, set[str]]) -> dict[str, int]:
 def test_the_root_holds_seven_modules_and_folders_do_nothing_when_they_are_imported():
     assert {path.stem for path in ROOT.glob("*.py")} == {
         "sft", "grpo", "ebft", "model", "kernels", "data", "dist",
-    }  # fmt: skip
+    }
     assert all((ROOT / folder / "__init__.py").read_text() == "" for folder in FOLDERS)
 
 

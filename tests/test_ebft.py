@@ -60,7 +60,7 @@ def test_reward_and_advantage_meet_the_golden_numbers(case):
         "alignment": align, "diversity": diverse, "reward": align - diverse,
         "advantage_rloo": advantages(align, diverse, "rloo"),
         "group_norm": advantages(align, diverse, "group_norm"),
-    }  # fmt: skip
+    }
     for name, value in made.items():
         assert (value - golden(case, name)).abs().max() < 1e-9, name
     # In sample space the truth has a row a sample, and the golden number is for the first row alone: it would
@@ -190,7 +190,7 @@ def run_ebft(checkpoint, texts, out, *options, ranks=1, code=0):
         "stride=4",
         "generate_max_len=4",
         "n_samples_per_prompt=3", "temperature=1.0", "sequence_len=64", *options, ranks=ranks,
-    )  # fmt: skip
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
@@ -198,13 +198,13 @@ def run_ebft(checkpoint, texts, out, *options, ranks=1, code=0):
 @pytest.mark.parametrize("more",
 [["ce_coef=0.1"], ["adapter=lora", "lora_r=4", "gradient_checkpointing=true"],
                                   ["use_whitening=true", "gradient_checkpointing=true",
-                                   "gradient_checkpointing_kwargs={use_reentrant: true}"]])  # fmt: skip
+                                   "gradient_checkpointing_kwargs={use_reentrant: true}"]])
 def test_a_run_reports_its_energy_and_records_its_blocks(more, small_checkpoint, texts, tmp_path):
     rows = run_ebft(small_checkpoint[0], texts, tmp_path, *more)
     assert [r["step"] for r in rows] == [0, 1, 2, 3, 4]
     last = rows[-1]
     for name in ("alignment", "diversity", "cfm_loss", "reward", "rl_loss", "advantages_std", "num_blocks",
-                 "skipped_documents", "alignment_cosine", "pairwise_cosine"):  # fmt: skip
+                 "skipped_documents", "alignment_cosine", "pairwise_cosine"):
         assert abs(last[f"ebft/{name}"]) < 1e4, name
     assert last["train/grad_norm"] > 0 and last["sampling/sampling_logp_difference/max"] < 1e-4
     assert (
@@ -271,10 +271,10 @@ def test_recorded_blocks_replay_to_the_same_bytes(small_checkpoint, texts, tmp_p
     ({"anchors": [500]}, "anchors must be places"), ({"block_ids": [[[1, 2]]]}, "block_ids and sampling"),
     ({"counted": [1]}, "an entry a token"), ({"document_ids": []}, "non-empty list"),
     ({"block_ids": "x"}, "block_ids and sampling"),
-])  # fmt: skip
+])
 def test_a_bad_line_of_recorded_blocks_is_named(harm, words, tmp_path):
     good = {"document_ids": list(range(3, 15)), "counted": [1] * 12, "anchors": [8],
-            "block_ids": [[[1, 2, 3, 4]] * 2], "sampling_logprobs": [[[-1.0] * 4] * 2]}  # fmt: skip
+            "block_ids": [[[1, 2, 3, 4]] * 2], "sampling_logprobs": [[[-1.0] * 4] * 2]}
     file = tmp_path / "step-0.jsonl"
     file.write_text(json.dumps(good) + "\n")
     (document,) = read_blocks(str(tmp_path), tmp_path, 2, 4, 96)
@@ -291,9 +291,9 @@ def test_with_cross_entropy_alone_a_step_is_that_of_supervised_fine_tuning(
     """One AdamW step over the whole data set; SGD would do as well, but every recipe has AdamW."""
     common = (f"base_model={small_checkpoint[0]}", f"datasets=[{{path: {questions}, type: chat}}]",
               "max_steps=1", "learning_rate=1e-3", "lr_scheduler=constant", "weight_decay=0.0",
-              "adam_epsilon=1e-3", "max_grad_norm=1000")  # fmt: skip
+              "adam_epsilon=1e-3", "max_grad_norm=1000")
     cut = {"structured": ("num_generations=2", "micro_batch_size=20", "max_completion_length=4"),
-           "strided": ("generate_max_len=2", "micro_batch_size=10")}  # fmt: skip
+           "strided": ("generate_max_len=2", "micro_batch_size=10")}
     own = ("temperature=1.0", "rl_coef=0", "ce_coef=1.0", "gradient_accumulation_steps=3", f"mode={mode}")
     for recipe, options in (("sft", ("micro_batch_size=30",)), ("ebft", (*own, *cut[mode]))):
         done = run_program(ROOT / f"{recipe}.py", *common, *options, f"output_dir={tmp_path / recipe}")
@@ -312,7 +312,7 @@ def test_a_warmup_that_is_longer_than_the_run_is_refused(mode, small_checkpoint,
         ROOT / "ebft.py", f"base_model={small_checkpoint[0]}", f"output_dir={tmp_path}", f"mode={mode}",
         f"datasets=[{{path: {questions}, type: chat}}]", "max_steps=2", "warmup_steps=3",
         "micro_batch_size=8", *(["generate_max_len=2"] if mode == "strided" else []),
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and "warmup_steps: 3 is longer than the run of 2 steps" in done.stderr
 
 
@@ -325,7 +325,7 @@ def test_documents_that_are_too_short_for_a_block_are_told(small_checkpoint, tex
     done = run_program(
         ROOT / "ebft.py", f"base_model={small_checkpoint[0]}", f"datasets=[{{path: {texts}, type: text}}]",
         f"output_dir={tmp_path}", "mode=strided", "context_length=500",
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and "context_length" in done.stderr and "leave 0 documents" in done.stderr
 
 
@@ -354,7 +354,7 @@ def test_features_of_completions_equal_those_of_each_sequence_alone(method, refe
         mine = states[len(prompt) :]
         parts = [min(len(mine) - 1, int(share * len(mine))) for share in (0.25, 0.5, 0.75)]
         return {"last_token": mine[-1], "mean_pooling": states.mean(0), "completion_mean": mine.mean(0),
-                "concat": torch.cat([mine[i] for i in parts])}[method]  # fmt: skip
+                "concat": torch.cat([mine[i] for i in parts])}[method]
 
     for g, group in enumerate(groups):
         assert (truths[g] - alone(group[0].prompt_ids, group[0].ground_truth_ids or [])).abs().max() < 1e-4
@@ -382,13 +382,13 @@ CONVERSATION = [
     {"role": "user", "content": "And 1 more?"}, {"role": "assistant", "content": "<think>4+1</think>5."},
     {"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "Sure."},
     {"role": "user", "content": "Unanswered"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("turns, asked, answers, after", [
     ("last", [6], ["Sure."], [0]), ("first", [2], ["4."], [0]),
     ("every", [2, 4, 6], ["4.", "5.", "Sure."], [0, 0, 0]), ("rollout", [2], ["4."], [4]),
-])  # fmt: skip
+])
 def test_a_conversation_asks_for_its_last_first_or_every_answer_or_is_rolled_out(
     turns, asked, answers, after, tokenizer_directory, tmp_path
 ):
@@ -434,7 +434,7 @@ def test_a_policy_that_says_the_truth_rolls_out_the_true_conversation(template, 
     rollouts = play(
         Truthful(), Conversation, [prompt], [0], 2, step=0, seed=(1,), options=config,  # type: ignore[arg-type]
         tokenizer=tokenizer, world=ALONE,
-    )  # fmt: skip
+    )
     for r in rollouts:
         assert r.completion_ids == truth and r.completion_mask == mask and not r.truncated
 
@@ -443,7 +443,7 @@ def test_a_policy_that_says_the_truth_rolls_out_the_true_conversation(template, 
     ([{"role": "user", "content": "?"}], "must end with an answer"),
     ([{"role": "assistant", "content": "?"}], "without a question"), (["x"], "list of messages"),
     (CONVERSATION[3:5] * 9, "raise max_turns"),
-])  # fmt: skip
+])
 def test_remaining_turns_that_cannot_be_played_are_refused(remaining, words, tokenizer_directory):
     tokenizer = Tokenizer.load(tokenizer_directory("chatml"))
     messages = CONVERSATION[:2]
@@ -484,7 +484,7 @@ def test_conversations_are_trained_on_their_answers_only_and_replay(small_checkp
     run_structured(
         small_checkpoint[0], file, tmp_path / "b", *more, "rollout_engine=replay", "val_set_size=0",
         f"replay_path={tmp_path / 'a' / 'rollouts'}", "datasets=[]",
-    )  # fmt: skip
+    )
     names = [tmp_path / run / "final" / "model.safetensors" for run in "ab"]
     assert names[0].read_bytes() == names[1].read_bytes()
 
@@ -494,7 +494,7 @@ def questions(tmp_path_factory):
     path = tmp_path_factory.mktemp("questions") / "rows.jsonl"
     rows = [{"messages": [{"role": "user", "content": f"Say {i}."},
     {"role": "assistant", "content": f"gg {i % 3}"}]}
-            for i in range(30)]  # fmt: skip
+            for i in range(30)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -507,7 +507,7 @@ def run_structured(checkpoint, questions, out, *options, ranks=1):
         "max_steps=4", "learning_rate=1e-3", "lr_scheduler=constant", "temperature=1.0", "num_epochs=50",
         *options,
         ranks=ranks,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
@@ -518,13 +518,13 @@ def test_structured_training_brings_the_features_of_samples_to_those_of_the_trut
     rows = run_structured(
         small_checkpoint[0], questions, tmp_path, "max_steps=40", "micro_batch_size=64", "learning_rate=3e-3",
         "embed_method=completion_mean",
-    )  # fmt: skip
+    )
     before, after = rows[0], rows[-1]
     assert after["eval/cfm_unwhitened"] < before["eval/cfm_unwhitened"]
     assert after["eval/alignment_cosine"] > before["eval/alignment_cosine"] + 0.02
     for key in ("ebft/alignment", "ebft/diversity", "ebft/cfm_loss", "entropy", "completions/mean_length",
                 "sampling/importance_sampling_ratio/min",
-                "step_time/features"):  # fmt: skip
+                "step_time/features"):
         assert key in after
 
 
@@ -540,7 +540,7 @@ def test_structured_runs_resume_and_replay_to_the_same_bytes(more, small_checkpo
     run_structured(
         small_checkpoint[0], questions, tmp_path / "c", *more, "rollout_engine=replay", "val_set_size=0",
         f"replay_path={tmp_path / 'a' / 'rollouts'}", "datasets=[]",
-    )  # fmt: skip
+    )
     assert (tmp_path / "c" / "final" / name).read_bytes() == whole
 
 
@@ -576,7 +576,7 @@ def test_strided_mode_keeps_the_experts_of_a_mixture_in_use(small_checkpoint, te
         run_ebft(
             start, texts, tmp_path / str(coef), f"router_aux_loss_coef={coef}", "rl_coef=0", "ce_coef=1e-9",
             "adam_epsilon=1e-3", "max_steps=8", "num_epochs=9", "learning_rate=2e-3", "micro_batch_size=8",
-        )  # fmt: skip
+        )
         ends[coef] = balance(tmp_path / str(coef) / "final")
     assert abs(ends[0.0] - balance(start)) < 1e-3 and ends[10.0] < balance(start) - 0.05, (
         ends,

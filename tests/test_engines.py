@@ -102,7 +102,7 @@ def answer(**changes):
         (answer(logprobs={"token_logprobs": [-1.0]}), "2 tokens with 1 log-probs"),
         (answer(logprobs=None), "not understood"),
     ],
-)  # fmt: skip
+)
 def test_a_server_that_answers_wrongly_is_refused(given, named):
     with pytest.raises(EngineError, match=named):
         read_completions(given, 1, 8, "http://x")

@@ -23,7 +23,7 @@ RECIPES = {
     "structured": ("ebft", [*SMALL, "num_generations=2", "max_completion_length=4", "ce_coef=0.1"]),
     "strided": ("ebft", [*SMALL, "mode=strided", "stride=16", "n_samples_per_prompt=2", "generate_max_len=3",
                          "context_length=4", "sequence_len=64", "ce_coef=0.1"]),
-}  # fmt: skip
+}
 ADAPTERS = {
     "full": [],
     "lora": ["adapter=lora", "lora_r=4"],
@@ -42,9 +42,9 @@ CELLS = [
     f"{kind} {dtype} {adapter}"
     for kind in RECIPES for dtype in ("fp32", "bf16") for adapter in ADAPTERS
     if not (adapter == "fp8" and dtype == "fp32")
-]  # fmt: skip
+]
 QUICK = {"sft fp32 nf4", "sft bf16 full", "sft bf16 fp8", "grpo bf16 lora", "structured fp32 full",
-         "strided bf16 nf4", "sft bf16 muon"}  # fmt: skip
+         "strided bf16 nf4", "sft bf16 muon"}
 FAMILIES = ["gemma2", "mixtral"]
 
 
@@ -64,7 +64,7 @@ def wide(tmp_path_factory):
         write_tokenizer(directory, CHATML_TEMPLATE, CHATML_TOKENS, "<|im_end|>")
         layers = 2 if family == "gemma2" else 1  # every other one has a window
         make_reference(family, vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=layers,
-                       max_position_embeddings=512).save_pretrained(directory)  # fmt: skip
+                       max_position_embeddings=512).save_pretrained(directory)
         return directory
 
     return make
@@ -99,7 +99,7 @@ def started(wide, task, texts, tmp_path_factory):
                 [sys.executable, str(ROOT / "tests" / "pretend_cuda" / "pretend.py"), *names],
                 env={**os.environ, **pretend.environment(library), **environment},
                 capture_output=True, text=True,
-            )  # fmt: skip
+            )
         assert (folder / "out.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
         return json.loads((folder / "out.json").read_text())
 

@@ -63,7 +63,7 @@ REAL = json.loads((ROOT / "tests" / "real_configs.json").read_text())
 SMALL = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
     moe_intermediate_size=24, num_experts=6, num_local_experts=6, num_experts_per_tok=2,
-)  # fmt: skip
+)
 
 
 def shrunk(raw: dict) -> dict:
@@ -119,7 +119,7 @@ def test_the_file_of_a_published_checkpoint_is_read_and_computes_what_transforme
     ("Mixtral-8x7B-v0.1", "moe_frequency", 2), ("Llama-2-7b", "add_cross_attention", True),
     ("Qwen2-7B-Instruct", "use_mrope", True), ("Llama-2-7b", "rope_interleaved", True),
     ("Llama-3-8B", "draft_vocab_size", 32000),
-])  # fmt: skip
+])
 def test_a_field_that_may_change_the_arithmetic_is_still_refused(name, field, value):
     with pytest.raises(CheckpointError, match=f"field {field}="):
         Architecture.from_config({**REAL[name], field: value})
@@ -129,7 +129,7 @@ def test_a_field_that_may_change_the_arithmetic_is_still_refused(name, field, va
     ("_model_name_or_path", "a/b"), ("_commit_hash", "4e2"), ("_anything", {"a": 1}), ("use_bfloat16", True),
     ("gradient_checkpointing", True), ("max_sequence_length", 2048), ("loss_type", "ForCausalLMLoss"),
     ("tokenizer_name", "a/b"), ("is_decoder", True), ("model_max_length", 4096), ("output_attentions", True),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Gemma-3-1b-it", "Qwen3-30B-A3B"])
 def test_leftovers_of_training_libraries_are_no_reason_to_refuse(name, field, value):
     before, after = (Architecture.from_config(raw) for raw in (REAL[name], {**REAL[name], field: value}))

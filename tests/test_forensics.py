@@ -106,7 +106,7 @@ def test_advantages_that_are_no_numbers_are_named_with_their_row(watched, tmp_pa
         return policy_loss(
             logprobs, old_logprobs=logprobs.detach(), advantages=batch.advantages, mask=batch.mask,
             options=options(), size=StepSize(3, 9.0),
-        )[0]  # fmt: skip
+        )[0]
 
     said = judged(watch, model, compute, batch.rows, batch.given)
     found = report_of(tmp_path)
@@ -157,7 +157,7 @@ def small_run(checkpoint, chat_file, out, *extra) -> list[str]:
     return [
         f"base_model={checkpoint}", f"datasets=[{{path: {chat_file}, type: chat}}]", f"output_dir={out}",
         "sequence_len=128", "micro_batch_size=2", "max_steps=4", "learning_rate=1e-3", *extra,
-    ]  # fmt: skip
+    ]
 
 
 def test_a_broken_weight_is_found_and_the_incident_runs_again(small_checkpoint, chat_file, tmp_path):

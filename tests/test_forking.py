@@ -83,7 +83,7 @@ def test_the_new_family_computes_what_transformers_does(forked, tmp_path):
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, attention_bias=True, attention_out_bias=True, mlp_bias=True,
         max_position_embeddings=256, residual_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
+    )
     torch.manual_seed(3)
     model = transformers.SeedOssForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
@@ -108,7 +108,7 @@ print("right")
 def test_the_new_environment_plays_in_a_training_run(forked, small_checkpoint, tmp_path):
     fork = forked(2)
     rows = [{"messages": [{"role": "user", "content": "Guess from 1 to 9."}], "number": n % 9 + 1}
-            for n in range(8)]  # fmt: skip
+            for n in range(8)]
     (fork / "configs" / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (fork / "configs" / "game.yaml").write_text(
         f"base_model: {small_checkpoint[0]}\ndatasets: [{{path: numbers.jsonl, type: chat}}]\n"
@@ -122,4 +122,4 @@ def test_the_new_environment_plays_in_a_training_run(forked, small_checkpoint, t
     assert len(played) == 32 and all("environment" in row["rewards"] for row in played)
     heard = [row for row in played if 0 in row["completion_mask"]]  # something was said, and is not trained
     assert heard and any("no number" in row["completion"] or "lower" in row["completion"]
-                         or "higher" in row["completion"] for row in heard)  # fmt: skip
+                         or "higher" in row["completion"] for row in heard)

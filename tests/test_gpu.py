@@ -119,7 +119,7 @@ def test_the_recipe_trains_on_the_device(options, small_checkpoint, chat_file, t
         f"datasets=[{{path: {chat_file}, type: chat}}]", f"output_dir={out}",
         "sequence_len=256", "learning_rate=1e-3", "micro_batch_size=8", "max_steps=8",
         "sample_packing=true", "profiler_steps=[2]", "num_epochs=8", *options,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
@@ -133,7 +133,7 @@ def test_deterministic_runs_on_the_device_give_the_same_bytes(small_checkpoint, 
             ROOT / "sft.py", f"base_model={small_checkpoint[0]}",
             f"datasets=[{{path: {chat_file}, type: chat}}]", f"output_dir={tmp_path / name}",
             "micro_batch_size=8", "max_steps=4", "deterministic=true", "bf16=true",
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         finals.append((tmp_path / name / "final" / "model.safetensors").read_bytes())
     assert finals[0] == finals[1]
@@ -168,7 +168,7 @@ def test_grpo_samples_and_trains_on_the_device(options, small_checkpoint, tmp_pa
         f"datasets=[{{path: {tmp_path / 'rows.jsonl'}, type: prompt_completion}}]", "micro_batch_size=8",
         f"output_dir={tmp_path / 'out'}", "max_completion_length=16", "max_steps=3", "learning_rate=1e-3",
         *options,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     gap = last.get("sampling/sampling_logp_difference/mean", 0.0)
@@ -182,7 +182,7 @@ def test_blocks_of_ebft_train_on_the_device(small_checkpoint, tmp_path):
         ROOT / "ebft.py", f"base_model={small_checkpoint[0]}", "micro_batch_size=2", "max_steps=3",
         f"datasets=[{{path: {tmp_path / 'rows.jsonl'}, type: text}}]", f"output_dir={tmp_path / 'out'}",
         "learning_rate=1e-3", "generate_max_len=4", "mode=strided",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["sampling/sampling_logp_difference/max"] < 1e-2

@@ -53,7 +53,7 @@ def test_every_metric_meets_the_golden_number():
             advantages=torch.tensor(GOLDEN["advantages"]["group"][part], dtype=torch.float64),
             options=options,
             size=StepSize(8, 25.0), sampling_logprobs=sampled, ref_logprobs=golden("ref_logp")[part],
-        )  # fmt: skip
+        )
         tallied(tally, facts, golden("entropy_per_token")[part], golden("old_logp")[part], sampled)
     metrics |= tally.result(ALONE)
     metrics["reward_std_within_group_mean"] = metrics["reward_std_within_group"]
@@ -119,7 +119,7 @@ def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoin
             f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY, "beta=0.05",
             f"loss_type={loss_type}", f"micro_batch_size={mb}", f"gradient_accumulation_steps={accumulation}",
             f"output_dir={tmp_path / name}", "max_completion_length=10", ranks=ranks,
-        )  # fmt: skip
+        )
         results.append((metrics(tmp_path / name), final_weights(tmp_path / name)))
     (rows, weights), *others = results
     assert len(rows) == 2
@@ -128,7 +128,7 @@ def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoin
             for key in ("train/loss", "train/grad_norm", "entropy", "kl", "clip_ratio/region_mean",
                         "reward_std", "sampling/importance_sampling_ratio/min",
                         "sampling/sampling_logp_difference/max",
-                        "completions/mean_length", "num_tokens"):  # fmt: skip
+                        "completions/mean_length", "num_tokens"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6), key
         for name, weight in weights.items():
             assert (other[name] - weight).abs().max() < 2e-5, name
@@ -152,7 +152,7 @@ def test_runs_do_not_depend_on_micro_batches_or_ranks(loss_type, small_checkpoin
         ("dapo", ["gradient_accumulation_steps=2", "micro_batch_size=4"],
          dict(gradient_accumulation_steps=2, per_device_train_batch_size=4)),
     ],
-)  # fmt: skip
+)
 def test_three_steps_agree_with_trl_on_the_same_rollouts(
     loss_type, more, trl_more, small_checkpoint, tmp_path
 ):
@@ -164,14 +164,14 @@ def test_three_steps_agree_with_trl_on_the_same_rollouts(
         f"loss_type={loss_type}", "micro_batch_size=8", f"output_dir={tmp_path / 'out'}",
         f"max_steps={steps}",
         "max_completion_length=10", "weight_decay=0", "adam_beta2=0.999", "learning_rate=2e-4", *more,
-    )  # fmt: skip
+    )
     ours = metrics(tmp_path / "out")
     assert len(ours) == len(logs) == steps
     shared = {"kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
     "clip_ratio/region_mean",
               "clip_ratio/low_min", "clip_ratio/high_max", "sampling/sampling_logp_difference/mean",
               "sampling/sampling_logp_difference/max", "reward", "reward_std", "frac_reward_zero_std",
-              "completions/mean_length", "completions/clipped_ratio"}  # fmt: skip
+              "completions/mean_length", "completions/clipped_ratio"}
     if "gradient_accumulation_steps=2" in more:
         # TRL averages the means of micro-batches, whatever they hold
         shared -= {"entropy", "clip_ratio/low_mean"}
@@ -204,7 +204,7 @@ def train_with_trl(checkpoint, rows, tmp_path, **options):
                shuffle_dataset=False, disable_tqdm=True, gradient_checkpointing=False, temperature=1.0,
                beta=0.0, disable_dropout=True, vllm_importance_sampling_mode="sequence_mask"),
         **options,
-    })  # fmt: skip
+    })
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     given = iter(rows)
@@ -214,13 +214,13 @@ def train_with_trl(checkpoint, rows, tmp_path, **options):
         return {"prompt_ids": [r["prompt_ids"] for r in taken],
         "completion_ids": [r["completion_ids"] for r in taken],
                 "logprobs": [r["sampling_logprobs"] for r in taken],
-                "score": [r["rewards"]["score"] for r in taken]}  # fmt: skip
+                "score": [r["rewards"]["score"] for r in taken]}
 
     data = datasets.Dataset.from_list([{"prompt": f"p{i}"} for i in range(len(rows) // 4)])
     trainer = GRPOTrainer(
         model=model, args=arguments, processing_class=tokenizer, train_dataset=data, rollout_func=rollout,
         reward_funcs=lambda completions, score, **_: score,
-    )  # fmt: skip
+    )
     # Its sampler correction is tied to this; the rollouts come from the function above
     trainer.use_vllm = True
     trainer._last_loaded_step, trainer.vllm_generation = -1, SimpleNamespace(sync_weights=lambda: None)
@@ -250,7 +250,7 @@ def test_every_slice_of_a_batch_has_the_log_probs_of_the_weights_that_made_it(
             "learning_rate=3e-3", f"micro_batch_size={8 // ranks}", "steps_per_generation=3",
             "max_completion_length=10", "vllm_importance_sampling_correction=false", f"max_steps={steps}",
             f"output_dir={tmp_path / name}", ranks=ranks,
-        )  # fmt: skip
+        )
     old = load_pretrained(str(small_checkpoint[0]), dtype=torch.float32)
     new = load_pretrained(str(tmp_path / "one" / "final"), dtype=torch.float32)
     second = rows[8:16]
@@ -351,7 +351,7 @@ def test_completions_are_logged_as_a_table_to_wandb_and_the_console(task, small_
     done = run_grpo(
         *embedded(task, small_checkpoint[0], tmp_path / "out", "max_steps=1", "log_completions=true"),
         "wandb_project=x", env={"WANDB_MODE": "offline"},
-    )  # fmt: skip
+    )
     assert done.stdout.count("advantage") == 4
     tables = list((tmp_path / "out" / "wandb").rglob("completions*.table.json"))
     assert len(json.loads(tables[0].read_text())["data"]) == 8
@@ -364,7 +364,7 @@ def test_completions_are_logged_as_a_table_to_wandb_and_the_console(task, small_
         ["save_steps=3", "num_iterations=2", "steps_per_generation=2", "beta=0.05", "ref_model_sync_steps=2",
          "replay_buffer_size=3", "micro_batch_size=4"],
     ],
-)  # fmt: skip
+)
 def test_a_resumed_run_ends_with_the_same_bytes(more, task, small_checkpoint, tmp_path):
     import shutil
 
@@ -391,7 +391,7 @@ def test_a_run_can_be_replayed_from_what_it_recorded(task, small_checkpoint, tmp
         f"replay_path={tmp_path / 'a' / 'rollouts'}",
         "num_generations=4", "micro_batch_size=8", "max_completion_length=12", "learning_rate=2e-3",
         "lr_scheduler=constant", f"output_dir={tmp_path / 'b'}",
-    )  # fmt: skip
+    )
     a, b = metrics(tmp_path / "a")[1:], metrics(tmp_path / "b")
     assert len(a) == len(b) == 6
     for x, y in zip(a, b, strict=True):
@@ -416,7 +416,7 @@ def test_a_step_whose_groups_are_all_flat_changes_nothing(small_checkpoint, tmp_
         f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY,
         "micro_batch_size=4",
         "gradient_accumulation_steps=2", f"output_dir={tmp_path / 'out'}", "weight_decay=0.1",
-    )  # fmt: skip
+    )
     (row,) = metrics(tmp_path / "out")
     assert (
         row["train/grad_norm"] == 0.0
@@ -438,7 +438,7 @@ def test_a_step_whose_groups_are_all_flat_changes_nothing(small_checkpoint, tmp_
         ('{"prompt_ids": [1], "completion_ids": [1], "rewards": {"a": "x"}}', "rewards must be"),
         ('{"prompt_ids": [1], "completion_ids": [1], "rewards": {"a": 1}}', "in a row"),
     ],
-)  # fmt: skip
+)
 def test_a_faulty_rollout_is_named_by_file_and_line(line, named, small_checkpoint, tmp_path):
     rows = record(tmp_path / "r.jsonl", groups=2)
     lines = [json.dumps(row) for row in rows]
@@ -448,7 +448,7 @@ def test_a_faulty_rollout_is_named_by_file_and_line(line, named, small_checkpoin
         f"base_model={small_checkpoint[0]}", f"replay_path={tmp_path / 'r.jsonl'}", *REPLAY,
         "micro_batch_size=8",
         f"output_dir={tmp_path / 'out'}", code=2,
-    )  # fmt: skip
+    )
     assert named in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
@@ -462,7 +462,7 @@ def test_a_faulty_rollout_is_named_by_file_and_line(line, named, small_checkpoin
         (dict(replay_path="x"), "rollout_engine: replay"), (dict(temperature=0.0), "above 0"),
         (dict(adapter="lora", lora_dropout=0.1), "the one that samples"),
     ],
-)  # fmt: skip
+)
 def test_options_that_cannot_work_are_refused(changes, named):
     with pytest.raises(ConfigError, match=named):
         options(**changes)
@@ -488,19 +488,19 @@ def test_test_rewards_shows_columns_and_scores(task, small_checkpoint, tmp_path)
 def test_serve_shows_the_command_of_this_config(task, small_checkpoint, tmp_path):
     arguments = embedded(task, small_checkpoint[0], tmp_path / "out", "rollout_engine=vllm", "adapter=lora",
     "lora_r=12",
-                         "vllm_server_base_url=[http://127.0.0.1:8123]", "vllm_python=/bin/echo")  # fmt: skip
+                         "vllm_server_base_url=[http://127.0.0.1:8123]", "vllm_python=/bin/echo")
     done = run_program(ROOT / "grpo.py", "serve", *arguments)
     assert done.returncode == 0, done.stderr
     command = done.stdout.splitlines()[-1]
     for part in (f"--model {small_checkpoint[0].resolve()}", "--port 8123", "--max-lora-rank 16",
                  "--logprobs-mode processed_logprobs", "vllm_worker.WeightReceiver",
-                 "--host 127.0.0.1"):  # fmt: skip
+                 "--host 127.0.0.1"):
         assert part in command
 
 
 def test_a_server_that_is_not_there_ends_the_run_with_one_line(task, small_checkpoint, tmp_path):
     arguments = embedded(task, small_checkpoint[0], tmp_path / "out", "rollout_engine=vllm", "vllm_timeout=1",
-                         "vllm_server_base_url=[http://127.0.0.1:9]")  # fmt: skip
+                         "vllm_server_base_url=[http://127.0.0.1:9]")
     done = run_grpo(*arguments, code=2)
     assert "http://127.0.0.1:9: no healthy answer for 1 s" in done.stderr and "grpo.py serve" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -547,5 +547,5 @@ def test_a_learning_rate_of_0_is_said(recipe, small_checkpoint, task, tmp_path):
     done = run_program(
         ROOT / f"{recipe}.py", "--config", str(task / "zero.yaml"), f"output_dir={tmp_path}", "max_steps=1",
         "learning_rate=0", *own,
-    )  # fmt: skip
+    )
     assert done.returncode == 0 and "learning_rate is 0: no weight will move" in done.stdout, done.stderr

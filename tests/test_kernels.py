@@ -104,7 +104,7 @@ def test_shared_prompts_are_the_same_as_a_predicate_with_a_soft_cap(softcap, win
     flex = torch.nn.attention.flex_attention.flex_attention(
         *(x.detach().transpose(1, 2) for x in (q, k, v)), block_mask=mask, scale=0.3, enable_gqa=True,
         score_mod=None if softcap is None else kernels._capped(softcap),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(flex.transpose(1, 2), expected)
 
 

@@ -204,7 +204,7 @@ print(sorted(set(re.findall(r"ld\\.global[.\\w:]*", made.asm["ptx"]))))
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment,
-                          cwd=ROOT)  # fmt: skip
+                          cwd=ROOT)
     assert done.returncode == 0, done.stderr[-1500:]
     loads = ast.literal_eval(done.stdout.strip().splitlines()[-1])
     assert [load for load in loads if ".v" in load] and [load for load in loads if load.endswith("64")]

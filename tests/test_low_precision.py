@@ -151,7 +151,7 @@ def test_adamw_8bit_is_as_close_to_adamw_as_bitsandbytes_and_its_state_dict_goes
     make = {
         "exact": torch.optim.AdamW, "ours": low_precision.AdamW8bit, "resumed": low_precision.AdamW8bit,
         "theirs": bnb.optim.AdamW8bit,
-    }  # fmt: skip
+    }
     ends = {}
     for name, optimizer_class in make.items():
         p = torch.nn.Parameter(start.clone())
@@ -228,7 +228,7 @@ WAYS = {
     "lora": dict(adapter="lora"),
     "fp8_frozen": dict(adapter="lora", fp8_frozen=True), "nf4": dict(adapter="qlora", load_in_4bit=True),
     "int8": dict(adapter="lora", load_in_8bit=True),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def test_the_recipe_trains_in_low_precision_on_one_and_two_ranks(name, wide_chec
             ROOT / "sft.py", f"base_model={wide_checkpoint}", f"output_dir={out}", "sequence_len=256",
             f"datasets=[{{path: {chat_file}, type: chat}}]", "learning_rate=2e-3", "max_steps=6",
             "save_steps=3", *[f"{key}={value}" for key, value in options.items()], ranks=ranks,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[way, ranks] = [row["train/loss"] for row in rows]
@@ -272,7 +272,7 @@ def test_low_precision_runs_resume_to_the_same_bytes(name, wide_checkpoint, chat
                 "max_steps=6", "save_steps=3", "save_total_limit=5",
                 "merge_adapter=" + str("adapter" in WAYS[name]),
                 *[f"{key}={value}" for key, value in WAYS[name].items()],
-            )  # fmt: skip
+            )
             assert done.returncode == 0, done.stdout + done.stderr
         finals.append((out / "final" / "model.safetensors").read_bytes())
     assert finals[0] == finals[1]
@@ -329,7 +329,7 @@ def test_a_checkpoint_that_bitsandbytes_quantised_is_read_as_it_is(kind, option,
         (["adapter=qlora", "load_in_4bit=true", "load_in_8bit=true"], "contradicts"),
         (["adapter=qlora", "load_in_4bit=true", "fp8=true"], "contradicts"),
     ],
-)  # fmt: skip
+)
 def test_low_precision_options_that_contradict_are_refused(
     options, named, wide_checkpoint, chat_file, tmp_path
 ):
@@ -337,7 +337,7 @@ def test_low_precision_options_that_contradict_are_refused(
         ROOT / "sft.py", f"base_model={wide_checkpoint}",
             f"datasets=[{{path: {chat_file}, type: chat}}]",
         f"output_dir={tmp_path}", *options,
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
 
 
@@ -346,7 +346,7 @@ def test_triton_kernels_equal_their_references_in_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "interpreted.py")],
         env={**os.environ, "TRITON_INTERPRET": "1", "KERNELS": "triton"}, capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -359,7 +359,7 @@ def test_the_gpu_benchmark_runs_its_whole_table_on_small_shapes():
 
 
 @pytest.mark.parametrize("capability, taken", [((8, 0), "torch"), ((8, 6), "torch"), ((8, 9), "triton"),
-                                               ((9, 0), "triton"), ((10, 0), "triton")])  # fmt: skip
+                                               ((9, 0), "triton"), ((10, 0), "triton")])
 def test_no_kernel_with_e4m3_is_taken_on_a_gpu_that_has_none(capability, taken, monkeypatch):
     """Triton has e4m3 from sm_89 on: every entry that could reach such a kernel asks."""
     gpu = SimpleNamespace(is_cuda=True, device="cuda:0", shape=(4, 128))
@@ -379,7 +379,7 @@ def test_no_kernel_with_e4m3_is_taken_on_a_gpu_that_has_none(capability, taken, 
     calls = [
         lambda: low_precision.quantize_fp8(gpu), lambda: low_precision.quantize_fp8_blocks(gpu),
         lambda: low_precision.fp8_matmul(gpu, None, gpu, None),
-    ]  # fmt: skip
+    ]
     for call in calls:
         if taken == "torch":
             assert call() == "torch"

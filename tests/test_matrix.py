@@ -22,7 +22,7 @@ RECIPES = {
                             "eval_steps=1", "gradient_accumulation_steps=2", "ce_coef=0.1"]),
     "strided": ("ebft", ["mode=strided", "micro_batch_size=4", "val_set_size=4", "eval_steps=1", "stride=4",
                          "generate_max_len=4", "context_length=4", "sequence_len=64", "ce_coef=0.1"]),
-}  # fmt: skip
+}
 ADAPTERS = {
     "full": [],
     "lora": ["adapter=lora", "lora_r=4"],
@@ -39,7 +39,7 @@ def wide_checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("wide")
     write_tokenizer(directory, CHATML_TEMPLATE, CHATML_TOKENS, "<|im_end|>")
     make_reference("qwen3", vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                   max_position_embeddings=512).save_pretrained(directory)  # fmt: skip
+                   max_position_embeddings=512).save_pretrained(directory)
     return directory
 
 
@@ -58,7 +58,7 @@ def matrix(wide_checkpoint, task, texts, tmp_path_factory):
             rows, form = (texts, "text") if kind == "strided" else (task / "rows.jsonl", "chat")
             config = folder / f"{kind}.yaml"
             config.write_text(f"base_model: {wide_checkpoint}\ndatasets: [{{path: {rows}, type: {form}}}]\n"
-                              "max_steps: 3\nlearning_rate: 1e-3\nreport: false\n")  # fmt: skip
+                              "max_steps: 3\nlearning_rate: 1e-3\nreport: false\n")
             recipe, options = RECIPES[kind]
             name = f"{kind} {'bf16' if bf16 else 'fp32'} {adapter}{' recomputed' if recompute else ''}"
             runs.append([name, recipe, [
@@ -66,10 +66,10 @@ def matrix(wide_checkpoint, task, texts, tmp_path_factory):
                 f"micro_batch_size={int(options[0 if kind != 'strided' else 1].split('=')[1]) // ranks}",
                 f"bf16={bf16}".lower(), f"gradient_checkpointing={recompute}".lower(),
                 f"output_dir={folder / name.replace(' ', '-')}",
-            ]])  # fmt: skip
+            ]])
         (folder / "runs.json").write_text(json.dumps(runs))
         done = run_program(ROOT / "tests" / "matrix.py", str(folder / "runs.json"), str(folder / "out.json"),
-                           ranks=ranks)  # fmt: skip
+                           ranks=ranks)
         assert (folder / "out.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
         made[ranks] = json.loads((folder / "out.json").read_text())
         return made[ranks]
@@ -78,7 +78,7 @@ def matrix(wide_checkpoint, task, texts, tmp_path_factory):
 
 
 NAMES = [f"{kind} {'bf16' if bf16 else 'fp32'} {adapter}{' recomputed' if recompute else ''}"
-         for kind, bf16, adapter, recompute in CELLS]  # fmt: skip
+         for kind, bf16, adapter, recompute in CELLS]
 
 
 @pytest.mark.parametrize("name", NAMES)

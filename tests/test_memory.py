@@ -72,7 +72,7 @@ def measured_peak(arch: Architecture, config: Config) -> int:
         {"optimizer": "adamw_8bit"}, {"bf16": True, "gradient_checkpointing": True, "micro_batch_size": 64},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_estimate_is_within_a_tenth_of_the_measured_peak(changes):
     arch, config = Architecture.from_config(TINY), config_of(**changes)
     ratio = memory.estimate(arch, config).peak / measured_peak(arch, config)
@@ -116,7 +116,7 @@ def test_as_many_sequences_are_sampled_at_once_as_a_gpu_has_room_for():
         grpo.Config,
         ["base_model=x", "datasets=[{path: x, type: chat}]", "reward_funcs=[length]", "bf16=true",
          "num_generations=8"],
-    )  # fmt: skip
+    )
     assert memory.sampled_bytes(arch, config, 768) == 768 * 114_688 + 16 * 151_936
     left = memory.left_for_sampling(arch, config, 80 * 2**30)
     assert left == pytest.approx(0.9 * 80 * 2**30 - 16 * 596_049_920, rel=1e-3)
@@ -149,7 +149,7 @@ def test_running_out_says_what_was_alive_and_what_to_change(small_checkpoint, ch
     arguments = [
         f"base_model={small_checkpoint[0]}", f"datasets=[{{path: {chat_file}, type: chat}}]",
         f"output_dir={tmp_path / 'out'}", "sequence_len=256", "micro_batch_size=4", "max_steps=3",
-    ]  # fmt: skip
+    ]
     done = run_program(ROOT / "tests" / "worker.py", "out-of-memory", "2", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: out of memory: " in done.stderr

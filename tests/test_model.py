@@ -69,7 +69,7 @@ def test_cached_generation_agrees_with_the_full_forward(name, references):
     made = generate(
         model, prompts, max_new_tokens=15, num_return_sequences=2, generator=torch.Generator().manual_seed(0),
         stop_token_ids=[7, 8, 9],
-    )  # fmt: skip
+    )
     for i, (completion, logprobs) in enumerate(zip(made.completion_ids, made.logprobs, strict=True)):
         prompt = prompts[i // 2]
         for j, (token, logprob) in enumerate(zip(completion, logprobs, strict=True)):
@@ -88,7 +88,7 @@ OLD_DIALECT = {
     "gemma2": {"rope_theta": 10000.0},
     "qwen2": {"rope_theta": 10000.0},
     "smollm3": {"rope_theta": 2000000.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OLD_DIALECT)
@@ -145,7 +145,7 @@ def test_a_frozen_weight_costs_four_flops_a_token_and_a_trained_one_six():
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128,
         "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True, "rope_theta": 1e4,
         "max_position_embeddings": 64, "attention_bias": False,
-    })  # fmt: skip
+    })
     attention = 6 * 1 * 4 * 16 * 10  # documents of 10 tokens
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, the three of the MLP
     model = ballast.Transformer(arch)

@@ -55,7 +55,7 @@ def test_histories_of_other_trainers_get_the_same_verdicts(tmp_path):
 
 @pytest.mark.parametrize("name, text", [
     ("x.json", "{"), ("x.json", "{}"), ("x.jsonl", "[1]\n"), ("x.jsonl", ""), ("x.csv", "Step\n"),
-])  # fmt: skip
+])
 def test_what_is_no_history_is_said_in_a_line(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=name):
@@ -74,7 +74,7 @@ def sft(checkpoint, rows, out, *options, ranks=1):
         ROOT / "sft.py", f"base_model={checkpoint}", f"datasets=[{{path: {rows}, type: chat}}]",
         f"output_dir={out}", "micro_batch_size=4", "max_steps=60", "num_epochs=20", "lr_scheduler=constant",
         *options, ranks=ranks,
-    )  # fmt: skip
+    )
 
 
 def test_a_healthy_run_says_so_once_and_nothing_else(small_checkpoint, chat_file, tmp_path):

@@ -46,7 +46,7 @@ def start(small_checkpoint, tmp_path, monkeypatch):
              "vllm_model_name=policy", f"vllm_server_base_url=[{', '.join(fake.url for fake in fakes)}]",
              "num_generations=2", "micro_batch_size=2", "max_completion_length=4", "reward_funcs=[length]",
              "vllm_sync_method=nccl", "vllm_timeout=10", *options],
-        )  # fmt: skip
+        )
         model = load_pretrained(str(checkpoint), dtype=torch.float32)
         engine = VllmEngine(
             model, config, Tokenizer.load(small_checkpoint[0]), WORLD, [Prompt([5, 6], "", {}, "row 1")]
@@ -103,7 +103,7 @@ def test_one_gather_serves_all_servers_and_shapes_need_none(start, monkeypatch):
 @pytest.mark.parametrize("route, after", [
     ("/init_weight_transfer_engine", 0), ("/start_weight_update", 1), ("/update_weights", 1),
     ("/finish_weight_update", 2),  # the first of these ends what an earlier run may have left
-])  # fmt: skip
+])
 def test_an_error_on_the_way_is_tried_again_from_the_beginning(route, after, start):
     engine, fake, other = start(servers=2, fails={route: [1, after]})
     for step in (1, 2):
@@ -227,7 +227,7 @@ def test_names_and_shapes_of_quantised_layers_with_an_adapter(stored, tmp_path):
         Config,
         [f"base_model={tmp_path}", "datasets=[{path: x, type: chat}]", "reward_funcs=[length]",
          "adapter=qlora", f"{stored}=true"],
-    )  # fmt: skip
+    )
     model = building.build_model(read_architecture(tmp_path, []), tmp_path, config, WORLD)
     sent = [(name, tuple(tensor.shape)) for name, tensor in iterate_weights(model, merge=True)]
     assert weight_shapes(model) == sent
@@ -236,7 +236,7 @@ def test_names_and_shapes_of_quantised_layers_with_an_adapter(stored, tmp_path):
 TRAINED = ["num_generations=4", "micro_batch_size=4", "max_steps=3", "max_completion_length=6",
            "save_steps=2", "learning_rate=1e-3", "reward_funcs=[letters.spread]",
            "vllm_model_name=policy", "rollout_engine=vllm",
-           "vllm_sync_method=nccl", "vllm_timeout=10"]  # fmt: skip
+           "vllm_sync_method=nccl", "vllm_timeout=10"]
 
 
 def config(task) -> list[str]:
@@ -252,7 +252,7 @@ def test_two_sharded_ranks_train_with_a_server_of_two_workers(small_checkpoint, 
             ROOT / "tests" / "nccl_ranks.py", *config(task), f"base_model={small_checkpoint[0]}",
             f"output_dir={tmp_path / 'out'}",
             f"vllm_server_base_url=[{fake.url}]", *TRAINED, ranks=2,
-        )  # fmt: skip
+        )
     finally:
         fake.close()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -273,7 +273,7 @@ def test_a_sync_that_fails_ends_both_ranks_with_one_line_and_a_checkpoint(small_
             ROOT / "tests" / "nccl_ranks.py", *config(task), f"base_model={small_checkpoint[0]}",
             f"output_dir={tmp_path / 'out'}",
             f"vllm_server_base_url=[{fake.url}]", *TRAINED, "save_steps=null", ranks=2, timeout=240,
-        )  # fmt: skip
+        )
     finally:
         fake.close()
     output = done.stdout + done.stderr

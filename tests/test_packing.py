@@ -53,7 +53,7 @@ def make_batches(dataset, units=4, weights=(1.0,), seed=0, packing=False):
         dataset, np.arange(len(dataset)), weights=list(weights), capacity=32 if packing else None,
         units_per_step=units,
         seed=seed, pad_id=0,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -162,14 +162,14 @@ def test_every_recipe_mixes_data_sets_by_their_weights(recipe, small_checkpoint,
     )
     pairs = ["num_generations=2", "max_completion_length=4"]
     own = {"grpo": ["reward_funcs=[letters.spread]", *pairs], "ebft": pairs,
-           "strided": ["mode=strided", "generate_max_len=2", "stride=20"]}  # fmt: skip
+           "strided": ["mode=strided", "generate_max_len=2", "stride=20"]}
     done = run_program(
         ROOT / f"{'ebft' if recipe == 'strided' else recipe}.py", "--config", str(tmp_path / "c.yaml"),
         f"output_dir={tmp_path / 'out'}", *own[recipe],
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for path in (tmp_path / "out" / "rollouts").glob("step-*.jsonl")
-             for line in path.read_text().splitlines()]  # fmt: skip
+             for line in path.read_text().splitlines()]
     names = Counter(line["row"].rpartition("/")[2] for line in lines)
     assert len(names) == 12 and all("b.jsonl" in name for name in names), names
 
@@ -178,7 +178,7 @@ def test_every_recipe_mixes_data_sets_by_their_weights(recipe, small_checkpoint,
     (dict(eval_steps=7), (7, None)), (dict(save_steps=0.05, eval_steps=0.3), (36, 6)),
     (dict(saves_per_epoch=4, evals_per_epoch=1), (40, 10)), (dict(saves_per_epoch=1000), (None, 1)),
     (dict(save_steps=1.0, eval_steps=120.0), (120, 1)), ({}, (None, None)),
-])  # fmt: skip
+])
 def test_intervals_as_shares_of_the_run_and_of_an_epoch_become_steps(options, made):
     """A run of 120 steps, 40 of which are an epoch."""
     names = ("eval_steps", "evals_per_epoch", "save_steps", "saves_per_epoch")

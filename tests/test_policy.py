@@ -47,7 +47,7 @@ def golden_loss(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return policy_loss(
         golden("logp"), old_logprobs=golden("old_logp"), advantages=advantages, mask=mask, options=options,
         size=StepSize(len(mask), counted.sum().item()), **more,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", GOLDEN["loss"])
@@ -69,7 +69,7 @@ def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(loss_type, level
         loss_type=loss_type, importance_sampling_level=level, beta=0.1, epsilon_high=5.0,
         max_completion_length=T,
         mask_truncated_completions=True, off_policy_mask_threshold=0.1,
-    )  # fmt: skip
+    )
     truncated = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0], dtype=torch.bool)
     more = dict(sampling_logprobs=old + 0.1 * draw(B, T), ref_logprobs=old + 0.2 * draw(B, T))
     size = StepSize(B, (mask * (~truncated)[:, None]).sum().item())
@@ -82,7 +82,7 @@ def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(loss_type, level
                 new[part], old_logprobs=old[part], advantages=advantages[part], mask=mask[part],
                 options=options,
                 size=size, truncated=truncated[part], **{k: v[part] for k, v in more.items()},
-            )[0]  # fmt: skip
+            )[0]
         results.append((total.item(), torch.autograd.grad(total, new)[0]))
     for value, gradient in results[1:]:
         assert value == pytest.approx(results[0][0], abs=1e-12)
@@ -92,7 +92,7 @@ def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(loss_type, level
             x, old_logprobs=old, advantages=advantages, mask=mask, options=replace(options, loss_type="sapo"),
             size=size, truncated=truncated, **more,
         )[0], (new,),
-    )  # fmt: skip
+    )
 
 
 def test_the_gradient_of_k3_and_of_its_corrected_form():
@@ -113,7 +113,7 @@ def test_the_gradient_of_k3_and_of_its_corrected_form():
                 options=PolicyOptions(beta=1.0, use_bias_correction_kl=corrected),
             )[0]
             for k in range(6)
-        )  # fmt: skip
+        )
         assert loss.item() == pytest.approx(kl_of_pi.item())  # k3's mean is KL(π‖π_ref) either way
         got, wanted = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected))
         assert (got - wanted).abs().max() < 1e-12
@@ -131,7 +131,7 @@ def test_a_token_without_a_sampling_logprob_counts_as_on_policy():
 
 
 MODES = ["sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "geometric_mask",
-         "geometric_truncate"]  # fmt: skip
+         "geometric_truncate"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -159,7 +159,7 @@ def test_what_is_left_out_of_the_loss_may_be_infinite(loss_type, level):
     options = PolicyOptions(
         loss_type=loss_type, importance_sampling_level=level, epsilon_high=5.0, max_completion_length=T,
         mask_truncated_completions=True, off_policy_mask_threshold=0.1,
-    )  # fmt: skip
+    )
     advantages = torch.tensor([0.0, -1.0, -1.0, -1.0, 1.0, -0.5])
     truncated = torch.tensor([False, True, False, False, False, False])
     entropy_mask = torch.ones(B, T, dtype=torch.bool)
@@ -173,7 +173,7 @@ def test_what_is_left_out_of_the_loss_may_be_infinite(loss_type, level):
             logprobs, old_logprobs=old[rows], advantages=advantages[rows], mask=torch.ones(B, T)[rows],
             options=options, size=StepSize(B, 15.0), sampling_logprobs=sampled[rows],
             entropy_mask=entropy_mask[rows], truncated=truncated[rows],
-        )  # fmt: skip
+        )
         loss.backward()
         results.append((loss.item(), logprobs.grad))
     (loss, gradient), (expected, of_the_others) = results
@@ -190,7 +190,7 @@ def test_geometric_mean_rejects_whole_completions_whatever_their_length():
     options = PolicyOptions(
         vllm_importance_sampling_mode="geometric_mask", vllm_importance_sampling_clip_min=0.95,
         vllm_importance_sampling_clip_max=1.05,
-    )  # fmt: skip
+    )
     _, applied, outside, _ = sampler_ratio(old, sampled, mask, options)
     assert applied[:, 0].tolist() == [1.0, 0.0, 1.0] and outside[:, 0].tolist() == [False, True, False]
     options = replace(options, vllm_importance_sampling_mode="geometric_truncate")
@@ -212,7 +212,7 @@ def shares(options, old, sampled, mask, cut: int) -> dict[str, float]:
         _, facts = policy_loss(
             old[part], old_logprobs=old[part], advantages=torch.ones(len(old[part])), mask=mask[part],
             options=options, size=StepSize(len(old), 1.0), sampling_logprobs=sampled[part],
-        )  # fmt: skip
+        )
         tallied(tally, facts, torch.zeros_like(old[part]), old[part], sampled[part])
     found = tally.result(World(0, 1, 0, torch.device("cpu")))
     return {

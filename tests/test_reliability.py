@@ -20,7 +20,7 @@ WORKER = ROOT / "tests" / "worker.py"
 # at 1e-8 an element whose gradient is rounding noise moves by the learning rate all the same.
 EIGHT = dict(num_epochs=2, learning_rate=1e-3, save_steps=5, save_total_limit=9, adam_epsilon=1e-4)
 MESHES = {"1": (1, {}), "2": (2, {}), "4": (4, {}), "4 replicated": (4, {"hsdp_shard_size": 1}),
-          "4 hybrid": (4, {"hsdp_shard_size": 2})}  # fmt: skip
+          "4 hybrid": (4, {"hsdp_shard_size": 2})}
 
 
 def gap(a, b) -> float:
@@ -185,7 +185,7 @@ def test_tokens_are_never_written_down(small_checkpoint, chat_file, tmp_path):
     made = subprocess.run(
         [sys.executable, "-m", "health", "report", str(out)], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, **env},
-    )  # fmt: skip
+    )
     assert made.returncode == 0, made.stderr
     files = [p for p in out.rglob("*") if p.is_file()]
     assert len(files) > 12
@@ -196,7 +196,7 @@ def test_tokens_are_never_written_down(small_checkpoint, chat_file, tmp_path):
 
 def test_a_password_in_a_servers_address_is_refused():
     given = ["base_model=x", "datasets=[{path: x, type: chat}]", "reward_funcs=[exact_match]",
-             "rollout_engine=vllm", f"vllm_server_base_url=[http://me:{TOKEN}@host:8000]"]  # fmt: skip
+             "rollout_engine=vllm", f"vllm_server_base_url=[http://me:{TOKEN}@host:8000]"]
     with pytest.raises(ConfigError) as refused:
         parse_config(GrpoConfig, given)
     assert "password" in str(refused.value) and TOKEN not in str(refused.value)

@@ -56,7 +56,7 @@ def test_reward_functions_sync_and_async_score_by_name(scoring):
     names = [f"rewards_of_test.{n}" for n in ("good", "patient", "sometimes")]
     assert score(*names, "length") == {
         "good": [1.0, 0.0, 1.0], "patient": [1.0] * 3, "sometimes": [2.0, None, 2.0], "length": [0.0] * 3,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_reward_functions_sync_and_async_score_by_name(scoring):
         ("raises", r"ValueError: no b please, on rows.jsonl:2, completion 'none'"),
         ("wants", "it gets the columns answer"), ("slow", r"no answer within 0.2 s \(reward_timeout\)"),
     ],
-)  # fmt: skip
+)
 def test_a_reward_function_that_fails_is_named_with_row_and_completion(name, named, scoring):
     score, directory = scoring
     with pytest.raises(RewardError, match=named):
@@ -94,7 +94,7 @@ def test_a_reward_function_that_cannot_be_imported_says_where_it_was_looked_for(
         ("so it is 1,234", "1234", 1), ("#### 18", "steps … #### 18", 1), ("the answer is 1/2.", "0.5", 1),
         ("-3", "3", 0), ("no number", "3", 0), ("3 then 4", "3", 0), ("7.0", "7", 1),
     ],
-)  # fmt: skip
+)
 def test_numeric_match_reads_the_last_number(text, expected, right):
     assert rewards.numeric_match([text], [expected]) == [float(right)]
 

@@ -98,13 +98,13 @@ def test_a_subset_and_its_splits_are_those_that_the_card_of_the_data_set_names(t
     assert read(name="other") == ["other/train"]  # a folder of that name that the card does not know
     for spec, reason in (({}, "set name to one of main, socratic"), ({"name": "third"}, "main, socratic"),
                          ({"name": "main", "split": "dev"}, "no split.*train, test"),
-                         ({"name": 3}, "must be text")):  # fmt: skip
+                         ({"name": 3}, "must be text")):
         with pytest.raises(ConfigError, match=reason):
             read(**spec)
 
 
 @pytest.mark.parametrize("card", ["", "# no front matter", "---\nconfigs: 3\n---\n", "---\n: [\n---\n",
-                                  "---\nlicense: mit\n---\n"])  # fmt: skip
+                                  "---\nlicense: mit\n---\n"])
 def test_a_card_that_names_no_files_changes_nothing(card, tmp_path):
     read = subsets(tmp_path, card)
     assert read(name="socratic") == ["socratic/all"]
@@ -116,4 +116,4 @@ def test_a_default_subset_is_taken_where_none_is_named(tmp_path):
     assert subsets(tmp_path, card)() == ["socratic/all"]
     assert subsets(tmp_path, CARD.replace("config_name: main", "config_name: default"))() == [
         "main/train-0", "main/train-1",
-    ]  # fmt: skip
+    ]

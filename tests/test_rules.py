@@ -15,7 +15,7 @@ from run.config import ConfigError, parse_config
 CONFIG = {
     "learning_rate": 1e-3, "temperature": 0.6, "vllm_sync_interval": 4, "num_generations": 8, "beta": 0.0,
     "datasets": [{"path": "x", "type": "chat"}], "whitening": "none", "on_unhealthy": "warn", "lora_r": 16,
-}  # fmt: skip
+}
 
 
 def config_for(name: str) -> dict:
@@ -73,7 +73,7 @@ ILL: dict[str, tuple[str, list[float], list[float], int]] = {
     "step_time_jump": ("step_time", noisy(1.0, 60, 0.2), [5.0] * 8, 5),
     "data_starvation": ("step_time/data_share", noisy(0.02, 20), [0.8] * 12, 10),
     "slow_rank": ("ranks/slowness", noisy(1.05, 10), [2.4] * 4, 3),
-}  # fmt: skip
+}
 
 
 def test_every_rule_has_a_case_here():
@@ -121,7 +121,7 @@ def test_a_verdict_gives_the_figures_the_cause_and_the_options_with_their_values
     (verdict,) = spoken
     line = verdict.line(CONFIG)
     for words in ("step 10", "entropy 0.008 for 10 steps, below 0.01", "completions are becoming identical",
-                  "temperature is 0.6: try 0.8 to 1.0", "learning_rate is 0.001: halve it"):  # fmt: skip
+                  "temperature is 0.6: try 0.8 to 1.0", "learning_rate is 0.001: halve it"):
         assert words in line
     assert "max_grad_norm" not in line and "beta is 0: 0.01 to 0.1" in line
     at_one = verdict.line({**CONFIG, "temperature": 1.0, "beta": 0.05})  # nothing to tell about these
@@ -181,7 +181,7 @@ def test_ranges_can_be_set_and_rules_switched_off():
     ({"entropy_colapse": "off"}, "did you mean entropy_collapse"), ({"kl_high": "on"}, "must be off, or set"),
     ({"kl_high": {"hihg": 1}}, "must be off, or set"), ({"kl_high": {"window": 0}}, "kl_high.window: 0"),
     ({"kl_high": {"severity": "grave"}}, "kl_high.severity"), ({"kl_high": {"high": "x"}}, "kl_high.high"),
-])  # fmt: skip
+])
 def test_a_mistake_in_health_rules_is_one_clear_line(rules, words):
     with pytest.raises(ConfigError, match=words):
         rules_of({**CONFIG, "health_rules": rules})
@@ -193,7 +193,7 @@ def test_options_of_health_are_read_from_yaml(tmp_path):
         "base_model": "x", "datasets": [{"path": "x"}], "reward_funcs": ["format"],
         "health_rules": {"kl_high": False, "entropy_collapse": {"low": 0.02}},
         "on_unhealthy": {"critical": "stop"},
-    }))  # fmt: skip
+    }))
     config = parse_config(grpo.Config, ["--config", str(file)])
     assert config.on_unhealthy == {"critical": "stop"} and config.health_rules["kl_high"] is False
     file.write_text(file.read_text().replace("critical: stop", "critical: explode"))

@@ -24,7 +24,7 @@ from run.config import BallastError
 # Dropout draws random numbers in every step; evaluation and saving must not disturb them.
 BUSY = dict(num_epochs=8, sequence_len=128, micro_batch_size=3, gradient_accumulation_steps=2, save_steps=3,
 val_set_size=4, eval_steps=4,
-            sample_packing=True, adapter="lora", lora_r=4, lora_dropout=0.2, merge_adapter=True)  # fmt: skip
+            sample_packing=True, adapter="lora", lora_r=4, lora_dropout=0.2, merge_adapter=True)
 
 WORKER = ROOT / "tests" / "worker.py"
 
@@ -62,7 +62,7 @@ def start(probe, value, *args, ranks=1):
         [*launch, str(WORKER), probe, value, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, env=env,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def wait_for_step(process, output_dir, step):
@@ -221,7 +221,7 @@ def test_a_checkpoint_made_to_run_code_is_refused(small_checkpoint, chat_file, t
 
     (path / ".metadata").write_bytes(pickle.dumps(Hostile()))
     sums = {p.name: [p.stat().st_size, zlib.crc32(p.read_bytes())]
-            for p in path.iterdir() if p.name != "checksums.json"}  # fmt: skip
+            for p in path.iterdir() if p.name != "checksums.json"}
     (path / "checksums.json").write_text(json.dumps(sums))
     done = run_program(ROOT / "sft.py", *args, f"resume={path}")
     assert done.returncode == 2 and "posix.mkdir, which none of ours does" in done.stderr
@@ -256,7 +256,7 @@ def test_resuming_another_run_is_refused_by_key(small_checkpoint, chat_file, tmp
         ("seed=6", "seed"), ("micro_batch_size=2", "micro_batch_size"),
         (f"datasets=[{{path: {other}, type: chat}}]", "resume_with_new_data"),
         ("resume=never", "output_dir"), ("resume=nowhere", "resume"), ("optimizer=muon", "optimizer"),
-    ):  # fmt: skip
+    ):
         done = run_program(ROOT / "sft.py", *args, change)
         assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1, (
             done.stderr

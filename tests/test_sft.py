@@ -53,7 +53,7 @@ def naive(small_checkpoint, chat_file):
 CUTS = [  # micro_batch_size, gradient_accumulation_steps, ranks, packing: all 37 rows in one optimiser step
     (37, 1, 1, False), (1, 37, 1, False), (10, 4, 1, False), (19, 1, 2, False), (3, 7, 2, False),
     (40, 1, 1, True), (2, 20, 1, True), (1, 20, 2, True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("micro, accumulation, ranks, packing", CUTS)
@@ -66,7 +66,7 @@ def test_loss_and_gradient_equal_naive_fp64_however_the_batch_is_cut(
                    gradient_accumulation_steps=accumulation, sample_packing=packing,
                    gradient_checkpointing=accumulation > 5),
         ranks=ranks,
-    )  # fmt: skip
+    )
     loss, gradients = naive
     got = torch.load(tmp_path / "g.pt")
     assert metrics(tmp_path / "out")[0]["train/loss"] == pytest.approx(loss, rel=1e-5)
@@ -95,7 +95,7 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
         eval_answers=5,
         eval_max_new_tokens=4, profiler_steps="[2]", wandb_project="ballast-test", optimizer="muon",
         sample_packing=True,
-    )  # fmt: skip
+    )
     done = run_ok(ROOT / "sft.py", *args, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     rows = metrics(out)
     assert [m["step"] for m in rows] == [*range(1, 13), 12]
@@ -103,7 +103,7 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
     for key in ("train/loss", "train/grad_norm", "train/learning_rate", "memory/max_alloc",
     "memory/max_reserved", "num_tokens",
                 "tokens_per_second", "step_time", "trained_token_share", "packing_efficiency",
-                "epoch"):  # fmt: skip
+                "epoch"):
         assert all(key in row for row in rows[:12]), key
     assert "eval/loss" in rows[5] and "eval/loss" in rows[11] and "eval/accuracy" in rows[12]
     assert 0.5 < rows[0]["packing_efficiency"] <= 1 and 0 < rows[0]["trained_token_share"] < 1
@@ -127,7 +127,7 @@ def test_a_run_writes_metrics_logs_config_and_a_checkpoint_that_transformers_loa
     chat = subprocess.run(
         [sys.executable, str(ROOT / "model.py"), "chat", str(out / "final"), "--max-new-tokens", "8"],
         input="Hello\n\n", capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert chat.returncode == 0 and chat.stdout.strip(), chat.stderr
 
 
@@ -164,7 +164,7 @@ def test_an_adapter_is_saved_as_peft_reads_it_and_can_be_gone_on_from(small_chec
     chat = subprocess.run(
         [sys.executable, str(ROOT / "model.py"), "chat", str(out / "final"), "--max-new-tokens", "4"],
         input="Hello\n", capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert chat.returncode == 0 and chat.stdout.strip(), chat.stderr
 
 
@@ -224,7 +224,7 @@ def test_added_tokens_grow_the_embedding_and_are_saved(small_checkpoint, chat_fi
         ("gradient_checkpointing_kwargs={reentrant: true}", "use_reentrant"), ("fsdp_cpu_offload=true",
         "CUDA"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_the_config_is_one_line_and_exit_code_2(
     change, named, small_checkpoint, chat_file, tmp_path
 ):
@@ -331,6 +331,6 @@ def test_new_tokens_beside_an_adapter_are_trained_saved_and_gone_on_from(
     if not beyond:
         run_ok(ROOT / "sft.py", *arguments(
             small_checkpoint, tmp_path / "new.jsonl", tmp_path / "two", **dict(options, micro_batch_size=2)
-        ), ranks=2)  # fmt: skip
+        ), ranks=2)
         for name, tensor in load_file(tmp_path / "two" / "final" / "adapter_model.safetensors").items():
             assert (tensor - load_file(final / "adapter_model.safetensors")[name]).abs().max() < 1e-5, name

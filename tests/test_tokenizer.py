@@ -194,7 +194,7 @@ GREEDY = [
     BIG + "{% for i in range(9999) %}{{ b }}{% endfor %}", BIG + "{{ b.replace('a', b) }}",
     BIG + "{{ b | replace('a', b) }}", BIG + "{{ b.join([b] * 10000) }}", BIG + "{{ [b] * 9999 | join(b) }}",
     BIG + "{% set c %}{% for i in range(999) %}{{ b }}{% endfor %}{% endset %}{{ c | length }}",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("template", GREEDY)
@@ -246,7 +246,7 @@ MISTRAL = """\
 {%- else %}{{- '[TOOL_RESULTS] ' + m.content + '[/TOOL_RESULTS]' }}{%- endif %}
 {%- endfor %}"""
 MISTRAL_TOKENS = ["<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-                  "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]  # fmt: skip
+                  "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]
 
 # R1's distillations: the generation prompt opens a thought that the history does not show; calls come first.
 DISTILLED = """\
@@ -357,7 +357,7 @@ def test_tool_conversations_of_a_template_that_refuses_a_turn_without_its_calls(
     messages = [
         {"role": "user", "content": "Add"}, {"role": "assistant", "tool_calls": CALL_WITH_ID},
         {"role": "tool", "content": "2"}, {"role": "assistant", "content": "It is 2."}, *more,
-    ]  # fmt: skip
+    ]
     same_ids(ours, theirs, messages, TOOLS)
     pieces = trained_text(ours, *ours.encode_chat(messages, TOOLS))
     expected = ['[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]</s>', "It is 2.</s>", "3.</s>"]
@@ -387,7 +387,7 @@ def test_an_answer_begins_before_its_calls_also_where_the_generation_prompt_is_n
         {"role": "user", "content": "Add"}, {"role": "assistant", "content": "", "tool_calls": CALL},
         {"role": "tool", "content": "2"}, {"role": "assistant", "content": "<think>\nhm\n</think>It is 2."},
         {"role": "user", "content": "And?"}, {"role": "assistant", "content": "", "tool_calls": CALL},
-    ]  # fmt: skip
+    ]
     same_ids(ours, theirs, messages)
     call = '<|call|>add {"a": 1}<|/call|></s>'
     assert trained_text(ours, *ours.encode_chat(messages)) == [call, "It is 2.</s>", call]
@@ -398,12 +398,12 @@ def test_a_thought_in_a_message_of_its_own_is_part_of_the_turn(shaped):
     messages = [
         {"role": "user", "content": "Add"}, {"role": "assistant", "content": "2", "reasoning": "one and one"},
         {"role": "user", "content": "And?"}, {"role": "assistant", "content": "3", "reasoning": "and one"},
-    ]  # fmt: skip
+    ]
     same_ids(ours, theirs, messages)
     thought = "<|channel|>analysis<|message|>and one<|end|><|start|>assistant"
     assert trained_text(ours, *ours.encode_chat(messages)) == [
         "<|channel|>final<|message|>2<|end|>", thought + "<|channel|>final<|message|>3<|return|>",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
@@ -472,7 +472,7 @@ def test_generation_blocks_are_trained_exactly_and_nothing_beside_them(shaped):
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
         + block + "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )  # fmt: skip
+    )
     for text, ends in (
         (template, "<|im_end|>\n"),
         (template.replace(" + '<|im_end|>\\n' }}{% endg", " }}{% endg"), ""),
@@ -492,7 +492,7 @@ def test_generation_blocks_are_trained_exactly_and_nothing_beside_them(shaped):
 
 SAID = [{"role": "system", "content": "Be short."}, {"role": "user", "content": " Hi "},
         {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Bye"},
-        {"role": "assistant", "content": "So long."}]  # fmt: skip
+        {"role": "assistant", "content": "So long."}]
 SHIPPED = {  # by hand, from the formats that the families publish
     "chatml": "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\n Hi <|im_end|>\n"
     "<|im_start|>assistant\n[Hello.<|im_end|>]\n"

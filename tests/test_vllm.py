@@ -54,7 +54,7 @@ def setup(tmp_path_factory):
         "qwen3", vocab_size=512, hidden_size=64, head_dim=32, num_hidden_layers=2, max_position_embeddings=512
     ).save_pretrained(checkpoint)
     rows = [{"messages": [{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": str(i)}]}
-            for i in range(40)]  # fmt: skip
+            for i in range(40)]
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "letters.py").write_text(
         "def many_g(completions, **_):\n"
@@ -89,7 +89,7 @@ class Served:
     def start(self) -> None:
         command = [sys.executable, str(ROOT / "grpo.py"), "serve", "--config", str(self.setup / "c.yaml"),
                    f"vllm_server_base_url=[{self.url}]", f"vllm_python={self.python}",
-                   f"output_dir={self.setup / f'serve-{self.port}'}", *self.options]  # fmt: skip
+                   f"output_dir={self.setup / f'serve-{self.port}'}", *self.options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         if not self.extension:  # the same server as somebody might start it by hand
             shown = subprocess.run(
@@ -142,7 +142,7 @@ def grpo(setup: Path, url: str, out: Path, *options: str, code: int = 0, **kwarg
         ROOT / "grpo.py", "--config", str(setup / "c.yaml"), f"vllm_server_base_url=[{url}]",
         f"output_dir={out}",
         *options, **kwargs,
-    )  # fmt: skip
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -167,7 +167,7 @@ def test_ebft_takes_its_samples_from_the_server(server, setup, tmp_path):
         "max_steps=4", "learning_rate=1e-3", "rollout_engine=vllm", "vllm_model_name=policy",
         "async_prefetch=true",
         f"vllm_server_base_url=[{server.url}]", "max_prompt_length=40", "save_steps=2",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = metrics(tmp_path)
     assert len(rows) == 4 and max(row["weight_version_lag"] for row in rows) == 1
@@ -186,7 +186,7 @@ def test_a_server_that_cannot_join_by_nccl_says_so_and_serves_on(server, setup, 
     done = run_program(
         ROOT / "tests" / "nccl_ranks.py", "--config", str(setup / "c.yaml"), "vllm_sync_method=nccl",
         f"vllm_server_base_url=[{server.url}]", f"output_dir={tmp_path / 'a'}", timeout=200,
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and "could not be sent in five attempts" in done.stderr, done.stderr
     assert "/init_weight_transfer_engine: 500" in done.stderr
     grpo(setup, server.url, tmp_path / "b", "max_steps=1")
@@ -196,7 +196,7 @@ def test_lora_can_send_merged_weights_and_leaves_its_base_as_it_was(server, setu
     grpo(
         setup, server.url, tmp_path, "adapter=lora", "lora_r=8", "learning_rate=1e-2",
         "vllm_sync_method=file", "max_steps=3", "kl_steps=1",
-    )  # fmt: skip
+    )
     rows = metrics(tmp_path)
     assert all(row["sync/probe_difference"] < 1e-4 for row in rows)
     assert rows[0]["kl"] == 0 < rows[-1]["kl"]  # the reference is the base that the adapter is merged into
@@ -224,7 +224,7 @@ def test_two_processes_with_async_prefetch_do_not_hang(server, setup, tmp_path):
         setup, f"{server.url}, {server.url}/", tmp_path, "async_prefetch=true", "max_steps=20",
         "micro_batch_size=4",
         "streaming_partial_batch=true", "save_steps=7", ranks=2,
-    )  # fmt: skip
+    )
     rows = metrics(tmp_path)
     assert len(rows) == 20 and max(row["weight_version_lag"] for row in rows) == 1
     assert all(row["train/grad_norm"] > 0 for row in rows)
@@ -250,7 +250,7 @@ def test_a_sync_that_answers_200_and_does_not_work_is_caught_by_the_probe(way, s
     done = run_program(
         ROOT / "tests" / "worker.py", "silent-sync", way, "--config", str(setup / "c.yaml"),
         f"vllm_server_base_url=[{plain_server.url}]", f"output_dir={tmp_path}", env={"RECIPE": "grpo"},
-    )  # fmt: skip
+    )
     if way == "reload_weights" and done.returncode == 0:
         assert all(row["sync/probe_difference"] < 1e-4 for row in metrics(tmp_path))
         return
@@ -344,7 +344,7 @@ def test_rows_of_new_tokens_go_to_the_server_with_the_adapter_and_final_opens_th
         ids = [rows.ids[0], 5, 9, rows.ids[1], 40, 77, rows.ids[0], 8]
         answer = httpx.post(made.url + "/v1/completions", timeout=120, json={
             "model": "mine", "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
-        }).json()["choices"][0]["prompt_logprobs"]  # fmt: skip
+        }).json()["choices"][0]["prompt_logprobs"]
         theirs = [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], answer[1:], strict=True)]
         with torch.no_grad():
             logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
@@ -364,7 +364,7 @@ def engine_behind(server, setup):
     config = parse_config(Config, [
         "--config", str(setup / "c.yaml"), f"vllm_server_base_url=[{proxy.url}]", "vllm_timeout=4",
         f"vllm_sync_directory={setup}",
-    ])  # fmt: skip
+    ])
     model = load_pretrained(str(setup / "model"), dtype=torch.float32)
     tokenizer = Tokenizer.load(setup / "model")
     world = World(0, 1, 0, torch.device("cpu"))
@@ -391,7 +391,7 @@ WRONG = {
     "fewer_logprobs": "log-probs", "other_prompt": "another prompt", "foreign_ids": "below 512",
     "too_long": "asked for 1 to 12", "not_json": "not JSON", "a_list": "not understood",
     "null": "not understood", "400": "answered 400",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/weight_info"])

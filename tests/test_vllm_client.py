@@ -26,7 +26,7 @@ def engine_for(new_ids, base_rows, adapter, trains_rows):
         vllm_model_name=None, base_model="base", vllm_server_base_url=["http://127.0.0.1:9"], vllm_timeout=1,
         vllm_sync_method="auto", adapter=adapter, tokens=["<a>"], vllm_sync_directory=MEMORY,
         vllm_sync_address=None, vllm_allow_missing_servers=False,
-    )  # fmt: skip
+    )
     model = SimpleNamespace(
         arch=SimpleNamespace(checkpoint_vocab_size=base_rows),
         token_rows=SimpleNamespace(ids=new_ids) if trains_rows else None,
@@ -62,7 +62,7 @@ def start(small_checkpoint, tmp_path):
              "vllm_model_name=policy", f"vllm_server_base_url=[{', '.join([fake.url, *servers])}]",
              "num_generations=2", "micro_batch_size=2", "max_completion_length=4", "reward_funcs=[length]",
              f"vllm_sync_directory={tmp_path}", "vllm_timeout=30", *options],
-        )  # fmt: skip
+        )
         model = load_pretrained(str(small_checkpoint), dtype=torch.float32)
         asked = [Prompt(list(ids), "", {}, f"row {i}") for i, ids in enumerate(prompts)]
         engine = VllmEngine(model, config, Tokenizer.load(small_checkpoint), WORLD, asked)
@@ -86,7 +86,7 @@ def test_a_request_leaves_nothing_to_the_servers_defaults_and_names_its_weights(
     engine.sync(0)
     engine.generate([[5, 6, 7]], 2, seed=(1,))
     neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-               "frequency_penalty": 0.0}  # fmt: skip
+               "frequency_penalty": 0.0}
     assert len(fake.bodies) >= 3 and all(neutral.items() <= body.items() for body in fake.bodies)
     salts = {body["cache_salt"] for body in fake.bodies}
     nudge(engine, 1e-3)
@@ -136,7 +136,7 @@ def test_the_first_batch_must_agree_before_anything_is_trained_on_it(
             f"output_dir={out}", f"vllm_server_base_url=[{fake.url}]", "rollout_engine=vllm",
             "vllm_model_name=policy", "num_generations=4", "micro_batch_size=8", "max_completion_length=6",
             "max_steps=1", "temperature=0.7", f"vllm_sync_directory={tmp_path}", *own,
-        )  # fmt: skip
+        )
         fake.close()
         if not faults:
             assert done.returncode == 0, done.stdout + done.stderr
@@ -217,10 +217,10 @@ def test_a_checksum_sees_one_bit():
         (None, "http://other:1", MEMORY, "nccl"), ("lora", "http://other:1", MEMORY, "nccl"),
         ("lora", "http://other:1", "/shared", "adapter"), (None, "http://other:1", "/shared", "file"),
     ],
-)  # fmt: skip
+)
 def test_memory_of_this_host_is_no_way_to_another(adapter, url, directory, way):
     options = SimpleNamespace(vllm_sync_method="auto", vllm_server_base_url=[url], adapter=adapter,
-                              vllm_sync_directory=directory)  # fmt: skip
+                              vllm_sync_directory=directory)
     assert sync_method(options) == way
 
 

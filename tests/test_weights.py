@@ -181,12 +181,12 @@ def test_adapters_go_between_peft_and_here_and_merge_exactly(name, kwargs, refer
     r".*\.layers\.[0]\..*(q|v)_proj", r"model\.layers\.\d+\.(mlp|self_attn)\.(up|down|o)_proj",
     "all-linear",
     ["self_attn.q_proj", "down_proj"], ["model.layers.1.mlp.up_proj"],
-])  # fmt: skip
+])
 def test_target_modules_choose_the_layers_that_peft_chooses(targets, references, tmp_path):
     reference, directory = references("qwen3")
     theirs = _peft(reference, target_modules=targets)
     wanted = {n.split(".lora_A")[0].removeprefix("base_model.model.model.")
-              for n, _ in theirs.named_parameters() if ".lora_A" in n}  # fmt: skip
+              for n, _ in theirs.named_parameters() if ".lora_A" in n}
     model = load_pretrained(str(directory), dtype=torch.float32)
     options = ModelOptions(base_model=str(directory), adapter="lora", lora_r=4, lora_target_modules=targets)
     adapters.apply_lora(model, options)
@@ -209,7 +209,7 @@ def test_target_modules_choose_the_layers_that_peft_chooses(targets, references,
     ("q_proj", "matches no linear layer.*a text is a regular expression"),
     ("(q_proj", "no regular expression"),
     (["w_proj"], "matches no linear layer; there are .*q_proj"),
-])  # fmt: skip
+])
 def test_target_modules_that_match_nothing_say_what_there_is(targets, reason, references):
     model = load_pretrained(str(references("qwen3")[1]), dtype=torch.float32)
     with pytest.raises(ConfigError, match=reason):

@@ -32,7 +32,7 @@ def wheel(tmp_path_factory) -> Path:
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w",
          str(directory / "out"), str(directory)],
         check=True,
-    )  # fmt: skip
+    )
     (made,) = (directory / "out").glob("*.whl")
     return made
 
@@ -60,7 +60,7 @@ def test_the_wheel_has_one_name_and_all_that_its_commands_read(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"ballast"}
     here = {f"ballast/source/{path.relative_to(ROOT)}" for name in (*FOLDERS, "drills")
-            for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".yaml", ".json")}  # fmt: skip
+            for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".yaml", ".json")}
     assert here <= set(names) and {f"ballast/source/{path.name}" for path in ROOT.glob("*.py")} <= set(names)
 
 

@@ -20,7 +20,7 @@ for trial in range(300):
             random.choice([torch.bfloat16, torch.float32])
         ))
         for i in range(random.randint(0, 20))
-    ]  # fmt: skip
+    ]
     size = random.choice([1, 64, 500, 3000, 10**6])
     ours, theirs, source = list(packed(iter(tensors), torch.device("cpu"), size)), [], iter(tensors)
     while (chunk := pack_tensors(source, lambda item: item[1], size)) is not None:

@@ -147,7 +147,7 @@ class Dataset:
             "labels": np.concatenate(labels) if labels else np.zeros(0, np.int32),
             "offsets": np.array(offsets, np.int64), "source": np.array(source, np.int32),
             "lines": np.array(lines, np.int64), "files": np.array(files, np.int32),
-        }  # fmt: skip
+        }
         digest = hashlib.sha256()
         for name in ("tokens", "labels", "offsets", "source"):
             digest.update(arrays[name].tobytes())
@@ -349,9 +349,7 @@ class Batches:
         width = max((sum(int(self.dataset.lengths[i]) for i in unit) for unit in units), default=1)
         if self.capacity:  # few different widths, so that compiled kernels are reused
             width = min(-(-width // 64) * 64, self.capacity)
-        B = max(
-            1, len(units)
-        )  # a rank without a row still takes part in every collective, on one untrained token
+        B = max(1, len(units))  # a rank without a row takes part in every collective with an untrained token
         ids = np.full((B, width), self.pad_id, np.int64)
         targets = np.full((B, width), IGNORE, np.int64)
         positions = np.zeros((B, width), np.int64)

@@ -154,7 +154,7 @@ def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
                     f"{parts[0]}/{owner}", repo_type="dataset", revision=revision or None,
                     allow_patterns=["README.md", *("*" + ending for ending in (*READERS, ".txt"))],
                 )
-            ).joinpath(*parts[2:])  # fmt: skip
+            ).joinpath(*parts[2:])
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(path, None, f"could not be downloaded from the hub: {reason}") from None

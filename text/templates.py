@@ -113,7 +113,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
             finalize=self._shallow,
-        )  # fmt: skip
+        )
         self.turns = 0
         nonce = secrets.token_hex(8)  # content cannot contain the marks
         self.marks = f"\x02{nonce}<", f"\x02{nonce}>"
@@ -122,10 +122,10 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             "raise_exception": self._refuse, "strftime_now": self._now, "range": self.globals["range"],
             "dict": dict, "namespace": self.globals["namespace"], "joiner": self.globals["joiner"],
             "cycler": self.globals["cycler"],
-        }  # fmt: skip
+        }
         self.filters |= {name: self._guarded(name, f) for name, f in self.filters.items()}
         self.filters |= {"tojson": self._tojson, "counted": self._count, "one_turn": self._one_turn,
-                         "measured": self._measured}  # fmt: skip
+                         "measured": self._measured}
 
     def template(self, source: str) -> jinja2.Template:
         return self.from_string(_Counted().visit(self.parse(source)))
@@ -146,7 +146,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return json.dumps(
             self._shallow(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators,
             sort_keys=sort_keys,
-        )  # fmt: skip
+        )
 
     @staticmethod
     def _too_large() -> None:
@@ -193,7 +193,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _guarded(self, name: str, function: Callable) -> Callable:
         if name not in ("center", "indent", "wordwrap", "format", "batch", "slice", "replace", "join",
-                        "string", "pprint", "sum", "urlize", "truncate"):  # fmt: skip
+                        "string", "pprint", "sum", "urlize", "truncate"):
             return function
 
         before = 1 if hasattr(function, "jinja_pass_arg") else 0  # environment or context

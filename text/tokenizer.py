@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
     "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
+)
 
 
 class Tokenizer:
@@ -57,9 +57,8 @@ class Tokenizer:
         self.special = {name: self._text(config.get(name)) for name in SPECIAL_NAMES if config.get(name)}
         self.eos_id = core.token_to_id(self.special["eos_token"]) if "eos_token" in self.special else None
         pad = core.token_to_id(self.special["pad_token"]) if "pad_token" in self.special else None
-        self.pad_id = next(
-            (i for i in (pad, self.eos_id) if i is not None), 0
-        )  # padding is never trained nor seen
+        # Padding is never trained nor seen.
+        self.pad_id = next((i for i in (pad, self.eos_id) if i is not None), 0)
         self.added = {token.content: i for i, token in core.get_added_tokens_decoder().items()}
         self.kwargs: dict = {}
         self._extra_stops = list(stop_ids)
@@ -82,7 +81,7 @@ class Tokenizer:
         if not path.exists():
             hint = "only tokenizer.model is there; save it once with a fast tokenizer" if list(
                 directory.glob("tokenizer.model")
-            ) else "the checkpoint has no tokenizer"  # fmt: skip
+            ) else "the checkpoint has no tokenizer"
             raise DataError(str(path), None, "is missing", hint)
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
@@ -147,13 +146,13 @@ class Tokenizer:
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=special, show_progress=False,
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        )  # fmt: skip
+        )
         core.train_from_iterator(texts, trainer)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
             "clean_up_tokenization_spaces": False,
-        }  # fmt: skip
+        }
         return Tokenizer(core, config, CHATML, "trained here")
 
     def configure(self, options: Any, directory: Path) -> "Tokenizer":
@@ -184,7 +183,7 @@ class Tokenizer:
                 raise ConfigError(
                     "chat_template", options.chat_template,
                     f"is no file (looked in {directory} and here); give {', '.join(known)}",
-                )  # fmt: skip
+                )
             template, named = read_text(path), {}
         stops = self._extra_stops
         configured = Tokenizer(
@@ -277,7 +276,7 @@ class Tokenizer:
                 messages=[_as_templates_read(message) for message in messages], tools=tools or None,
                 documents=None, add_generation_prompt=generation_prompt,
                 **{**self.special, **self.kwargs, **kwargs},
-            )  # fmt: skip
+            )
         except jinja2.TemplateError as error:
             raise BadRow(f"the chat template refuses it: {error.message or type(error).__name__}") from None
         except Exception as error:  # a template can divide by zero, recurse, …
@@ -489,7 +488,7 @@ class Tokenizer:
     def _turn_start(
         self, messages: list[dict], i: int, tools: list | None, text: str, previous: int, kwargs: dict,
         part: "_Part",
-    ) -> int | None:  # fmt: skip
+    ) -> int | None:
         """Where the model begins to write turn i: behind the generation prompt, if the template put one there
         (so what it writes before the content, reasoning or a call's brackets, is trained too)."""
         header, before = self._generation_prompt(tools, kwargs), part.before

@@ -34,7 +34,7 @@ def build(directory: Path) -> Path:
     library, base = directory / "device.so", Path(torch.__file__).parent
     command = ["g++", "-shared", "-fPIC", "-O1", "-std=c++20", f"-I{base}/include",
                f"-I{base}/include/torch/csrc/api/include", str(HERE / "device.cpp"), "-o", str(library),
-               f"-L{base}/lib", "-lc10", "-ltorch_cpu"]  # fmt: skip
+               f"-L{base}/lib", "-lc10", "-ltorch_cpu"]
     subprocess.run(command, check=True, capture_output=True)
     return library
 
@@ -42,7 +42,7 @@ def build(directory: Path) -> Path:
 def environment(library: Path) -> dict[str, str]:
     """For a process whose torch finds the device: it must be loaded before torch is."""
     return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(Path(torch.__file__).parent / "lib"),
-            "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PRETEND_DEVICE": str(library)}  # fmt: skip
+            "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PRETEND_DEVICE": str(library)}
 
 
 CUDA = torch.device("cuda", 0)
@@ -60,7 +60,7 @@ class OnGPU(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             device=CUDA, requires_grad=held.requires_grad,
-        )  # fmt: skip
+        )
         made.held = held
         return made
 
@@ -79,7 +79,7 @@ class OnGPU(torch.Tensor):
 def place() -> str:
     """The line of ours that asked."""
     ours = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT))
-            and "/tests/" not in f.filename and "/.venv" not in f.filename]  # fmt: skip
+            and "/tests/" not in f.filename and "/.venv" not in f.filename]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"
 
 
@@ -136,7 +136,7 @@ def count(name: str, args: tuple, kwargs: dict, ours: list[OnGPU]) -> None:
     )
     if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::unique_dim",
                 "aten::_unique2", "aten::masked_select", "aten::is_nonzero",
-                 "aten::equal") or boolean:  # fmt: skip
+                 "aten::equal") or boolean:
         SYNCS[f"{place()} {name.removeprefix('aten::')}"] += 1
     elif name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
         SYNCS[f"{place()} repeat_interleave"] += 1
@@ -212,7 +212,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
     properties = SimpleNamespace(
         shared_memory_per_block_optin=232448, total_memory=80 * 2**30, multi_processor_count=2,
         name="NVIDIA H100 80GB HBM3", major=capability[0], minor=capability[1],
-    )  # fmt: skip
+    )
     for name, value in {
         "_lazy_init": lambda: None, "is_available": lambda: True, "is_initialized": lambda: True,
         "device_count": lambda: 1, "current_device": lambda: 0, "set_device": lambda d: None,
@@ -224,7 +224,7 @@ def install(capability: tuple[int, int] = (9, 0)) -> None:
         "mem_get_info": lambda d=None: (70 * 2**30, 80 * 2**30), "manual_seed_all": lambda seed: None,
         "manual_seed": lambda seed: None, "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda d=None: torch.get_rng_state(), "set_rng_state": lambda s, d=None: None,
-    }.items():  # fmt: skip
+    }.items():
         setattr(cuda, name, value)
     real = torch.Generator
 
