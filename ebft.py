@@ -602,7 +602,7 @@ def refuse_without_truth(
 
 def with_prefetched(state: dict[str, Any], queue: RolloutQueue) -> dict[str, Any]:
     """What a checkpoint keeps beside weights: the state, and the batch that was sampled before its time."""
-    return {**state, "ahead": None if queue.ahead is None else [vars(r) for r in queue.ahead]}
+    return {**state, "ahead": None if queue.prefetched is None else [vars(r) for r in queue.prefetched]}
 
 
 def show_samples(rollouts: Sequence[Rollout], run: Run) -> None:
@@ -646,8 +646,8 @@ class TruthSampler:
             rollout.ground_truth_ids, rollout.ground_truth_mask = self.truths[rollout.prompt_index]
         return rollouts
 
-    def queue(self, prompts: PromptData, batch_size: int, ahead: list[dict] | None) -> RolloutQueue:
-        """The batches of a run; `ahead`: the next one, as a checkpoint kept it."""
+    def queue(self, prompts: PromptData, batch_size: int, kept: list[dict] | None) -> RolloutQueue:
+        """The batches of a run; `kept`: the next one, as a checkpoint kept it."""
         order, config, engine = prompts.order, self.config, self.engine
 
         def sample(number: int, step: int, prefetched: bool) -> list[Rollout]:
@@ -668,8 +668,10 @@ class TruthSampler:
             ids = [self.prompts[i].ids for i in which]
             engine.prefetch(ids, config.num_generations, seed=(config.seed, number), limits=limits)
 
-        kept = None if ahead is None else [Rollout(**r) for r in ahead]
-        return RolloutQueue(engine, sample, prefetch, asynchronous=config.async_prefetch, ahead=kept)
+        prefetched = None if kept is None else [Rollout(**r) for r in kept]
+        return RolloutQueue(
+            engine, sample, prefetch, asynchronous=config.async_prefetch, prefetched=prefetched
+        )
 
 
 def energies(

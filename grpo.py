@@ -549,8 +549,8 @@ class Sampler:
         self.seconds["reward"] += seconds()
         return rollouts
 
-    def queue(self, prompts: PromptData, batch_size: int, ahead: list[dict] | None) -> RolloutQueue:
-        """The generation batches of a run; `ahead`: the next one, as a checkpoint kept it."""
+    def queue(self, prompts: PromptData, batch_size: int, kept: list[dict] | None) -> RolloutQueue:
+        """The generation batches of a run; `kept`: the next one, as a checkpoint kept it."""
         order, seed = prompts.order, self.config.seed
 
         def sample(generation: int, step: int, prefetched: bool) -> list[Rollout]:
@@ -563,7 +563,7 @@ class Sampler:
 
         return RolloutQueue(
             self.engine, sample, prefetch, asynchronous=self.config.async_prefetch,
-            ahead=None if ahead is None else [Rollout(**r) for r in ahead],
+            prefetched=None if kept is None else [Rollout(**r) for r in kept],
         )
 
 
@@ -805,13 +805,13 @@ def main(config: Config) -> None:
             if due.save:
                 # The servers get the weights of the checkpoint, so that a resumed run samples from the same.
                 engine.sync(run.step, due=True)
-                save(run, model, optimizers, rollouts, queue.ahead, buffer, moving)
+                save(run, model, optimizers, rollouts, queue.prefetched, buffer, moving)
             if due.stop:
                 return stop(run)
     except EngineError as error:
         # Nothing of the run is lost to a server: what was trained so far is saved before the run ends.
         if run.step > (run.checkpointer.steps() or [0])[-1]:
-            save(run, model, optimizers, rollouts, queue.ahead, buffer, moving)
+            save(run, model, optimizers, rollouts, queue.prefetched, buffer, moving)
             run.checkpointer.finish()
             raise EngineError(
                 f"{error}; step {run.step} is saved, the same command goes on from it"
@@ -846,8 +846,8 @@ def step_size(
 
 
 def save(
-    run: Run, model: Transformer, optimizers: list, rollouts: list[Rollout], ahead: list[Rollout] | None,
-    buffer: ReplayBuffer, moving: dict[str, Any],
+    run: Run, model: Transformer, optimizers: list, rollouts: list[Rollout],
+    prefetched: list[Rollout] | None, buffer: ReplayBuffer, moving: dict[str, Any],
 ) -> None:
     """A checkpoint with what the loop holds besides weights: the batch in use with its π_old and π_ref, a
     prefetched batch, the replay buffer. A collective."""
@@ -860,7 +860,7 @@ def save(
             rollouts[i].old_logprobs, rollouts[i].ref_logprobs, rollouts[i].entropies = old, ref, entropies
     run.checkpointer.save(run.step, model, optimizers, {
         **run.state, "rollouts": [vars(r) for r in rollouts],
-        "ahead": None if ahead is None else [vars(r) for r in ahead],
+        "ahead": None if prefetched is None else [vars(r) for r in prefetched],
         "buffer": [[vars(r) for r in group] for group in buffer.groups],
     }, moving)
 

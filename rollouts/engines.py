@@ -146,10 +146,10 @@ class RolloutQueue:
 
     def __init__(
         self, engine: Engine, sample: Callable[[int, int, bool], list[Rollout]],
-        prefetch: Callable[[int], None], *, asynchronous: bool, ahead: list[Rollout] | None = None,
+        prefetch: Callable[[int], None], *, asynchronous: bool, prefetched: list[Rollout] | None = None,
     ):
         self.engine, self.sample, self.prefetch, self.asynchronous = engine, sample, prefetch, asynchronous
-        self.ahead = ahead  # the next batch, where it was collected before its time: for a checkpoint
+        self.prefetched = prefetched  # the next batch, where it was collected early, for a checkpoint
         self.under_way = False  # whether the engine samples the next batch
         self.seconds = 0.0  # that the last `next` spent on weights
         self.metrics: dict[str, float] = {}  # of that sync
@@ -158,11 +158,13 @@ class RolloutQueue:
         """Batch `number`, after `step` optimiser steps; `last`: there is no other to prefetch. A
         collective."""
         timer, self.seconds, self.metrics = Timer(), 0.0, {}
-        if not self.under_way and self.ahead is None:
+        if not self.under_way and self.prefetched is None:
             self.metrics = self.engine.sync(step)
             self.seconds += timer()
-        rollouts = self.ahead if self.ahead is not None else self.sample(number, step, self.under_way)
-        self.ahead, self.under_way = None, False
+        rollouts = self.prefetched
+        if rollouts is None:
+            rollouts = self.sample(number, step, self.under_way)
+        self.prefetched, self.under_way = None, False
         timer()
         if self.asynchronous and not last:
             self.metrics = self.engine.sync(step) or self.metrics
@@ -175,4 +177,4 @@ class RolloutQueue:
         """Collect batch `number` if it is under way, before new weights are sent: it was sampled from the old
         ones. A collective."""
         if self.under_way:
-            self.ahead, self.under_way = self.sample(number, step, True), False
+            self.prefetched, self.under_way = self.sample(number, step, True), False

@@ -391,7 +391,7 @@ def report_kl(options: Any) -> None:
 
 def check_sampler(
     engine: Engine, model: Transformer, rollouts: Sequence[Rollout], micro: Sequence[Sequence[Rollout]],
-    options: Any, world: World, share: bool,
+    options: Any, world: World, share_prompts: bool,
 ) -> None:
     """EngineError where the first batch from a server was drawn from something else than the trainer's
     weights give: a probe sees some tokens, this all that would be trained. Nothing at later batches, or where
@@ -404,7 +404,7 @@ def check_sampler(
     temperatures = [options.temperature] if options.temperature == 1 else [options.temperature, 1.0]
     sums = [0.0] * (1 + len(temperatures))
     for part in micro:
-        batch = collate(part, world.device, share)
+        batch = collate(part, world.device, share_prompts)
         if batch.sampling_logprobs is None:
             continue
         known = (batch.mask > 0) & batch.sampling_logprobs.isfinite()
@@ -432,7 +432,7 @@ def check_sampler(
 @forward_only
 def keep_logprobs(
     model: Transformer, reference: Transformer | None, micro: Sequence[Sequence[Rollout]], options: Any,
-    world: World, share: bool, *, old: bool, kl: bool,
+    world: World, share_prompts: bool, *, old: bool, kl: bool,
 ) -> None:
     """Store log π_old and entropies (`old`: the weights will move before these micro-batches are used up, or
     tokens are chosen by entropy) and log π_ref (`kl`; from a frozen copy, or with LoRA the model with its
@@ -441,7 +441,7 @@ def keep_logprobs(
     if not old and not kl:
         return
     for part in micro:
-        batch = collate(part, world.device, share)
+        batch = collate(part, world.device, share_prompts)
         if old:
             logprobs, entropy, _, _ = token_logprobs(model, batch, options.temperature)
             batch.keep("old_logprobs", logprobs)
