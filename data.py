@@ -229,7 +229,7 @@ def _from_sharegpt(message: dict, i: int) -> dict:
         calls = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         raise BadRow(f"message {i}: the value of a function_call must be JSON: {shown(value)}") from None
-    made = []
+    tool_calls = []
     for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise BadRow(f"message {i}: a function_call must be {{name, arguments}}, it is {shown(call)}")
@@ -237,8 +237,8 @@ def _from_sharegpt(message: dict, i: int) -> dict:
         if isinstance(arguments, str):
             with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments)
-        made.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
-    return {**rest, "role": "assistant", "content": "", "tool_calls": made}
+        tool_calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+    return {**rest, "role": "assistant", "content": "", "tool_calls": tool_calls}
 
 
 # Columns that mean the row is not for supervised training as it stands, and what to do
@@ -446,19 +446,20 @@ class Encoder:
         row = renamed(row, self.columns)
         if self.function is not None:
             try:
-                made = self.function(row)
+                returned = self.function(row)
             except Exception as error:  # user code may raise anything; the row is named by the caller
                 raise BadRow(f"{kind} raised {type(error).__name__}: {error}") from error
-            if made is None:
+            if returned is None:
                 return None
             shapes = [("chat", "messages"), ("tokens", "input_ids"), ("prompt_completion", "completion"),
                       ("instruct", "output"), ("text", "text")]
-            kind = next((k for k, column in shapes if isinstance(made, dict) and column in made), None)
+            columns = returned if isinstance(returned, dict) else {}
+            kind = next((k for k, column in shapes if column in columns), None)
             if kind is None:
                 raise BadRow(
                     f"{self.kind} must return a dict with messages, completion, output, text or input_ids"
                 )
-            row = made
+            row = returned
         else:
             _refuse_other_data(row, self.columns)
         with readable(kind):
@@ -566,13 +567,13 @@ def encode_dataset(
             encoded, problem = Encoded(row.file, row.line, [], []), ""
             encoded.unread = encoder.unread(row.value)
             try:
-                made = encoder.encode(row.value)
+                token_lists = encoder.encode(row.value)
                 encoded.lost = encoder.lost
-                if made is None:
+                if token_lists is None:
                     encoded.status, encoded.reason = "skipped", f"{kind} returned None"
                     yield encoded
                     continue
-                encoded.input_ids, encoded.labels = made
+                encoded.input_ids, encoded.labels = token_lists
             except BadRow as error:
                 problem = str(error)
         ids, labels = encoded.input_ids, encoded.labels
@@ -694,16 +695,16 @@ def read_prompts(
                     _refuse_other_data(values, spec.get("columns") or {})
                 else:
                     try:
-                        made = function(values)
+                        returned = function(values)
                     except Exception as error:  # user code may raise anything; the row is named below
                         raise BadRow(f"{kind} raised {type(error).__name__}: {error}") from error
-                    if made is None:
+                    if returned is None:
                         continue
-                    if not isinstance(made, dict):
+                    if not isinstance(returned, dict):
                         raise BadRow(f"{kind} must return a dict, or None to leave the row out")
-                    values = {**values, **made}
+                    values = {**values, **returned}
                     form = "prompt_completion" if isinstance(values.get("prompt"), str) else "chat"
-                    form = "instruct" if "instruction" in made else form
+                    form = "instruct" if "instruction" in returned else form
                 with readable(form):
                     values = with_system(values, spec.get("system"))
                     if options.strip_thinking:
@@ -756,8 +757,8 @@ def prepare(
         key.update(json.dumps(spec, sort_keys=True, default=str).encode())
         if not spec.get("path", "").startswith("reasoning-gym:"):
             for file in locate(spec, directory)[0]:
-                facts = file.stat()
-                key.update(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode())
+                stat = file.stat()
+                key.update(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode())
         if "." in str(spec.get("type")):
             function = _import_function(spec["type"], directory)
             path = getattr(sys.modules.get(function.__module__), "__file__", None)
@@ -766,13 +767,13 @@ def prepare(
     key.update(repr(options.strip_thinking).encode())
     key.update(repr((options.on_bad_row, options.chat_template_kwargs, tokenizer.special)).encode())
     key.update((tokenizer.template or "").encode() + tokenizer.core.to_str().encode())
-    place = cache / key.hexdigest()[:16]
-    if place.is_dir():
+    cached = cache / key.hexdigest()[:16]
+    if cached.is_dir():
         try:
-            return Dataset.load(place)
+            return Dataset.load(cached)
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:  # a power cut, a full disk
-            log.warning("data: %s is damaged (%s): encoding again", place, error)
-            shutil.rmtree(place)
+            log.warning("data: %s is damaged (%s): encoding again", cached, error)
+            shutil.rmtree(cached)
 
     def rows() -> Iterator[tuple[int, Encoded]]:
         for number, spec in enumerate(specs):
@@ -781,8 +782,8 @@ def prepare(
 
     log.info("encoding the rows of %s", ", ".join(spec["path"] for spec in specs))
     progress = tqdm(rows(), unit=" rows", leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
-    Dataset.build(iter(progress)).save(place)
-    return Dataset.load(place)
+    Dataset.build(iter(progress)).save(cached)
+    return Dataset.load(cached)
 
 
 def report_rows(dataset: Dataset) -> None:
@@ -821,8 +822,8 @@ def load_tokenizer(checkpoint: Path, options: DataOptions, directory: Path) -> T
 def trained_tokenizer(options: Any, directory: Path, cache: Path) -> Tokenizer:
     """A tokenizer of `tokenizer_vocab_size` tokens, trained on the data once and kept in `cache`."""
     key = hashlib.sha256(repr((options.tokenizer_vocab_size, options.datasets)).encode()).hexdigest()[:16]
-    place = cache / f"tokenizer-{key}"
-    if not (place / "tokenizer.json").exists():
+    cached = cache / f"tokenizer-{key}"
+    if not (cached / "tokenizer.json").exists():
 
         def texts() -> Iterator[str]:
             def strings(value: Any) -> Iterator[str]:
@@ -844,10 +845,10 @@ def trained_tokenizer(options: Any, directory: Path, cache: Path) -> Tokenizer:
                         yield from strings({k: value[k] for k in columns if k in value})
 
         log.info("training a tokenizer of %d tokens on the rows", options.tokenizer_vocab_size)
-        aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+        aside = cached.with_name(f".{cached.name}.{secrets.token_hex(4)}")
         Tokenizer.train(texts(), options.tokenizer_vocab_size).save(aside)
-        settle(aside, place)
-    return Tokenizer.load(place).configure(options, directory)
+        settle(aside, cached)
+    return Tokenizer.load(cached).configure(options, directory)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -905,14 +906,14 @@ def inspect(argv: list[str]) -> int:
 def turns_without_end(row: Encoded, stop_ids: set[int]) -> int:
     """Trained stretches of a row, one for each answer, that do not end in a token which ends an answer (white
     space may follow it in a template's generation block)."""
-    found, stretch = 0, []
+    open_turns, stretch = 0, []
     for token, label in zip([*row.input_ids, -1], [*row.labels, IGNORE], strict=True):
         if label != IGNORE:
             stretch.append(token)
         elif stretch:
-            found += not stop_ids.intersection(stretch[-3:])
+            open_turns += not stop_ids.intersection(stretch[-3:])
             stretch = []
-    return found
+    return open_turns
 
 
 def _report(

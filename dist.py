@@ -489,11 +489,11 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor
 
 
 @torch.no_grad()
-def mix_weights(into: nn.Module, other: nn.Module, share: float) -> None:
+def mix_weights(into: nn.Module, other: nn.Module, weight: float) -> None:
     """into ← share · other + (1 − share) · into, each rank its own rows."""
     for a, b in zip(into.parameters(), other.parameters(), strict=True):
         a, b = (x.to_local() if isinstance(x, DTensor) else x for x in (a, b))
-        a.lerp_(b.to(a.dtype), share)
+        a.lerp_(b.to(a.dtype), weight)
 
 
 class Timer:

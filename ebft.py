@@ -680,23 +680,24 @@ def energies(
     """(advantages [groups, n], statistics by group), every rank its share of the groups. A collective."""
     config, world = run.config, run.world
     groups = [list(rollouts[i : i + n]) for i in range(0, len(rollouts), n)]
-    mine = groups[world.rank :: world.size]
-    found = []
+    own_groups = groups[world.rank :: world.size]
+    judged = []
     most, at_once = math.ceil(len(groups) / world.size), max(1, config.micro_batch_size // n)
     for first in range(0, most, at_once):  # as many on every rank: each is a collective
-        part = mine[first : first + at_once] or groups[:1]
+        groups_at_once = own_groups[first : first + at_once] or groups[:1]
         with on_device(frozen, config, world), base_of(model, frozen) as network:
-            samples, truth = group_features(network, part, config)
-        if first < len(mine):
+            samples, truth = group_features(network, groups_at_once, config)
+        if first < len(own_groups):
             advantage, stats = energy(samples.double(), truth.double(), config)
-            found += [
+            judged += [
                 (advantage[k].tolist(), {name: v[k].item() for name, v in stats.items()})
-                for k in range(len(part))
+                for k in range(len(groups_at_once))
             ]
-    shares = dist.gather(found, world)
-    whole = [shares[i % world.size][i // world.size] for i in range(len(groups))]
-    names = whole[0][1]
-    return torch.tensor([a for a, _ in whole]), {k: torch.tensor([s[k] for _, s in whole]) for k in names}
+    shares = dist.gather(judged, world)
+    by_group = [shares[i % world.size][i // world.size] for i in range(len(groups))]
+    names = by_group[0][1]
+    stats = {name: torch.tensor([s[name] for _, s in by_group]) for name in names}
+    return torch.tensor([a for a, _ in by_group]), stats
 
 
 def evaluate_structured(
@@ -725,10 +726,11 @@ def evaluate_structured(
 def truth_batches(rollouts: Sequence[Rollout], run: Run) -> Iterator[TruthBatch]:
     """The true completions of these rollouts: this rank's share, in as many micro-batches on every rank."""
     world, mb = run.world, run.config.micro_batch_size
-    mine = rollouts[world.rank :: world.size]
+    own_rollouts = rollouts[world.rank :: world.size]
     for k in range(math.ceil(math.ceil(len(rollouts) / world.size) / mb)):
-        part = mine[k * mb : (k + 1) * mb]
-        yield TruthBatch(collate([true_rollout(r) for r in part or rollouts[:1]], world.device), bool(part))
+        micro_batch = own_rollouts[k * mb : (k + 1) * mb]
+        rows = [true_rollout(r) for r in micro_batch or rollouts[:1]]
+        yield TruthBatch(collate(rows, world.device), bool(micro_batch))
 
 
 @forward_only
@@ -757,15 +759,17 @@ def group_features(
     def pooled(prompt: range, own: range) -> Tensor:
         if config.embed_method == "last_token":
             return states[own[-1]]
-        mine = states[own.start : own.stop]
+        continuation = states[own.start : own.stop]
         if config.embed_method == "completion_mean":
-            return mine.mean(0)
+            return continuation.mean(0)
         if config.embed_method == "concat":
-            return torch.cat([mine[min(len(mine) - 1, int(part * len(mine)))] for part in (0.25, 0.5, 0.75)])
-        return (states[prompt.start : prompt.stop].sum(0) + mine.sum(0)) / (len(prompt) + len(mine))
+            n = len(continuation)
+            return torch.cat([continuation[min(n - 1, int(depth * n))] for depth in (0.25, 0.5, 0.75)])
+        total = states[prompt.start : prompt.stop].sum(0) + continuation.sum(0)
+        return total / (len(prompt) + len(continuation))
 
-    made = torch.stack([pooled(*place) for place in places]).view(len(groups), 1 + len(groups[0]), -1)
-    return made[:, 1:], made[:, 0]
+    features = torch.stack([pooled(*place) for place in places]).view(len(groups), 1 + len(groups[0]), -1)
+    return features[:, 1:], features[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -865,23 +869,23 @@ def strided(config: Config) -> None:
                              max(1, sum(d.trained_tokens for d in chosen)), world.size)
         tally, drawn, losses = Tally(), [], []
         with monitor.profiled(run.step + 1, config, run.output_dir, world.rank, world.device):
-            for k, part in enumerate(parts):
+            for k, documents in enumerate(parts):
                 # b. Samples of every block, their energy, and advantages over the siblings of a block.
                 seed = (run.step, k, world.rank)
-                tokens, sampled, advantage, stats = sample_and_judge(model, frozen, part, run, *seed)
+                tokens, sampled, advantage, stats = sample_and_judge(model, frozen, documents, run, *seed)
                 drawn.append((tokens, sampled, advantage))
                 tally_energy(tally, stats, advantage)
 
                 # c. REINFORCE on the samples, a few at a time so that memory stays near one sample's;
                 # cross-entropy on the true tokens with the first.
                 for first in range(0, n, config.samples_a_pass):
-                    batch = block_batch(part, tokens, advantage, first, config)
-                    given = functools.partial(advantages_by_document, part, advantage)
-                    forensics.remember(batch, [d.name for d in part], given)
+                    batch = block_batch(documents, tokens, advantage, first, config)
+                    given = functools.partial(advantages_by_document, documents, advantage)
+                    forensics.remember(batch, [d.name for d in documents], given)
                     loss, stats = strided_loss(model, batch, size, config, aux_coef)
                     loss.backward()
                     losses.append(stats["loss"])
-                    tally_blocks(tally, stats, part, sampled[:, first : first + config.samples_a_pass])
+                    tally_blocks(tally, stats, documents, sampled[:, first : first + config.samples_a_pass])
                     steps = 1.0 / world.size if k + first == 0 else 0.0
                     tally.mean("ebft/rl_loss", stats["rl_loss"].item(), steps)
 
@@ -958,8 +962,8 @@ def read_documents(run: Run, config: Config) -> DocumentData:
         )
         split = split_held_out(len(dataset), val_set_size=config.val_set_size, seed=config.seed)
         rows = np.arange(len(dataset)) if held_out is None else split[held_out]
-        found = [read_document(dataset, int(row), config) for row in rows]
-        return [d for d in found if d.anchors], sum(not d.anchors for d in found), dataset.fingerprint
+        documents = [read_document(dataset, int(row), config) for row in rows]
+        return [d for d in documents if d.anchors], sum(not d.anchors for d in documents), dataset.fingerprint
 
     held_out = read(config.test_datasets, None)[0] if config.test_datasets else read(config.datasets, True)[0]
     replayed = config.rollout_engine == "replay"
@@ -991,7 +995,7 @@ def read_documents(run: Run, config: Config) -> DocumentData:
 
 
 def sample_and_judge(
-    model: Transformer, frozen: Transformer | None, part: list[Document], run: Run, *seed: int
+    model: Transformer, frozen: Transformer | None, documents: list[Document], run: Run, *seed: int
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """(tokens [blocks, n, G], log-probs, advantages [blocks, n], statistics by block) of a micro-batch."""
     config, world = run.config, run.world
@@ -999,27 +1003,28 @@ def sample_and_judge(
     drawn = random.Random(repr((config.seed, *seed))).getrandbits(62)
     generator = torch.Generator(world.device).manual_seed(drawn)
     model.eval()
-    if part[0].recorded is None:
-        tokens, logprobs = sample_blocks(model, part, n, G, config.temperature, generator)
+    if documents[0].recorded is None:
+        tokens, logprobs = sample_blocks(model, documents, n, G, config.temperature, generator)
     else:
-        recorded = zip(*(d.recorded for d in part if d.recorded is not None), strict=True)
+        recorded = zip(*(d.recorded for d in documents if d.recorded is not None), strict=True)
         tokens, logprobs = (torch.cat(x).flatten(0, 1).to(world.device) for x in recorded)
     with on_device(frozen, config, world), base_of(model, frozen) as network:
-        features, truth = block_features(network, BlockPass.make(part, tokens), part, config)
+        features, truth = block_features(network, BlockPass.make(documents, tokens), documents, config)
     model.train()
     advantage, stats = energy(features.view(len(truth), n, -1).double(), truth.double(), config)
     return tokens.view(len(truth), n, G), logprobs.view(len(truth), n, G), advantage.float(), stats
 
 
 def block_batch(
-    part: list[Document], tokens: Tensor, advantage: Tensor, first: int, config: Config
+    documents: list[Document], tokens: Tensor, advantage: Tensor, first: int, config: Config
 ) -> BlockBatch:
     """samples_a_pass of every block's samples, from the `first` on. tokens [blocks, n, G]."""
     n = tokens.shape[1]
     chosen = slice(first, min(n, first + config.samples_a_pass))
     weight = advantage[:, chosen].reshape(-1, 1).expand(-1, tokens.shape[2]).flatten()
     with_truth = bool(config.ce_coef) and first == 0
-    return BlockBatch(part, tokens[:, chosen].flatten(0, 1), weight, (chosen.stop - first) / n, with_truth)
+    tokens = tokens[:, chosen].flatten(0, 1)
+    return BlockBatch(documents, tokens, weight, (chosen.stop - first) / n, with_truth)
 
 
 def tally_energy(tally: Tally, stats: dict[str, Tensor], advantage: Tensor) -> None:
@@ -1030,10 +1035,10 @@ def tally_energy(tally: Tally, stats: dict[str, Tensor], advantage: Tensor) -> N
     tally.mean("ebft/advantages_std", spread, len(advantage))
 
 
-def tally_blocks(tally: Tally, stats: dict[str, Any], part: list[Document], sampled: Tensor) -> None:
+def tally_blocks(tally: Tally, stats: dict[str, Any], documents: list[Document], sampled: Tensor) -> None:
     """Add one pass; `sampled` are the log-probs that its tokens were drawn from."""
     if stats["nll"] is not None:
-        tally.mean("ebft/ce_loss", stats["nll"].item(), sum(d.trained_tokens for d in part))
+        tally.mean("ebft/ce_loss", stats["nll"].item(), sum(d.trained_tokens for d in documents))
     gap = (stats["logprobs"] - sampled.flatten()).abs()
     tally.mean("entropy", stats["entropy"].sum().item(), len(gap))
     tally.mean("sampling/sampling_logp_difference/mean", gap.sum().item(), len(gap))
@@ -1046,15 +1051,15 @@ def evaluate_strided(
     """Energy of fresh samples, and cross-entropy, on held-out documents. A collective."""
     tally, world, config = Tally(), run.world, run.config
     mb, G = config.micro_batch_size, config.generate_max_len
-    mine = held_out[world.rank :: world.size] or held_out[:1]
+    own_documents = held_out[world.rank :: world.size] or held_out[:1]
     for k in range(math.ceil(math.ceil(len(held_out) / world.size) / mb)):  # as many on every rank
-        part = mine[k * mb : (k + 1) * mb] or mine[:1]
-        tokens, _, _, stats = sample_and_judge(model, frozen, part, run, -1, k, world.rank)
-        truth = torch.tensor([d.ids[a : a + G] for d in part for a in d.anchors], device=tokens.device)
+        documents = own_documents[k * mb : (k + 1) * mb] or own_documents[:1]
+        tokens, _, _, stats = sample_and_judge(model, frozen, documents, run, -1, k, world.rank)
+        truth = torch.tensor([d.ids[a : a + G] for d in documents for a in d.anchors], device=tokens.device)
         right = (tokens == truth[:, None]).all(-1)
         tally.mean("eval/exact", right.sum().item(), right.numel())  # samples equal to the true tokens
         with without_gradients(model):
-            nll, count = document_nll(model, part)
+            nll, count = document_nll(model, documents)
         for name in JUDGED:
             tally.mean(f"eval/{name}", stats[name].sum().item(), len(stats[name]))
         tally.mean("eval/loss", nll.item(), count)
@@ -1078,16 +1083,16 @@ def block_features(
             return own.mean(1)
         if config.embed_method == "concat":
             G = own.shape[1]
-            return torch.cat([own[:, min(G - 1, int(share * G))] for share in (0.25, 0.5, 0.75)], dim=-1)
+            return torch.cat([own[:, min(G - 1, int(depth * G))] for depth in (0.25, 0.5, 0.75)], dim=-1)
         return (prefix_sums + own.sum(1)) / (prefixes + own.shape[1])[:, None]
 
-    sums, prefixes, start = [], [], 0
+    sums, prefixes, first_row = [], [], 0
     for document in documents:  # running sums of a document's states serve every prefix of it
-        places = batch.document_rows[start : start + len(document.ids)]
+        places = batch.document_rows[first_row : first_row + len(document.ids)]
         running = states[places].cumsum(0)
         sums += [running[a - 1] for a in document.anchors]
         prefixes += document.anchors
-        start += len(document.ids)
+        first_row += len(document.ids)
     m = batch.block_rows.shape[0] // len(prefixes)
     sums, lengths = torch.stack(sums), torch.tensor(prefixes, device=states.device)
     return (
@@ -1096,34 +1101,37 @@ def block_features(
     )
 
 
-def advantages_by_document(part: list[Document], advantage: Tensor) -> dict[str, Tensor]:
+def advantages_by_document(documents: list[Document], advantage: Tensor) -> dict[str, Tensor]:
     """The sum over a document's blocks [documents]: NaN if any block's advantage is NaN."""
-    return {"advantages": torch.stack([a.sum() for a in advantage.split([len(d.anchors) for d in part])])}
+    by_document = advantage.split([len(d.anchors) for d in documents])
+    return {"advantages": torch.stack([a.sum() for a in by_document])}
 
 
 def document_nll(
-    model: Transformer, part: list[Document], hidden: Tensor | None = None
+    model: Transformer, documents: list[Document], hidden: Tensor | None = None
 ) -> tuple[Tensor, int]:
     """(Σ −log p of the counted true tokens, how many), from hidden states [tokens, D] of the documents in a
     row, or from a pass of its own."""
-    ids, which, _ = packed(part, model.device)
+    ids, which, _ = packed(documents, model.device)
     if hidden is None:
         hidden = model.hidden_states(ids, document_ids=which)[0][0]
     labels = torch.full_like(ids[0], IGNORE)
     labels[:-1] = ids[0, 1:]
-    keep = torch.tensor([c for d in part for c in [*d.counted[1:], False]], device=ids.device)
+    keep = torch.tensor([c for d in documents for c in [*d.counted[1:], False]], device=ids.device)
     labels = labels.where(keep, IGNORE)
     return linear_cross_entropy(hidden, model.head_weight, labels, softcap=model.arch.final_softcap), int(
         keep.sum()
     )
 
 
-def show_blocks(part: list[Document], drawn: tuple[Tensor, Tensor, Tensor], tokenizer: Tokenizer) -> None:
+def show_blocks(
+    documents: list[Document], drawn: tuple[Tensor, Tensor, Tensor], tokenizer: Tokenizer
+) -> None:
     """The first samples of the first block beside the truth."""
     tokens, _, advantage = drawn
-    anchor, length = part[0].anchors[0], tokens.shape[-1]
-    before = tokenizer.decode(part[0].ids[max(0, anchor - 16) : anchor])
-    truth = tokenizer.decode(part[0].ids[anchor : anchor + length])
+    anchor, length = documents[0].anchors[0], tokens.shape[-1]
+    before = tokenizer.decode(documents[0].ids[max(0, anchor - 16) : anchor])
+    truth = tokenizer.decode(documents[0].ids[anchor : anchor + length])
     for ids, value in list(zip(tokens[0].tolist(), advantage[0].tolist(), strict=True))[:2]:
         log.info("  after %r: %r, true %r, advantage %+.3f", before, tokenizer.decode(ids), truth, value)
 

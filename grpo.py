@@ -355,15 +355,15 @@ def grpo_loss(
 def entropy_threshold(micro: Sequence[Sequence[Rollout]], options: Any, world: World) -> tuple[float, float]:
     """The entropy above which the top `top_entropy_quantile` of a step's tokens lie, over all micro-batches
     and ranks; and how many those are."""
-    mine = [
+    own_entropies = [
         e
-        for part in micro
-        for r in part
+        for micro_batch in micro
+        for r in micro_batch
         if not (options.mask_truncated_completions and r.truncated)
         for e, ours in zip(r.entropies or [], r.written(), strict=True)
         if ours
     ]
-    values = np.array([e for part in dist.gather(mine, world) for e in part])
+    values = np.array([e for micro_batch in dist.gather(own_entropies, world) for e in micro_batch])
     if not len(values):
         return math.inf, 1.0
     threshold = float(np.quantile(values, 1 - options.top_entropy_quantile))
@@ -447,13 +447,13 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple
 def reward_metrics(rewards: Tensor, names: Sequence[str]) -> dict[str, float]:
     """rewards/<name>/mean and std over the rows where the function applied, without those that applied to
     none; rewards [B, R]."""
-    found = {}
+    metrics = {}
     for i, name in enumerate(names):
         column = rewards[:, i][~torch.isnan(rewards[:, i])]
         if len(column):
-            found[f"rewards/{name}/mean"] = column.mean().item()
-            found[f"rewards/{name}/std"] = spread(column)
-    return found
+            metrics[f"rewards/{name}/mean"] = column.mean().item()
+            metrics[f"rewards/{name}/std"] = spread(column)
+    return metrics
 
 
 def refuse_no_rewards(rewards: Tensor, names: Sequence[str]) -> None:
@@ -627,14 +627,14 @@ class ReplayBuffer:
         """The batch with its flat groups replaced as far as there are others; and how many were."""
         groups = [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
         fresh = [group for group in groups if any(r.advantage for r in group)]
-        made, replaced = [], 0
+        refilled, replaced = [], 0
         for group in groups:
             if not any(r.advantage for r in group) and self.groups:
                 group = self.groups.pop()
                 replaced += 1
-            made += group
+            refilled += group
         self.groups.extend(fresh)
-        return made, replaced
+        return refilled, replaced
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -855,8 +855,8 @@ def save(
         i: (r.old_logprobs, r.ref_logprobs, r.entropies)
         for i, r in enumerate(rollouts) if r.old_logprobs or r.ref_logprobs
     }
-    for part in dist.gather(stored, run.world):
-        for i, (old, ref, entropies) in part.items():
+    for of_rank in dist.gather(stored, run.world):
+        for i, (old, ref, entropies) in of_rank.items():
             rollouts[i].old_logprobs, rollouts[i].ref_logprobs, rollouts[i].entropies = old, ref, entropies
     run.checkpointer.save(run.step, model, optimizers, {
         **run.state, "rollouts": [vars(r) for r in rollouts],

@@ -138,7 +138,7 @@ class SharedPrompts:
             positions += range(length)
             kinds += [(number, -1, length)] * length
             at += length
-            for place, (P, L) in enumerate(continuations):
+            for index, (P, L) in enumerate(continuations):
                 assert 0 < P <= length and L > 0
                 if open_tile and tiles[-1][1] + L <= self.TILE:
                     most, count, _, parts = tiles[-1]
@@ -148,7 +148,7 @@ class SharedPrompts:
                     open_tile = True
                 document_ids += [-1] * L
                 positions += range(P, P + L)
-                kinds += [(number, place, P)] * L
+                kinds += [(number, index, P)] * L
                 at += L
         self.position_ids = torch.tensor([positions], device=device)
         # Continuations are padding to it
@@ -181,8 +181,8 @@ class SharedPrompts:
         tokens, owners, prefixes, positions, counts, documents = [], [], [], [], [], []
         for _, count, document, parts in tiles:
             token, owner, prefix, position = [], [], [], []
-            for which, (P, L, start) in enumerate(parts):
-                token += range(start, start + L)
+            for which, (P, L, first_token) in enumerate(parts):
+                token += range(first_token, first_token + L)
                 position += range(P, P + L)
                 owner += [which] * L
                 prefix += [P] * L
@@ -243,14 +243,14 @@ def _shared_prompt_attention(
     out = attention(q, k, v, scale=scale, documents=shared.prompts, window=window, softcap=softcap)[0]
     for bucket, (token, inside, keys) in enumerate(shared.buckets):
         n, L = token.shape
-        mine = q[0].index_select(0, token.flatten()).view(n, L, *q.shape[2:]).transpose(1, 2)
+        queries = q[0].index_select(0, token.flatten()).view(n, L, *q.shape[2:]).transpose(1, 2)
         seen = shared.visible(bucket, window)
         kb, vb = (
             x[0].index_select(0, keys.flatten()).view(*keys.shape, *x.shape[2:]).transpose(1, 2)
             for x in (k, v)
         )
-        made = _masked(mine, kb, vb, seen, scale, softcap).transpose(1, 2)
-        out = out.index_copy(0, token[inside], made[inside])
+        attended = _masked(queries, kb, vb, seen, scale, softcap).transpose(1, 2)
+        out = out.index_copy(0, token[inside], attended[inside])
     return out[None]
 
 
@@ -450,7 +450,7 @@ def _attention_dkv_kernel(
     tl.store(dv_ptr + offs_k, dv_acc.to(dv_ptr.dtype.element_ty), mask=inside)
 
 
-def attention_blocks(E: int, part: str, instruction: str) -> dict[str, int]:
+def attention_blocks(E: int, kernel: str, instruction: str) -> dict[str, int]:
     """Tile sizes, warps and stages of the parts forward, dq and dkv by head width E and by the instruction of
     the tensor cores (`_tensor_core_instruction`): chosen so that no width spills (bench/kernels_aot.py)."""
     wide = max(16, 1 << (E - 1).bit_length())
@@ -461,7 +461,7 @@ def attention_blocks(E: int, part: str, instruction: str) -> dict[str, int]:
                256: (64, 32, 8, 2)},
         "dkv": {16: (64, 64, 4, 2), 32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2),
                 256: (32, 64, 8, 2)},
-    }[part][wide]
+    }[kernel][wide]
     # mma.sync takes its operands from registers, which leaves less room for the sums.
     m, n, warps, stages = {
         "wgmma": {("dkv", 128): (64, 64, 8, 2) if wide == E else (32, 64, 8, 2)},
@@ -470,7 +470,7 @@ def attention_blocks(E: int, part: str, instruction: str) -> dict[str, int]:
                      ("dkv", 128): (32, 64, 8, 2), ("dkv", 256): (32, 32, 8, 2)},
         "tcgen05": {("dkv", 256): (32, 64, 8, 1), ("dkv", 16): (64, 64, 4, 1),
                     ("forward", 256): (64, 32, 8, 2 if wide == E else 1)},
-    }.get(instruction, {}).get((part, wide), (m, n, warps, stages))
+    }.get(instruction, {}).get((kernel, wide), (m, n, warps, stages))
     return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_E=wide, num_warps=warps, num_stages=stages)
 
 
@@ -565,8 +565,8 @@ def attention(
     q, k, v = (_ToSlots.apply(x.reshape(B * T, *x.shape[2:]), documents) for x in (q, k, v))
     outputs, slot = [], 0
     for n, length in documents.buckets:
-        part = slice(slot, slot + n * length)
-        bucket = (x[part].view(n, length, *x.shape[1:]) for x in (q, k, v))
+        slots = slice(slot, slot + n * length)
+        bucket = (x[slots].view(n, length, *x.shape[1:]) for x in (q, k, v))
         outputs.append(_causal(*bucket, scale, window, softcap).reshape(n * length, H, E))
         slot += n * length
     out = torch.cat(outputs) if outputs else q
@@ -793,7 +793,7 @@ def _rms_norm_backward_kernel(
     scale = tl.load(weight_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
     if PLUS_ONE:
         scale += 1
-    part = tl.zeros([BLOCK], tl.float32)
+    dw_partial = tl.zeros([BLOCK], tl.float32)
     zero = program.to(tl.int64) * 0  # makes what it is added to int64: offsets may pass 2^31
     first = program * rows_per_program
     for row in range(first, tl.minimum(first + rows_per_program, N)):
@@ -801,11 +801,11 @@ def _rms_norm_backward_kernel(
         inverse = tl.load(rstd_ptr + row)
         normed = tl.load(x_ptr + offs, mask=offs_d < D, other=0.0).to(tl.float32) * inverse
         g = tl.load(dy_ptr + offs, mask=offs_d < D, other=0.0).to(tl.float32)
-        part += g * normed
+        dw_partial += g * normed
         g = g * scale
         gradient = (g - normed * (tl.sum(g * normed, 0) / D)) * inverse
         tl.store(dx_ptr + offs, gradient.to(dx_ptr.dtype.element_ty), mask=offs_d < D)
-    tl.store(dw_ptr + program.to(tl.int64) * D + offs_d, part, mask=offs_d < D)
+    tl.store(dw_ptr + program.to(tl.int64) * D + offs_d, dw_partial, mask=offs_d < D)
 
 
 class _RMSNorm(torch.autograd.Function):

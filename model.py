@@ -288,7 +288,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(heads[0] * E, arch.norm_eps, arch.family.norm_plus_one)
             self.k_norm = RMSNorm(heads[1] * E, arch.norm_eps, arch.family.norm_plus_one)
 
-    def forward(self, x: Tensor, now: Pass) -> Tensor:
+    def forward(self, x: Tensor, context: Pass) -> Tensor:
         arch, layer = self.arch, self.layer
         B, T, _ = x.shape
         H, K, E = arch.num_heads, arch.num_kv_heads, arch.head_dim
@@ -303,14 +303,15 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         rope = arch.layer_ropes[layer]
         if rope is not None:
-            q, k = kernels.rotate(q, *now.rope_tables[rope]), kernels.rotate(k, *now.rope_tables[rope])
+            tables = context.rope_tables[rope]
+            q, k = kernels.rotate(q, *tables), kernels.rotate(k, *tables)
         window, scale, softcap = arch.windows[layer], arch.attention_scale, arch.attention_softcap
-        if now.cache is None:
+        if context.cache is None:
             out = kernels.attention(
-                q, k, v, scale=scale, documents=now.documents, window=window, softcap=softcap
+                q, k, v, scale=scale, documents=context.documents, window=window, softcap=softcap
             )
         else:
-            out = now.cache.attend(layer, q, k, v, now, window=window, scale=scale, softcap=softcap)
+            out = context.cache.attend(layer, q, k, v, context, window=window, scale=scale, softcap=softcap)
         return self.o_proj(out.reshape(B, T, H * E))
 
 
@@ -399,21 +400,21 @@ class Block(nn.Module):
         # None keeps activations; True/False recomputes them, use_reentrant or not
         self.checkpointing: bool | None = None
 
-    def forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, context: Pass) -> tuple[Tensor, Tensor | None]:
         if self.checkpointing is None or not torch.is_grad_enabled():
-            return self._forward(x, now)
+            return self._forward(x, context)
         if self.checkpointing and not x.requires_grad:
             # Reentrant checkpointing drops the gradients of a block whose input has none.
             x = x.detach().requires_grad_()
-        return checkpoint(self._forward, x, now, use_reentrant=self.checkpointing)  # type: ignore[return-value]
+        return checkpoint(self._forward, x, context, use_reentrant=self.checkpointing)  # type: ignore[return-value]
 
-    def _forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, x: Tensor, context: Pass) -> tuple[Tensor, Tensor | None]:
         if self.norms == "pre":
-            x = x + self.self_attn(self.input_layernorm(x), now)
+            x = x + self.self_attn(self.input_layernorm(x), context)
             out, router_logits = self.mlp(self.post_attention_layernorm(x))
             return x + out, router_logits
         both = self.norms == "both"
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x) if both else x, now))
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x) if both else x, context))
         out, router_logits = self.mlp(self.pre_feedforward_layernorm(x) if both else x)
         return x + self.post_feedforward_layernorm(out), router_logits
 
@@ -443,8 +444,8 @@ class TokenRows(nn.Module):
         """x [B, T, D] of the frozen embedding, with the trained rows where `input_ids` [B, T] ask for
         them."""
         ids = self.index(input_ids.device)
-        place = torch.searchsorted(ids, input_ids).clamp(max=len(self.ids) - 1)
-        return torch.where((ids[place] == input_ids)[..., None], self.embedding[place].to(x.dtype), x)
+        row = torch.searchsorted(ids, input_ids).clamp(max=len(self.ids) - 1)
+        return torch.where((ids[row] == input_ids)[..., None], self.embedding[row].to(x.dtype), x)
 
     def into_head(self, weight: Tensor) -> Tensor:
         """The head [V, D] with the trained rows: a copy, through which their gradient flows."""
@@ -571,13 +572,13 @@ class Transformer(nn.Module):
             # Rounded to x's dtype, as Gemma was trained.
             x = x * torch.tensor(self.arch.hidden_size**0.5, dtype=x.dtype)
         tables = {key: rope.tables(position_ids, lengths, x.dtype) for key, rope in self.arch.ropes.items()}
-        now = Pass(tables, documents, cache, decoding)
+        context = Pass(tables, documents, cache, decoding)
         all_router_logits = []
         features = {0: x}
         for depth, block in enumerate(self.layers, 1):
             if layers is not None and depth > max(layers):
                 break
-            x, router_logits = block(x, now)
+            x, router_logits = block(x, context)
             if router_logits is not None:
                 all_router_logits.append(router_logits)
             if layers is not None:
@@ -605,8 +606,8 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2 or "embed_tokens" in name:
                 continue
-            share = arch.experts_per_token / arch.num_experts if parameter.dim() == 3 else 1.0
-            flops += (6 if parameter.requires_grad else 4) * share * parameter.numel()
+            active_share = arch.experts_per_token / arch.num_experts if parameter.dim() == 3 else 1.0
+            flops += (6 if parameter.requires_grad else 4) * active_share * parameter.numel()
         flops += 4 * sum(
             m.in_features * m.out_features for m in block_linears(self).values() if m.kind is not None
         )
@@ -640,9 +641,9 @@ def load_balancing_loss(
     mask = torch.ones(logits.shape[1], device=logits.device) if real is None else real.to(probabilities.dtype)
     counts = F.one_hot(chosen, arch.num_experts).sum(2).to(probabilities.dtype)  # [L, N, X]
     total = mask.sum().clamp(min=1) * logits.shape[0]
-    share = (counts * mask[None, :, None]).sum((0, 1)) / total
+    token_share = (counts * mask[None, :, None]).sum((0, 1)) / total
     mean_probability = (probabilities * mask[None, :, None]).sum((0, 1)) / total
-    return arch.num_experts * (share * mean_probability).sum()
+    return arch.num_experts * (token_share * mean_probability).sum()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -680,14 +681,14 @@ class KVCache:
         self.length = self.prompt if self.length == 0 else self.length + T
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, now: Pass, window: int | None, **how
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Pass, window: int | None, **how
     ) -> Tensor:
         """Store this pass's keys and values, and attend. q [B, T, H, E], k and v [B, T, K, E] → [B, T, H,
         E]."""
-        if not now.decoding:
+        if not context.decoding:
             self.k[layer][self.rows, :, self.columns] = k.flatten(0, 1)
             self.v[layer][self.rows, :, self.columns] = v.flatten(0, 1)
-            return kernels.attention(q, k, v, documents=now.documents, window=window, **how)
+            return kernels.attention(q, k, v, documents=context.documents, window=window, **how)
         if self.length == self.k[layer].shape[2]:
             room = torch.zeros_like(self.k[layer][:, :, : max(64, self.length // 2)])
             self.k[layer] = torch.cat([self.k[layer], room], dim=2)
@@ -739,7 +740,7 @@ class BlockCache:
         self.length += 1
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, now: Pass, window: int | None, *, scale: float,
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Pass, window: int | None, *, scale: float,
         softcap: float | None = None,
     ) -> Tensor:
         """As KVCache.attend. One softmax over the documents' keys, one product for all rows, and a row's
@@ -747,7 +748,7 @@ class BlockCache:
         if self.length == 0:
             self.shared.append((k[0].transpose(0, 1).contiguous(), v[0].transpose(0, 1).contiguous()))
             return kernels.attention(
-                q, k, v, documents=now.documents, window=window, scale=scale, softcap=softcap
+                q, k, v, documents=context.documents, window=window, scale=scale, softcap=softcap
             )
         step = self.length - 1
         self.k[layer][:, :, step], self.v[layer][:, :, step] = k[:, 0], v[:, 0]

@@ -134,9 +134,9 @@ def sampled_accuracy(
     The prompt is what comes before a row's first trained token, the reference the trained tokens that follow
     it.
     """
-    mine = rows[world.rank :: world.size]
+    own_rows = rows[world.rank :: world.size]
     prompts, references = [], []
-    for row in mine or rows[:1]:
+    for row in own_rows or rows[:1]:
         tokens, labels = dataset.row(row)
         first = int((labels != IGNORE).argmax())
         length = int((labels[first:] == IGNORE).argmax()) or len(labels) - first
@@ -149,14 +149,14 @@ def sampled_accuracy(
     answers = []
     # As many calls on every rank: each is a collective
     for first in range(0, -(-len(rows) // world.size), 64):
-        part = prompts[first : first + 64] or prompts[:1]
-        made = generate(
-            model, part, max_new_tokens=config.eval_max_new_tokens, temperature=0,
+        batch_prompts = prompts[first : first + 64] or prompts[:1]
+        generation = generate(
+            model, batch_prompts, max_new_tokens=config.eval_max_new_tokens, temperature=0,
             stop_token_ids=tokenizer.stop_ids, anyone=anyone,
         )
-        answers += [tokenizer.decode(ids).strip() for ids in made.completion_ids]
-    right = sum(a == r for a, r in zip(answers[: len(mine)], references, strict=False))
-    total_right, total = dist.all_reduce([float(right), float(len(mine))], world)
+        answers += [tokenizer.decode(ids).strip() for ids in generation.completion_ids]
+    right = sum(a == r for a, r in zip(answers[: len(own_rows)], references, strict=False))
+    total_right, total = dist.all_reduce([float(right), float(len(own_rows))], world)
     texts = [tokenizer.decode(prompt, special=True) for prompt in prompts[:4]]
     return total_right / total, list(zip(texts, answers, references, strict=False))
 
@@ -261,13 +261,13 @@ def main(config: Config) -> None:
             return stop(run)
 
     # 6. Final save and report.
-    final, said = save_model(run, model), []
+    final, summary = save_model(run, model), []
     if state["eval_before"] is not None:
         after = state.get("eval_after", state["eval_before"])
-        said = [f"held-out loss       {state['eval_before']:.4f} → {after:.4f}"]
+        summary = [f"held-out loss       {state['eval_before']:.4f} → {after:.4f}"]
     if config.eval_answers:
-        said.append(judge_answers(run, model, held_out, eval_order.rows[: config.eval_answers]))
-    finish(run, final, said)
+        summary.append(judge_answers(run, model, held_out, eval_order.rows[: config.eval_answers]))
+    finish(run, final, summary)
 
 
 def read_data(run: Run, config: Config) -> tuple[Dataset, Batches, Dataset, Batches]:

@@ -118,19 +118,19 @@ def write_blocks(
     """directory/step-N.jsonl, one document per line in the order of the step, with the samples of its blocks
     [blocks, n, G], their log-probs, and advantages [blocks, n]. A collective."""
     lines: dict[int, dict] = {}
-    for part, place, (tokens, logprobs, advantage) in zip(parts, places, drawn, strict=True):
+    for documents, first_line, (tokens, logprobs, advantage) in zip(parts, places, drawn, strict=True):
         first = 0
-        for k, d in enumerate(part):
+        for k, d in enumerate(documents):
             blocks = slice(first, first := first + len(d.anchors))
-            lines[place + k] = {
+            lines[first_line + k] = {
                 "row": d.name, "document_ids": d.ids, "counted": [int(c) for c in d.counted],
                 "anchors": d.anchors, "block_ids": tokens[blocks].tolist(),
                 "sampling_logprobs": logprobs[blocks].tolist(), "advantages": advantage[blocks].tolist(),
             }
-    everyone = {place: line for share in dist.gather(lines, world) for place, line in share.items()}
+    everyone = {number: line for of_rank in dist.gather(lines, world) for number, line in of_rank.items()}
     if world.main:
         directory.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(everyone[place]) + "\n" for place in sorted(everyone))
+        text = "".join(json.dumps(everyone[first_line]) + "\n" for first_line in sorted(everyone))
         write_atomically(directory / f"step-{step}.jsonl", text)
 
 
@@ -209,5 +209,5 @@ class BlockPass:
                     sources.append([start + a - 1, *own[:-1]])
                     ids += given[row]
                     row += 1
-        made = (torch.tensor(x, device=device) for x in (document_rows, block_rows, sources, truths))
-        return BlockPass(torch.tensor([ids], device=device), SharedPrompts(groups, device), *made)
+        tensors = (torch.tensor(x, device=device) for x in (document_rows, block_rows, sources, truths))
+        return BlockPass(torch.tensor([ids], device=device), SharedPrompts(groups, device), *tensors)

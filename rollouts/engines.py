@@ -49,33 +49,33 @@ class EmbeddedEngine:
         collective; `on_group(prompt, completions)` is called on rank 0."""
         world = self.world
         limits = limits or [self.options.max_completion_length] * len(prompts)
-        mine = list(range(world.rank, len(prompts), world.size))
+        own_prompts = list(range(world.rank, len(prompts), world.size))
         at_once = max(1, self._rows(max(map(len, prompts)) + max(limits)) // n)
         most = math.ceil(len(prompts) / world.size)
         rounds = math.ceil(most / at_once)  # as many on every rank: each is a collective
         drawn = random.Random(repr((seed, world.rank))).getrandbits(62)
         generator = torch.Generator(world.device).manual_seed(drawn)
-        made: dict[int, list[Completion]] = {}
+        completions: dict[int, list[Completion]] = {}
 
         def anyone(active: bool) -> bool:
             return active if world.size == 1 else dist.all_reduce([float(active)], world)[0] > 0
 
         for turn in range(rounds):
-            part = mine[turn * at_once : (turn + 1) * at_once]
-            found = generate(
-                self.model, [prompts[i] for i in part] or [prompts[0]], num_return_sequences=n,
+            batch = own_prompts[turn * at_once : (turn + 1) * at_once]
+            generation = generate(
+                self.model, [prompts[i] for i in batch] or [prompts[0]], num_return_sequences=n,
                 max_new_tokens=max(limits), stop_token_ids=self.stop_ids, generator=generator,
                 anyone=anyone,
                 temperature=self.options.temperature if temperature is None else temperature,
             )
-            for place, i in enumerate(part):
-                made[i] = []
-                for row in range(place * n, place * n + n):
-                    ids, reason = found.completion_ids[row], found.finish_reasons[row]
+            for position, i in enumerate(batch):
+                completions[i] = []
+                for row in range(position * n, position * n + n):
+                    ids, reason = generation.completion_ids[row], generation.finish_reasons[row]
                     if len(ids) > limits[i]:
                         ids, reason = ids[: limits[i]], "length"
-                    made[i].append(Completion(ids, list(found.logprobs[row][: len(ids)]), reason))
-        everything = {i: group for part in dist.gather(made, world) for i, group in part.items()}
+                    completions[i].append(Completion(ids, list(generation.logprobs[row][: len(ids)]), reason))
+        everything = {i: group for batch in dist.gather(completions, world) for i, group in batch.items()}
         groups = [everything[i] for i in range(len(prompts))]
         if on_group is not None and world.main:
             for i, group in enumerate(groups):
@@ -124,16 +124,16 @@ def as_rollouts(
     engine: Engine, stop_ids: Sequence[int],
 ) -> list[Rollout]:
     """The completions of each prompt, in a row."""
-    stops, made = set(stop_ids), []
+    stops, rollouts = set(stop_ids), []
     for prompt, index, group in zip(prompts, indices, groups, strict=True):
         for c in group:
-            made.append(
+            rollouts.append(
                 Rollout(
                     prompt.ids, c.ids, c.logprobs, truncated=c.ids[-1] not in stops, step=step,
                     weight_version=engine.version(step), row=prompt.name, prompt_index=index,
                 )
             )
-    return made
+    return rollouts
 
 
 class RolloutQueue:

@@ -14,11 +14,11 @@ from text.tokenizer import Tokenizer
 
 
 def load_environment(name: str, directory: Path) -> Callable[[], Any]:
-    made = import_attribute("environment", name, directory)
+    environment = import_attribute("environment", name, directory)
     for method in ("reset", "step"):
-        if not callable(getattr(made, method, None)):
+        if not callable(getattr(environment, method, None)):
             raise ConfigError("environment", name, f"has no method {method}")
-    return made
+    return environment
 
 
 def play(
@@ -43,8 +43,8 @@ def play(
         first = []
         for p, _ in played:
             worlds.append(environment())
-            said = worlds[-1].reset(p.prompt, **p.columns)
-            first.append(_said_ids(said, p, [], tokenizer) if said is not None else [])
+            observation = worlds[-1].reset(p.prompt, **p.columns)
+            first.append(_said_ids(observation, p, [], tokenizer) if observation is not None else [])
         return first
 
     for rollout, more in zip(rollouts, dist.from_main(begin, world), strict=True):
@@ -72,7 +72,7 @@ def play(
             for i, answer in zip(active, answers, strict=True):
                 text = tokenizer.decode(answer.ids)
                 try:
-                    said, reward, done = worlds[i].step(text, list(answer.ids))
+                    observation, reward, done = worlds[i].step(text, list(answer.ids))
                 except Exception as error:
                     raise BallastError(
                         f"environment: step raised {type(error).__name__}: {error}, on {played[i][0].name}, "
@@ -80,9 +80,10 @@ def play(
                     ) from error
                 histories[i].append({"role": "assistant", "content": text})
                 over = (
-                    done or said is None or answer.finish_reason == "length" or turn + 1 == options.max_turns
+                    done or observation is None or answer.finish_reason == "length"
+                    or turn + 1 == options.max_turns
                 )
-                ids = [] if over else _said_ids(said, played[i][0], histories[i], tokenizer)
+                ids = [] if over else _said_ids(observation, played[i][0], histories[i], tokenizer)
                 replies.append((ids, float(reward or 0.0), over))
             return replies
 
@@ -108,20 +109,20 @@ def play(
     return rollouts
 
 
-def _said_ids(said: Any, prompt: Prompt, history: list[dict], tokenizer: Tokenizer) -> list[int]:
+def _said_ids(observation: Any, prompt: Prompt, history: list[dict], tokenizer: Tokenizer) -> list[int]:
     """An environment's words as token ids: ids as they are, text as text, messages through the chat
     template."""
-    if isinstance(said, str):
-        return tokenizer.encode(said)
-    if isinstance(said, list) and said and all(type(i) is int for i in said):
-        return said
-    if isinstance(said, list) and all(isinstance(m, dict) for m in said) and history:
+    if isinstance(observation, str):
+        return tokenizer.encode(observation)
+    if isinstance(observation, list) and observation and all(type(i) is int for i in observation):
+        return observation
+    if isinstance(observation, list) and all(isinstance(m, dict) for m in observation) and history:
         try:
             before = tokenizer.render(history, prompt.tools)
-            after = tokenizer.render([*history, *said], prompt.tools, generation_prompt=True)
+            after = tokenizer.render([*history, *observation], prompt.tools, generation_prompt=True)
         except BadRow as error:
             raise BallastError(f"environment: {error} ({prompt.name})") from None
-        history.extend(said)
+        history.extend(observation)
         if after.startswith(before):
             # The template closes the assistant's turn; its end token was sampled, what follows it was not.
             closed = tokenizer.decode([tokenizer.turn_end()], special=True)
@@ -131,5 +132,5 @@ def _said_ids(said: Any, prompt: Prompt, history: list[dict], tokenizer: Tokeniz
             "environment: this chat template changes earlier turns; return text or token ids, not messages"
         )
     raise BallastError(
-        f"environment: said {said!r}; it must be text, token ids, messages or None ({prompt.name})"
+        f"environment: said {observation!r}; it must be text, token ids, messages or None ({prompt.name})"
     )

@@ -197,12 +197,12 @@ def token_logprobs(
     bad = int((~torch.isfinite(hidden)).any(-1).sum())
     if bad:  # the safety net: replaced so that one bad token does not end the step, but counted and named
         hidden = torch.nan_to_num(hidden, nan=0.0, posinf=0.0, neginf=0.0)
-    made = linear_logprobs(
+    statistics = linear_logprobs(
         hidden, model.head_weight, batch.targets,
         temperature=temperature, softcap=model.arch.final_softcap,
     )
-    entropy = made.entropy if entropy_gradient else made.entropy.detach()
-    return batch.spread(made.logprobs), batch.spread(entropy), router_logits, bad
+    entropy = statistics.entropy if entropy_gradient else statistics.entropy.detach()
+    return batch.spread(statistics.logprobs), batch.spread(entropy), router_logits, bad
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -272,11 +272,11 @@ class Tally:
 
     def result(self, world: World) -> dict[str, float]:
         """The metrics, the same on every rank. A collective; ranks may lack names that others have."""
-        found = dist.gather((self.sums, self.low, self.high, self.squares), world)
+        by_rank = dist.gather((self.sums, self.low, self.high, self.squares), world)
         totals: dict[str, list[float]] = {}
         squares: dict[str, list[float]] = {}
         metrics: dict[str, float] = {}
-        for sums, low, high, part in found:
+        for sums, low, high, rank_squares in by_rank:
             for name, (total, count) in sums.items():
                 entry = totals.setdefault(name, [0.0, 0.0])
                 entry[0] += total
@@ -285,7 +285,7 @@ class Tally:
                 metrics[name] = min(value, metrics.get(name, math.inf))
             for name, value in high.items():
                 metrics[name] = max(value, metrics.get(name, -math.inf))
-            for name, values in part.items():
+            for name, values in rank_squares.items():
                 squares[name] = [a + b for a, b in zip(squares.get(name, [0.0] * 3), values, strict=True)]
         for name, (total, square, count) in squares.items():
             metrics[name] = total**2 / (count * square) if square else 0.0
@@ -403,8 +403,8 @@ def check_sampler(
     engine.batch_agreed = True
     temperatures = [options.temperature] if options.temperature == 1 else [options.temperature, 1.0]
     sums = [0.0] * (1 + len(temperatures))
-    for part in micro:
-        batch = collate(part, world.device, share_prompts)
+    for micro_batch in micro:
+        batch = collate(micro_batch, world.device, share_prompts)
         if batch.sampling_logprobs is None:
             continue
         known = (batch.mask > 0) & batch.sampling_logprobs.isfinite()
@@ -440,8 +440,8 @@ def keep_logprobs(
     kl = kl or bool(options.beta)
     if not old and not kl:
         return
-    for part in micro:
-        batch = collate(part, world.device, share_prompts)
+    for micro_batch in micro:
+        batch = collate(micro_batch, world.device, share_prompts)
         if old:
             logprobs, entropy, _, _ = token_logprobs(model, batch, options.temperature)
             batch.keep("old_logprobs", logprobs)

@@ -75,10 +75,10 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def _last_number(text: str) -> float | None:
-    found = NUMBER.findall(text.split("####")[-1])  # GSM8K puts the answer after ####
-    if not found:
+    numbers = NUMBER.findall(text.split("####")[-1])  # GSM8K puts the answer after ####
+    if not numbers:
         return None
-    number, _, below = found[-1].replace(",", "").partition("/")
+    number, _, below = numbers[-1].replace(",", "").partition("/")
     return float(number) / float(below) if below and float(below) else float(number)
 
 

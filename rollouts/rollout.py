@@ -168,8 +168,8 @@ class Rollout:
 
 def to_json(rollout: Rollout) -> dict[str, Any]:
     """Without what is unknown, and without what the trainer computed from its weights of the moment."""
-    mine = {"old_logprobs", "ref_logprobs", "entropies"}
-    return {k: v for k, v in vars(rollout).items() if v is not None and k not in mine}
+    of_trainer = {"old_logprobs", "ref_logprobs", "entropies"}
+    return {k: v for k, v in vars(rollout).items() if v is not None and k not in of_trainer}
 
 
 def write_rollouts(
@@ -195,12 +195,12 @@ def write_rollouts(
 
 def replay_lines(path: str, directory: Path) -> Iterator[tuple[str, int, str]]:
     """(file, number, line) of a JSONL file, or of every step-N.jsonl of a directory in order."""
-    place = next((p for p in (directory / path, Path(path)) if p.exists()), None)
-    if place is None:
+    source = next((p for p in (directory / path, Path(path)) if p.exists()), None)
+    if source is None:
         raise ConfigError("replay_path", path, f"does not exist (looked in {directory} and here)")
-    files = [place]
-    if place.is_dir():
-        steps = [p for p in place.glob("step-*.jsonl") if p.stem.removeprefix("step-").isdigit()]
+    files = [source]
+    if source.is_dir():
+        steps = [p for p in source.glob("step-*.jsonl") if p.stem.removeprefix("step-").isdigit()]
         files = sorted(steps, key=lambda p: int(p.stem.removeprefix("step-")))
     for file in files:
         number = 0

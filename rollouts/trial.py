@@ -32,12 +32,12 @@ def score_samples(config: Any) -> None:
     elif config.source == "generate":
         model = load_pretrained(str(checkpoint), dtype=torch.float32)
         seed = random.Random(repr(((config.seed,), 0))).getrandbits(62)
-        made = generate(
+        generation = generate(
             model, [p.ids for p in prompts], max_new_tokens=config.max_completion_length,
             temperature=config.temperature, stop_token_ids=tokenizer.stop_ids,
             generator=torch.Generator().manual_seed(seed),
         )
-        ids = made.completion_ids
+        ids = generation.completion_ids
     else:
         missing = next((p.name for p in prompts if "answer" not in p.columns), None)
         if missing:

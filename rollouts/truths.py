@@ -34,10 +34,10 @@ def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) ->
     begin, asked = len(prompt.ids), len(prompt.prompt)
     try:
         ids, labels = tokenizer.encode_chat(messages, tools, **more)
-        whole = tokenizer.render(messages, tools, **more)
+        rendered = tokenizer.render(messages, tools, **more)
         answers = [i for i in range(asked, len(messages) - 1) if messages[i]["role"] == "assistant"]
         same = ids[:begin] == prompt.ids and all(
-            whole.startswith(tokenizer.render(messages[: i + 1], tools, **more)) for i in answers
+            rendered.startswith(tokenizer.render(messages[: i + 1], tools, **more)) for i in answers
         )
     except BadRow as error:
         raise DataError(prompt.name, None, str(error)) from None
@@ -60,18 +60,18 @@ def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) ->
 
 def questions_of(remaining: list[dict], name: str = "") -> list[list[dict]]:
     """What is said before each of the answers that `remaining_turns` holds. DataError names the row."""
-    questions, said = [], []
+    questions, question = [], []
     for message in remaining:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise DataError(name, None, "remaining_turns must be a list of messages with text")
         if message.get("role") == "assistant":
-            if not said:
+            if not question:
                 raise DataError(name, None, "remaining_turns has an answer without a question before it")
-            questions.append(said)
-            said = []
+            questions.append(question)
+            question = []
         else:
-            said.append(message)
-    if remaining and said:
+            question.append(message)
+    if remaining and question:
         raise DataError(name, None, "remaining_turns must end with an answer")
     return questions
 

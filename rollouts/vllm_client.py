@@ -209,10 +209,10 @@ class VllmEngine:
             if over.is_set():
                 return
             answer = server.ask("POST", "/v1/completions", body)
-            made = read_completions(
+            completions = read_completions(
                 answer, different, limits[i], server.url, prompts[i], self.model.arch.vocab_size
             )
-            groups[i] = made * (n // different)
+            groups[i] = completions * (n // different)
             if on_group is not None and not over.is_set():
                 on_group(i, groups[i])
 
@@ -253,10 +253,10 @@ class VllmEngine:
 
     def _check_versions(self) -> None:
         for server in self.servers:
-            found = server.version()
-            if found != self._version_name():
+            version = server.version()
+            if version != self._version_name():
                 raise StaleServer(
-                    f"{server.url}: has weights {found!r}, this run sent {self._version_name()!r}: "
+                    f"{server.url}: has weights {version!r}, this run sent {self._version_name()!r}: "
                     "restarted, or used by another run; sending them again"
                 )
 
@@ -311,11 +311,11 @@ class VllmEngine:
             self._versions.add(self._version_name())
 
         self._on_main(settle)
-        took = seconds()
+        elapsed = seconds()
         gap = self._compare_probe(step)
         metrics = {
-            "sync/seconds": took,
-            "sync/gigabytes_per_second": count / took / 1e9,
+            "sync/seconds": elapsed,
+            "sync/gigabytes_per_second": count / elapsed / 1e9,
             "sync/probe_difference": gap,
         }
         return metrics
@@ -522,7 +522,7 @@ class VllmEngine:
         """By server: its address, log-probs of the probe, and tokens that it sampled after the probe with the
         run's own settings, with their log-probs. It samples twice, so that the probe comes from its prefix
         cache."""
-        made = []
+        answers = []
         for server in self.servers:
             scored = self._score(server)
             body = self._body(self.probe, 1, PROBE_ANSWER, self.options.temperature, 1)
@@ -532,8 +532,8 @@ class VllmEngine:
                 answer, 1, PROBE_ANSWER, server.url, self.probe, self.model.arch.vocab_size
             )
             known = [x if x is not None else math.nan for x in drawn.logprobs]
-            made.append((server.url, scored, drawn.ids, known))
-        return made
+            answers.append((server.url, scored, drawn.ids, known))
+        return answers
 
     def _score(self, server: Server) -> list[float]:
         body = {**self._body(self.probe, 1, 1, 1.0, None), "prompt_logprobs": 0}

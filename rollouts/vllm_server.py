@@ -155,7 +155,7 @@ def read_completions(
     beyond = math.inf if vocab_size is None else vocab_size
     try:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        found = []
+        completions = []
         for choice in choices:
             ids, reason = choice["token_ids"], choice["finish_reason"]
             logprobs = choice["logprobs"]["token_logprobs"]
@@ -170,17 +170,17 @@ def read_completions(
             if prompt is not None and choice.get("prompt_token_ids") not in (None, prompt):
                 raise EngineError(f"{url}: answered another prompt than it was asked")
             usable = [x if x is not None and math.isfinite(x) and x > -9999.0 else None for x in logprobs]
-            found.append(Completion(ids, usable, reason))
+            completions.append(Completion(ids, usable, reason))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{url}: an answer that is not understood ({error!r}); is it vLLM 0.32?") from None
-    if len(found) != n:
-        raise EngineError(f"{url}: {len(found)} completions, asked for {n}")
-    known = [x is not None for completion in found for x in completion.logprobs]
+    if len(completions) != n:
+        raise EngineError(f"{url}: {len(completions)} completions, asked for {n}")
+    known = [x is not None for completion in completions for x in completion.logprobs]
     if len(known) >= 8 and not any(known):  # one is vLLM's own way of saying −∞; all of them are a fault
         raise EngineError(
             f"{url}: {len(known)} tokens and not one usable log-prob; start it with `python grpo.py serve`"
         )
-    return found
+    return completions
 
 
 def server_dtype(options: Any) -> str:
@@ -237,8 +237,8 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
 def serve(config: Any) -> None:
     """Start the vLLM server that a config needs, in this process's place."""
     try:
-        place = Path(config.config_directory)
-        model = resolve_checkpoint(config.base_model, config.base_model_revision, place).resolve()
+        directory = Path(config.config_directory)
+        model = resolve_checkpoint(config.base_model, config.base_model_revision, directory).resolve()
     except BallastError as error:
         raise ConfigError("base_model", config.base_model, f"cannot be served: {error}") from None
     for url in config.vllm_server_base_url[1:]:

@@ -325,10 +325,10 @@ def default_of(field: dataclasses.Field) -> Any:
 def meanings_of(config_class: type) -> dict[str, str]:
     """Option → its docstring, on one line."""
     parts = [part for part in config_class.__mro__ if dataclasses.is_dataclass(part)]
-    found: dict[str, str | None] = {}
+    meanings: dict[str, str | None] = {}
     for part in parts:
-        found |= {p.arg_name: p.description for p in docstring_parser.parse_from_object(part).params}
-    return {name: " ".join((text or "").split()) for name, text in found.items()}
+        meanings |= {p.arg_name: p.description for p in docstring_parser.parse_from_object(part).params}
+    return {name: " ".join((text or "").split()) for name, text in meanings.items()}
 
 
 def help_text(config_class: type, description: str) -> str:
@@ -458,9 +458,9 @@ def resolve_checkpoint(
     Raises CheckpointError where there is none.
     """
     path = Path(path_or_repo_id).expanduser()
-    for place in (directory / path if directory else path, path):
-        if place.is_dir():
-            return place
+    for candidate in (directory / path if directory else path, path):
+        if candidate.is_dir():
+            return candidate
     if (
         path.exists()
         or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_repo_id)

@@ -182,10 +182,10 @@ def save_model(run: Run, model: Transformer) -> Path:
     return save_final(model, run.tokenizer, run.config, run.world)
 
 
-def finish(run: Run, final: Path, said: Sequence[str] = ()) -> None:
+def finish(run: Run, final: Path, summary: Sequence[str] = ()) -> None:
     """Close the metrics, say how the run went and where the model is."""
     run.logger.close()
-    for line in said:
+    for line in summary:
         log.info("%s", line)
     say_saved(final)
     dist.finish()
@@ -267,16 +267,16 @@ def start(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
     except Exception as error:
         log.debug("%s", traceback.format_exc())
         if is_out_of_memory(error):
-            said = memory.what_to_change(error, config)
+            message = memory.what_to_change(error, config)
         else:
-            said = str(error) if isinstance(error, BallastError) else explain_error(error)
-        if said is None:
+            message = str(error) if isinstance(error, BallastError) else explain_error(error)
+        if message is None:
             raise  # a fault of ours: the whole traceback, on the console and in run.log
         if not isinstance(error, BallastError) and (missing := dist.behind()):
-            said = f"{missing}: {said}"
+            message = f"{missing}: {message}"
         if _first_to_fail():
-            print(f"error: {said}", file=sys.stderr, flush=True)
-            log.debug("error: %s", said)
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            log.debug("error: %s", message)
         for logger in list(MetricLogger.running):
             with suppress(Exception):  # the error above is what counts
                 logger.close(failed=True)  # its report shows the incident
