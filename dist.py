@@ -55,12 +55,12 @@ class DistOptions:
     fsdp_cpu_offload: bool = False
     """Keep weights and optimiser state in host memory (CUDA only)."""
     hsdp_shard_size: int | None = None
-    """Shard over groups of so many processes and replicate across groups (HSDP), e.g. the GPUs of one
+    """Shard over groups of N processes and replicate across groups (HSDP), e.g. the GPUs of one
     node; 1 replicates only (DDP)."""
     deterministic: bool = False
     """On CUDA: only kernels that give the same bits every time, slower. CPU runs always do."""
     gpu_timeout_minutes: float = 30
-    """A collective that waits longer stops the run: some rank died or took another path."""
+    """How long ranks wait in a collective for a missing one before the run stops."""
 
     def check(self) -> None:
         if self.bf16 is None:
@@ -138,14 +138,14 @@ class World:
         return self.rank == 0
 
     def devices(self, options: DistOptions) -> str:
-        """How many of what, and what they compute in."""
+        """The devices of this run and their precision, as in `8 × NVIDIA H100 in bf16`."""
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if cuda else self.device.type
         return f"{self.size} × {name} in {'bf16' if options.bf16 else 'fp32'}"
 
 
 def world_size() -> int:
-    """How many processes torchrun has started: known before they have met."""
+    """The number of processes that torchrun has started; known before they have met."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -282,7 +282,7 @@ def main_first(work: Callable[[], T], world: World) -> T:
 
 
 def begin_step(step: int, world: World) -> dict[str, float]:
-    """What every loop does first: say which step this is, and now and then measure who is slow (`race`)."""
+    """Begin a step: publish its number to the other ranks, and every tenth step time them (`race`)."""
     beat(step, world)
     return race(step, world)
 
@@ -325,7 +325,7 @@ def _small_product(device: torch.device) -> float:
 
 
 def behind() -> str:
-    """After a collective failed: which ranks have not come as far as the others, or which have gone."""
+    """After a collective has failed: name the ranks that are behind the others, or that are gone."""
     if not td.is_initialized() or td.get_world_size() == 1:
         return ""
     try:
@@ -429,7 +429,7 @@ def make_optimizers(model: nn.Module, options: OptimizerOptions) -> list[torch.o
 
 
 def update(optimizers: list[torch.optim.Optimizer], rate: float) -> float:
-    """One step at this learning rate, and the gradients dropped; the rate that the optimiser then has."""
+    """Make one optimiser step at this learning rate, drop the gradients, and return the rate in use."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -445,8 +445,7 @@ def warmup(options: OptimizerOptions, total_steps: int) -> int:
 
 
 def check_schedule(options: OptimizerOptions, total_steps: int) -> None:
-    """ConfigError where the run would end before its learning rate is reached; says where nothing will
-    move."""
+    """Raise ConfigError where the warmup is longer than the run; warn where the learning rate is 0."""
     if warmup(options, total_steps) > total_steps:
         raise ConfigError(
             "warmup_steps", options.warmup_steps, f"is longer than the run of {total_steps} steps"

@@ -371,7 +371,7 @@ def main(config: Config) -> None:
 
 @dataclass
 class StepSize:
-    """What an optimiser step holds, over all micro-batches and ranks: losses are divided by it."""
+    """Totals of an optimiser step over all micro-batches and ranks; losses are divided by them."""
 
     completions: int
     tokens: float  # that the policy wrote
@@ -601,7 +601,7 @@ def refuse_without_truth(
 
 
 def with_prefetched(state: dict[str, Any], queue: RolloutQueue) -> dict[str, Any]:
-    """What a checkpoint keeps beside weights: the state, and the batch that was sampled before its time."""
+    """The state that a checkpoint keeps beside weights, with the prefetched batch."""
     return {**state, "ahead": None if queue.prefetched is None else [vars(r) for r in queue.prefetched]}
 
 
@@ -779,7 +779,7 @@ def group_features(
 
 @dataclass
 class BlockStepSize:
-    """What an optimiser step holds, over all micro-batches and ranks: losses are divided by it."""
+    """Totals of an optimiser step over all micro-batches and ranks; losses are divided by them."""
 
     documents: int
     tokens: int  # that were sampled

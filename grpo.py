@@ -1,5 +1,5 @@
 """Group relative policy optimisation: sample several completions of each prompt, score them, and make the
-better ones of each group likelier (DeepSeekMath, arXiv 2402.03300; losses of its successors in policy.py).
+better ones of each group likelier (DeepSeekMath, arXiv 2402.03300, and the losses of its successors).
 
     python grpo.py --config configs/tiny/grpo.yaml
     torchrun --nproc-per-node 8 grpo.py --config configs/qwen2.5-1.5b-gsm8k-8gpu.yaml
@@ -144,7 +144,7 @@ class Config(
     ref_model_mixup_alpha: float = 0.6
     """Share of the policy in that move."""
     replay_buffer_size: int = 0
-    """Keep so many groups with differing rewards, and use them in place of groups that have none."""
+    """Keep the last N groups with differing rewards, and use them in place of flat groups."""
     environment: str | None = None
     """Multi-turn: module.Class with reset(prompt, **columns) and step(text, ids) → (observation, reward,
     done)."""
@@ -159,7 +159,7 @@ class Config(
     eval_num_generations: int = 1
     """Completions of each held-out prompt, for pass@1 and pass@k."""
     eval_temperature: float | None = None
-    """Of these completions; unset: temperature. 0 is greedy."""
+    """Temperature of these completions; unset: `temperature`. 0 is greedy."""
     eval_greedy: bool = False
     """Evaluate one greedy completion of each held-out prompt too."""
     eval_success_reward: float = 1.0
@@ -215,8 +215,8 @@ class Config(
 
 @dataclass
 class StepSize:
-    """What an optimiser step as a whole holds, over all micro-batches and ranks. Losses are divided by these
-    and never by a micro-batch's own counts: the result must not depend on how the step is cut."""
+    """Totals of an optimiser step over all micro-batches and ranks. Losses are divided by these and never by
+    a micro-batch's own counts: the result must not depend on how the step is cut into micro-batches."""
 
     completions: int
     tokens: float  # Σ m
@@ -824,7 +824,8 @@ def main(config: Config) -> None:
 
 
 def reference_model(run: Run, config: Config) -> Transformer | None:
-    """π_ref, where beta needs it and LoRA has not the model itself with its adapters off."""
+    """π_ref, a frozen copy of the starting weights. None without beta, and with LoRA, where the model without
+    its adapters serves."""
     if not config.beta or config.adapter:
         return None
     moves = config.ref_model_sync_steps is not None  # by less than bf16 could hold
@@ -835,7 +836,7 @@ def reference_model(run: Run, config: Config) -> Transformer | None:
 def step_size(
     rollouts: list[Rollout], micro_batches: list[list[Rollout]], run: Run, reused: bool
 ) -> StepSize:
-    """What the losses of an optimiser step are divided by. A collective with top_entropy_quantile."""
+    """The totals that a step's losses are divided by. A collective with top_entropy_quantile."""
     config = run.config
     more: dict[str, Any] = {}
     if config.top_entropy_quantile < 1:

@@ -57,7 +57,7 @@ class ModelOptions:
     """`lora` trains low-rank adapters and freezes the base weights; `qlora` also quantises them (load_in_4bit
     or load_in_8bit); unset trains every weight."""
     lora_model_dir: str | None = None
-    """A PEFT adapter to go on from."""
+    """A PEFT adapter to continue from."""
     lora_r: int = 16
     """Rank of the adapters; 8–32 are usual."""
     lora_alpha: float = 32
@@ -165,7 +165,7 @@ def forward_only(function: Function) -> Function:
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
-    """The whole of a parameter that may be sharded; every rank of its mesh must come."""
+    """The whole tensor of a parameter that may be sharded. A collective over its mesh."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
@@ -263,7 +263,7 @@ def set_precision(model: "Transformer", options: ModelOptions) -> None:
 
 @dataclass
 class Pass:
-    """What every block of one forward pass needs to know."""
+    """What all blocks share in one forward pass."""
 
     rope_tables: dict[str, tuple[Tensor, Tensor]]
     documents: kernels.Documents | kernels.SharedPrompts | None
@@ -359,7 +359,7 @@ class Experts(nn.Module):
         # Tokens sorted by expert: every expert's rows are one contiguous block of a grouped matrix product.
         order = experts.flatten().argsort(stable=True)
         token = order // self.arch.experts_per_token
-        # How many choices are of expert x or before it; bincount would make the host wait for the GPU.
+        # Cumulative count of choices by expert; bincount would make the host wait for the GPU.
         which = torch.arange(self.arch.num_experts, device=x.device)
         ends = torch.searchsorted(experts.flatten()[order], which, right=True)
         gate_up, down = as_dtype(self.gate_up_proj, x.dtype), as_dtype(self.down_proj, x.dtype)
@@ -475,12 +475,12 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of inputs and caches: with fsdp_cpu_offload the weights rest elsewhere."""
+        """The device of inputs and caches; with fsdp_cpu_offload the weights rest in host memory."""
         return self.compute_device or self.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states; a weight that rests sharded may have another."""
+        """The dtype of the hidden states; a sharded weight at rest may have another."""
         return self.compute_dtype or self.embed_tokens.weight.dtype
 
     @property
@@ -583,7 +583,7 @@ class Transformer(nn.Module):
                 all_router_logits.append(router_logits)
             if layers is not None:
                 features[depth] = x if depth < len(self.layers) else self.norm(x)
-        # Each layer to unit length first: one with large norms must not drown the rest
+        # Normalise each layer first: one with large norms must not drown the others.
         if layers is not None:
             return torch.cat([F.normalize(features[i].float(), dim=-1) for i in layers], dim=-1), []
         if cache is not None:
@@ -667,7 +667,7 @@ class KVCache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
         self.starts = self.prompt - torch.tensor(prompt_lengths, device=device)
-        # Where each token of the packed prompts goes.
+        # The cache slot of each token of the packed prompts.
         lengths = torch.tensor(prompt_lengths, device=device)
         self.rows = torch.repeat_interleave(torch.arange(B, device=device), lengths)
         self.columns = torch.cat(

@@ -57,8 +57,7 @@ class Config(
     sample_packing: bool = False
     """Put several documents in one row of sequence_len. Attention and positions stay within a document."""
     eval_answers: int = 0
-    """At the end, sample greedy answers to so many held-out rows and report the share that equals the
-    reference."""
+    """At the end, sample greedy answers to N held-out rows and report the share that equals the reference."""
     eval_max_new_tokens: int = 128
     """Longest sampled answer, in tokens."""
 
@@ -75,8 +74,8 @@ class Config(
 
 @dataclass
 class StepSize:
-    """What an optimiser step holds, over all micro-batches and ranks: losses are divided by it, so that they
-    do not depend on how the step is cut."""
+    """Totals of an optimiser step over all micro-batches and ranks. Losses are divided by them, so that they
+    do not depend on how the step is cut into micro-batches."""
 
     tokens: int  # trained ones
     micro_batches: int  # of each rank
@@ -147,7 +146,7 @@ def sampled_accuracy(
         return dist.all_reduce([float(active)], world)[0] > 0
 
     answers = []
-    # As many calls on every rank: each is a collective
+    # Every rank makes the same number of calls: each is a collective.
     for first in range(0, -(-len(rows) // world.size), 64):
         batch_prompts = prompts[first : first + 64] or prompts[:1]
         generation = generate(
@@ -298,7 +297,7 @@ def read_data(run: Run, config: Config) -> tuple[Dataset, Batches, Dataset, Batc
 
 
 def loss_metrics(sums: dict[str, float], aux_coef: float, world: World) -> dict[str, float]:
-    """Sums over some steps, all ranks → their mean loss. Steps that were left out are not in it."""
+    """The mean loss, from sums over steps and ranks. Skipped steps are not counted."""
     metrics = {}
     if sums["learnt"]:
         metrics["train/loss"] = sums["nll"] / sums["learnt"]
@@ -311,12 +310,12 @@ def loss_metrics(sums: dict[str, float], aux_coef: float, world: World) -> dict[
 
 
 def trained_share(sums: dict[str, float]) -> float:
-    """Trained tokens among those that could be: a document's first has nothing before it."""
+    """Share of tokens that are trained; the first of each document, which nothing predicts, is left out."""
     return sums["trained"] / max(1, sums["tokens"] - sums["documents"])
 
 
 def speed_metrics(sums: dict[str, float], model: Transformer, world: World) -> dict[str, float]:
-    """Sums over some steps, all ranks → time, throughput, and what of the tokens was trained."""
+    """Time, throughput and token shares, from sums over steps and ranks."""
     metrics = {
         "tokens_per_second": sums["tokens"] / sums["seconds"], "step_time": sums["seconds"] / sums["steps"],
         "trained_token_share": trained_share(sums),
@@ -329,7 +328,7 @@ def speed_metrics(sums: dict[str, float], model: Transformer, world: World) -> d
 
 
 def judge_answers(run: Run, model: Transformer, held_out: Dataset, rows: np.ndarray) -> str:
-    """Sample answers to these held-out rows, log some of them; the line that sums it up."""
+    """Sample answers to these held-out rows, log a few, and return a summary line."""
     chosen = [int(row) for row in rows]
     accuracy, answers = sampled_accuracy(model, held_out, chosen, run.tokenizer, run.config, run.world)
     run.logger.log(run.total_steps, {"eval/accuracy": accuracy})
@@ -340,7 +339,7 @@ def judge_answers(run: Run, model: Transformer, held_out: Dataset, rows: np.ndar
 
 
 def fingerprint(dataset: Dataset, config: Config) -> str:
-    """Of the rows and of the weights that they are mixed with."""
+    """Hash of the rows and of the weights that mix them."""
     weights = [spec.get("weight", 1.0) for spec in config.datasets]
     return hashlib.sha256((dataset.fingerprint + repr(weights)).encode()).hexdigest()
 

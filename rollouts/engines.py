@@ -137,8 +137,8 @@ def as_rollouts(
 
 
 class RolloutQueue:
-    """Generation batches one after the other. Before each the engine gets the trainer's weights; with
-    async_prefetch it samples the next batch while this one is trained on.
+    """Yields generation batches in order. Before each the engine gets the trainer's weights; with
+    async_prefetch it samples the next batch while this one trains.
 
     `sample(number, step, prefetched)` makes a batch, from what was prefetched or anew; `prefetch(number)`
     begins one on the engine's thread.
@@ -174,7 +174,6 @@ class RolloutQueue:
         return rollouts
 
     def settle(self, number: int, step: int) -> None:
-        """Collect batch `number` if it is under way, before new weights are sent: it was sampled from the old
-        ones. A collective."""
+        """Collect the prefetched batch `number` before new weights are sent. A collective."""
         if self.under_way:
             self.prefetched, self.under_way = self.sample(number, step, True), False

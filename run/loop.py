@@ -1,5 +1,5 @@
-"""What every recipe does around its loop: begin, resume, the end of a step, the end of a run. Plain functions
-that a loop calls and that never call it."""
+"""What every recipe does around its loop: begin, resume, end a step, end a run. Plain functions that a loop
+calls and that never call it."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ from text.tokenizer import Tokenizer
 
 @dataclass
 class Run:
-    """What a run has from its beginning to its end."""
+    """What exists from the beginning of a run to its end."""
 
     config: Any
     world: dist.World
@@ -77,7 +77,7 @@ def begin(config: Any) -> Run:
     return Run(config, world, interrupt, checkpoint, arch, tokenizer)
 
 
-# What a checkpoint was made with, as far as a run cannot go on from it with anything else.
+# Options that a run and the checkpoint that it resumes from must share.
 IDENTITY = (
     "base_model", "random_init", "mode", "adapter", "load_in_4bit", "load_in_8bit", "fp8", "fp8_frozen",
     "lora_r", "lora_target_modules", "optimizer", "seed", "sequence_len", "sample_packing", "val_set_size",
@@ -87,8 +87,8 @@ IDENTITY = (
 
 
 def plan(run: Run, total_steps: int, steps_per_epoch: int, **identity: Any) -> None:
-    """How long the run is; the checkpoint that it goes on from, if there is one. `identity` is what must be
-    the same there beside the options of IDENTITY, under names that the user reads."""
+    """Set the length of the run and find the checkpoint that it resumes from, if there is one. `identity` is
+    what must be the same there beside the options of IDENTITY, under names that the user reads."""
     config = run.config
     run.total_steps = total_steps
     dist.check_schedule(config, total_steps)
@@ -115,7 +115,7 @@ def build(run: Run, rows: int | None = None) -> tuple[Transformer, list[torch.op
 
 
 def describe(run: Run, model: Transformer, what: str) -> None:
-    """The first line of a run: `what` it trains on."""
+    """Log the first line of a run; `what` describes the data and the steps."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
         "%s: %s parameters, %s trained; %s",
@@ -129,8 +129,8 @@ def describe(run: Run, model: Transformer, what: str) -> None:
 def resume(
     run: Run, model: Transformer, optimizers: list, moving: Mapping[str, nn.Module] | None = None
 ) -> None:
-    """Weights, optimisers and random state of the checkpoint, if there is one; from here on metrics are
-    written. `moving` are other models that change."""
+    """Load weights, optimisers and random state of the checkpoint, if there is one, and open the metrics.
+    `moving` are other models that change during the run."""
     if run.resume_from is not None:
         run.checkpointer.load(run.resume_from, model, optimizers, run.config.seed, moving)
     log.debug("ready after %.1f s", run.seconds())
@@ -147,7 +147,7 @@ def router_aux_coef(run: Run) -> float:
 
 @dataclass
 class Due:
-    """What is to be done after a step."""
+    """What to do after a step."""
 
     evaluate: bool
     log: bool
@@ -156,8 +156,8 @@ class Due:
 
 
 def end_step(run: Run, evaluates: bool) -> Due:
-    """What is due now that run.step steps are done, the same on every rank; `evaluates`: there is something
-    held out. A collective."""
+    """What is due after run.step steps, the same on every rank. `evaluates`: there is held-out data. A
+    collective."""
     config, step = run.config, run.step
     run.logger.advance()
     stop = run.logger.stopping(run.interrupt.signal, step, run.world)
@@ -171,7 +171,7 @@ def end_step(run: Run, evaluates: bool) -> Due:
 
 
 def stop(run: Run) -> None:
-    """The end of a run that was asked to stop, and was saved."""
+    """End a run that was asked to stop and has been saved."""
     run.checkpointer.finish()
     run.logger.stopped(run.step, run.world)
 
@@ -183,7 +183,7 @@ def save_model(run: Run, model: Transformer) -> Path:
 
 
 def finish(run: Run, final: Path, summary: Sequence[str] = ()) -> None:
-    """Close the metrics, say how the run went and where the model is."""
+    """Close the metrics and log how the run went and where the model is."""
     run.logger.close()
     for line in summary:
         log.info("%s", line)
