@@ -1,5 +1,5 @@
 """The arithmetic that decides whether a run fits and how fast it is: attention over packed documents, norms
-and activations. The loss is in losses.py, 8 and 4 bits are in low_precision.py.
+and activations. The loss is in numerics/losses.py, 8 and 4 bits are in numerics/low_precision.py.
 
 Each operation has a plain-torch form, which is exact, runs everywhere and is the reference; where a Triton
 kernel stands beside it, the public function takes that on a GPU. `KERNELS=torch` or `KERNELS=triton` in the

@@ -94,8 +94,7 @@ def network():
 def document(length: int, stride: int):
     import torch
 
-    from ebft import block_anchors
-    from rollouts.blocks import Document
+    from rollouts.blocks import Document, block_anchors
 
     ids = torch.randint(8192, (length,), generator=torch.Generator().manual_seed(1)).tolist()
     return Document(ids, block_anchors(length, 8, G, stride), [True] * length, "one")

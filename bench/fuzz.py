@@ -48,7 +48,7 @@ from data import RowOptions, encode_dataset, read_prompts
 from health import drill, report
 from health.forensics import replay
 from model import Transformer
-from rollouts.engines import ReplayEngine
+from rollouts.rollout import ReplayEngine
 from run.config import BallastError, parse_config
 from text.tokenizer import Tokenizer
 
@@ -148,13 +148,13 @@ def either(value: Any, rng: random.Random, write: Callable[[Any], str]) -> bytes
 
 
 POISON = """
-import dist
-build = dist.build_model
+from checkpoints import building
+build = building.build_model
 def poisoned(*arguments):
     model = build(*arguments)
     model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     return model
-dist.build_model = poisoned
+building.build_model = poisoned
 """
 
 

@@ -8,10 +8,11 @@ import torch.distributed as td
 
 
 class GlooGroup:
-    """Rank `rank` of the trainer (0) and a server's workers (1 and up). Made by all of them at once."""
+    """Rank `rank` of the trainer (0) and a server's workers (1 and up). Made by all of them at once. Workers
+    wait longer, as the trainer's broadcasts to other servers, unlike NCCL's, keep it until they fail."""
 
-    def __init__(self, address: str, port: int, rank: int, size: int, seconds: float = 5.0):
-        limit = timedelta(seconds=seconds)
+    def __init__(self, address: str, port: int, rank: int, size: int):
+        limit = timedelta(seconds=30 if rank else 5)
         self.store = td.TCPStore(address, port, size, is_master=rank == 0, timeout=limit)
         self.group = td.ProcessGroupGloo(td.PrefixStore("weights", self.store), rank, size, limit)
 

@@ -1,11 +1,14 @@
-"""What the documentation names must exist: functions, files, links, configs."""
+"""What the documentation, the benches and the drills' patches name must exist: functions, files, links,
+configs."""
 
 import ast
 import graphlib
 import importlib
 import re
+from types import ModuleType
 
 import pytest
+import yaml
 
 from conftest import ROOT
 from health import drill
@@ -149,3 +152,43 @@ def test_the_drawing_of_the_imports_is_up_to_date():
     floor = layers(imports()[0])
     rows = [sorted(n for n in floor if floor[n] == k) for k in sorted(set(floor.values()), reverse=True)]
     assert [sorted(line) for line in drawn] == rows
+
+
+def sources() -> dict[str, str]:
+    """Python that no type checker reads: the benches, the patches in them, and those of the drills."""
+    found = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "bench").glob("*.py")}
+    for name, source in list(found.items()):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Constant) and re.search(r"(?m)^(import|from) ", str(node.value)):
+                found[f"{name}, string of line {node.lineno}"] = node.value
+    for path in (ROOT / "drills").glob("*.yaml"):
+        found[path.name] = yaml.safe_load(path.read_text(encoding="utf-8")).get("patch") or ""
+    return found
+
+
+def test_what_benches_and_patches_take_from_our_modules_exists():
+    checked = set()
+    for label, source in sources().items():
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:  # prose with a line that begins with one of these words
+            continue
+        modules: dict[str, ModuleType] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules |= {a.asname or a.name: importlib.import_module(a.name)
+                            for a in node.names if a.name in FILES}
+            elif isinstance(node, ast.ImportFrom) and (node.module in FILES or node.module in FOLDERS):
+                module = importlib.import_module(node.module)
+                for a in node.names:
+                    if f"{node.module}.{a.name}" in FILES:
+                        modules[a.asname or a.name] = importlib.import_module(f"{node.module}.{a.name}")
+                    else:
+                        assert hasattr(module, a.name), f"{label}: {node.module}.{a.name}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = modules.get(node.value.id)
+                assert module is None or hasattr(module, node.attr), f"{label}: {ast.unparse(node)}"
+                checked.add((label, node.attr))
+    assert ("drills.py", "in_parallel") in checked and any(label.endswith(".yaml") for label, _ in checked)
+    assert any("string" in label and attribute == "build_model" for label, attribute in checked)

@@ -276,4 +276,5 @@ def main(runs: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     main(*sys.argv[1:])
