@@ -150,8 +150,8 @@ def either(value: Any, rng: random.Random, write: Callable[[Any], str]) -> bytes
 POISON = """
 from checkpoints import building
 build = building.build_model
-def poisoned(*arguments):
-    model = build(*arguments)
+def poisoned(*given, **named):
+    model = build(*given, **named)
     model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
     return model
 building.build_model = poisoned
