@@ -750,8 +750,8 @@ def prepare(
     """Encode every dataset, or find the result of an earlier run with the same files, options, tokenizer and
     code."""
     key = hashlib.sha256(Path(__file__).read_bytes())
-    for source in (Row, Tokenizer):  # a researcher may have edited how rows are read, or masks
-        key.update(Path(getfile(source)).read_bytes())
+    for source in sorted(Path(getfile(Row)).parent.glob("*.py")):  # how rows and templates are read: edited?
+        key.update(source.read_bytes())
     for spec in specs:
         settle_type(spec, directory)
         key.update(json.dumps(spec, sort_keys=True, default=str).encode())

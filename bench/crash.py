@@ -95,7 +95,7 @@ def finish(root: Path, base: str, out: Path) -> drill.Outcome:
 def as_a_user(root: Path, base: str, out: Path) -> subprocess.CompletedProcess:
     """The command itself, in a new interpreter; of one thread like the others: two sum in another order."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    program = Path(drill.__file__).parent / f"{base}.py"
+    program = Path(__file__).resolve().parent.parent / f"{base}.py"
     command = [sys.executable, str(program), *drill.arguments(root, base, options(base, out))]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=PATIENCE, env=env)
 

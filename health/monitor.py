@@ -100,7 +100,7 @@ def made_by() -> str:
         version = importlib.metadata.version("ballast")
     except importlib.metadata.PackageNotFoundError:
         version = "not installed"
-    commit, git, here = "", shutil.which("git"), Path(__file__).resolve().parent
+    commit, git, here = "", shutil.which("git"), Path(__file__).resolve().parent.parent
     if git and (here / ".git").exists():
         described = [git, "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         found = subprocess.run(described, capture_output=True, text=True)

@@ -206,7 +206,7 @@ def test_prepared_data_is_reused_until_anything_that_matters_changes(tokenizer, 
     assert prepared().fingerprint != first.fingerprint
     found = len(list(cache.iterdir()))
     (tmp_path / "edited.py").write_text("# masks made in another way")
-    monkeypatch.setattr("data.getfile", lambda _: tmp_path / "edited.py")  # tokenizer.py was edited
+    monkeypatch.setattr("data.getfile", lambda _: tmp_path / "edited.py")  # a file of text/ was edited
     prepared()
     assert len(list(cache.iterdir())) == found + 1 and not list(cache.glob(".*"))
 

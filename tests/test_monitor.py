@@ -2,11 +2,12 @@
 what is healthy."""
 
 import json
+import subprocess
 
 import pytest
 
 from conftest import ROOT, falling, run_program
-from health.monitor import FORMATS
+from health.monitor import FORMATS, made_by
 from health.report import judge, read_history
 from health.rules import RULES
 from run.config import ConfigError
@@ -125,3 +126,10 @@ def test_a_finished_run_is_judged_by_what_it_was_judged_by_while_it_ran():
     assert not verdicts
     _, verdicts = judge([{**rows[0], "train/loss": 1.0}, *rows[1:]], {})  # of a run that counts from 0
     assert [v.rule.name for v in verdicts] == ["overfitting"]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a clone has a commit")
+def test_a_clone_tells_its_commit():
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"commit {head.stdout.strip()}" in made_by()
