@@ -9,7 +9,7 @@ import torch
 from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 
 sys.path.append(sys.argv[1])  # last: our module names are others' too
-sys.modules["run.config"] = sys.modules["rollouts.vllm_server"] = MagicMock()  # they need what is not installed here
+sys.modules["run.config"] = sys.modules["rollouts.vllm_server"] = MagicMock()  # need what is missing here
 
 from rollouts.nccl_transfer import packed  # noqa: E402
 
