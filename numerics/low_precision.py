@@ -356,16 +356,7 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _nf4_tile(
-    packed_ptr,
-    absmax_codes_ptr,
-    nested_ptr,
-    offset_ptr,
-    code_ptr,
-    dynamic_ptr,
-    n,
-    k_half,
-    N,
-    K,
+    packed_ptr, absmax_codes_ptr, nested_ptr, offset_ptr, code_ptr, dynamic_ptr, n, k_half, N, K,
     BLOCK_K: tl.constexpr,
 ):
     """A [BLOCK_N, BLOCK_K] tile of the weight, in fp32; `k_half` [BLOCK_K/2] are byte columns."""
@@ -399,17 +390,8 @@ def _nf4_matmul_kernel(
         for start in range(0, N, BLOCK_N):
             offs_n = start + tl.arange(0, BLOCK_N)
             w = _nf4_tile(
-                packed_ptr,
-                absmax_codes_ptr,
-                nested_ptr,
-                offset_ptr,
-                code_ptr,
-                dynamic_ptr,
-                offs_n,
-                k_half,
-                N,
-                K,
-                BLOCK_K,
+                packed_ptr, absmax_codes_ptr, nested_ptr, offset_ptr, code_ptr, dynamic_ptr, offs_n,
+                k_half, N, K, BLOCK_K,
             )
             inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
             g = tl.load(x_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :], mask=inside, other=0.0)
@@ -423,17 +405,8 @@ def _nf4_matmul_kernel(
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, K, BLOCK_K):
             w = _nf4_tile(
-                packed_ptr,
-                absmax_codes_ptr,
-                nested_ptr,
-                offset_ptr,
-                code_ptr,
-                dynamic_ptr,
-                offs_n,
-                start // 2 + half,
-                N,
-                K,
-                BLOCK_K,
+                packed_ptr, absmax_codes_ptr, nested_ptr, offset_ptr, code_ptr, dynamic_ptr, offs_n,
+                start // 2 + half, N, K, BLOCK_K,
             )
             offs_k = start + tl.arange(0, BLOCK_K)
             inside = (offs_m[:, None] < M) & (offs_k[None, :] < K)
