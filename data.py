@@ -8,13 +8,10 @@ A row is encoded once, by the same code for training and for `inspect`. What can
 and line.
 """
 
-import contextlib
 import hashlib
-import itertools
+import importlib
 import json
 import math
-import random
-import re
 import secrets
 import shutil
 import sys
@@ -24,24 +21,26 @@ from inspect import getfile
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
-from run.config import (
-    ConfigError,
-    DataError,
-    check_at_least_one,
-    import_attribute,
-    parse_config,
-    resolve_checkpoint,
-    run_command,
-    shown,
-)
+from run.config import ConfigError, DataError, check_at_least_one, import_attribute, run_command
 from run.log import log
-from text.packing import Dataset, Encoded, pack, settle
+from text.conversations import (
+    chat_of,
+    check_messages,
+    instruct_prompt,
+    need_text,
+    readable,
+    refuse_other_data,
+    renamed,
+    text_of,
+    with_system,
+    without_thinking,
+)
+from text.packing import Dataset, Encoded, settle
 from text.rows import Row, locate, read_rows
 from text.templates import BadRow
-from text.tokenizer import IGNORE, REASONING, Tokenizer
+from text.tokenizer import IGNORE, Tokenizer
 
 
 @dataclass
@@ -139,220 +138,6 @@ class RowOptions(DataOptions, EncodingOptions):
 # Rows to token ids and labels
 # ------------------------------------------------------------------------------------------------------------
 
-ROLES = {"system", "user", "assistant", "tool", "developer"}
-
-
-@contextlib.contextmanager
-def readable(kind: str) -> Iterator[None]:
-    """A row of a shape that nobody thought of is a bad row, not the end of the run."""
-    try:
-        yield
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        raise BadRow(f"cannot be read as {kind} ({type(error).__name__}: {error})") from None
-    except RecursionError:
-        raise BadRow("is nested too deeply") from None
-
-
-def _need_text(row: dict, name: str, default: str | None = None) -> str:
-    value = row.get(name, default)
-    if value is None:
-        raise BadRow(f"column {name!r} is missing (there are {', '.join(sorted(row)) or 'none'})")
-    if not isinstance(value, str):
-        raise BadRow(f"column {name!r} must be text, it is {type(value).__name__}")
-    return value
-
-
-def _check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError):
-            raise BadRow("messages is text that is not JSON") from None
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("messages must be a non-empty list")
-    checked = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise BadRow(f"message {i} must be an object")
-        message = {key: value for key, value in message.items() if value is not None}  # Parquet's gaps
-        if "role" not in message and "from" in message:
-            message = _from_sharegpt(message, i)
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or role not in ROLES:
-            raise BadRow(f"message {i}: role {shown(role)} is not one of {', '.join(sorted(ROLES))}")
-        if isinstance(content, list):
-            _check_parts(content, i)
-        elif (
-            content is None
-            and role == "assistant"
-            and any(message.get(k) for k in ("tool_calls", *REASONING))
-        ):
-            pass  # as APIs write a turn that has nothing but calls
-        elif not isinstance(content, str):
-            raise BadRow(f"message {i}: content must be text, it is {type(content).__name__}")
-        if message.get("weight", 1) not in (0, 1):
-            raise BadRow(f"message {i}: weight must be 0 or 1, it is {shown(message['weight'])}")
-        checked.append(message)
-    if need_answer and not any(m["role"] == "assistant" for m in checked):
-        raise BadRow("no assistant message: nothing to train on")
-    return checked
-
-
-def _check_parts(parts: list, i: int) -> None:
-    """Content as a list: of text alone. Images and the like are refused by name."""
-    for part in parts:
-        if not isinstance(part, dict):
-            raise BadRow(f"message {i}: content has a part that is {type(part).__name__}, not an object")
-        kind = part.get("type", "text" if "text" in part else None)
-        if kind != "text":
-            raise BadRow(
-                f"message {i}: content has a part of type {shown(kind)}: only text can be trained here"
-            )
-        if not isinstance(part.get("text"), str):
-            raise BadRow(f"message {i}: content has a part without text")
-
-
-SHAREGPT_ROLES = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool",
-    "function": "tool", "function_response": "tool", "function_call": "assistant",
-}
-
-
-def _from_sharegpt(message: dict, i: int) -> dict:
-    """{from, value} as {role, content}; a function_call's value is the call, or a list of calls, as JSON."""
-    said, value = message["from"], message.get("value", message.get("content"))
-    role = SHAREGPT_ROLES.get(said, said) if isinstance(said, str) else said
-    rest = {k: v for k, v in message.items() if k not in ("from", "value", "content")}
-    if said != "function_call":
-        return {**rest, "role": role, "content": value}
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        raise BadRow(f"message {i}: the value of a function_call must be JSON: {shown(value)}") from None
-    tool_calls = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise BadRow(f"message {i}: a function_call must be {{name, arguments}}, it is {shown(call)}")
-        arguments = call.get("arguments", call.get("parameters", {}))
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
-        tool_calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
-    return {**rest, "role": "assistant", "content": "", "tool_calls": tool_calls}
-
-
-# Columns that mean the row is not for supervised training as it stands, and what to do
-PREFERENCES = ("chosen", "rejected")
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-
-
-def _refuse_other_data(row: dict, columns: dict) -> None:
-    """BadRow for preference data and for rows with images: trained as plain text they would teach something
-    else. `columns` are the names that the config chose itself."""
-    chosen = set(columns.values())
-    if all(row.get(name) is not None for name in PREFERENCES) and not chosen & set(PREFERENCES):
-        raise BadRow(
-            "is preference data (columns chosen and rejected), which no recipe here reads; to train on the "
-            "chosen answers alone name them: columns: {messages: chosen}"
-        )
-    if isinstance(row.get("label"), bool) and "completion" in row and "label" not in chosen:
-        raise BadRow(
-            "is preference data (a column label that is true or false), which no recipe here reads; leave "
-            "the column out, and the rows where it is false"
-        )
-    if media := [name for name in MEDIA if row.get(name)]:
-        raise BadRow(f"has {media[0]}, which no model here reads: only text can be trained")
-
-
-def chat_of(
-    row: dict, tokenizer: Tokenizer, need_answer: bool = True
-) -> tuple[list[dict], list | None, dict]:
-    """(messages, tools, variables for the template) of a conversation's row. Raises BadRow."""
-    found = next((row[k] for k in ("messages", "conversations", "prompt") if row.get(k) is not None), None)
-    if found is None:
-        raise BadRow(f"column 'messages' is missing (there are {', '.join(sorted(row)) or 'none'})")
-    messages = _check_messages(found, need_answer)
-    system = row.get("system")
-    if isinstance(system, str) and system.strip():
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        elif messages[0]["content"] != system:
-            raise BadRow("has a column system and another system message in its conversation")
-    elif system is not None and not isinstance(system, str):
-        raise BadRow(f"column 'system' must be text, it is {type(system).__name__}")
-    tools, kwargs = _tools_of(row), row.get("chat_template_kwargs") or {}
-    return tokenizer.with_readable_parts(messages, tools, **kwargs), tools, kwargs
-
-
-def _tools_of(row: dict) -> list[dict] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except (ValueError, RecursionError):
-            raise BadRow("tools is text that is not JSON") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow("tools must be a list of objects")
-    first = (row.get("conversations") or [None])[0]
-    if isinstance(first, dict) and "from" in first:  # ShareGPT-style data lists the bare functions
-        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    return tools
-
-
-def without_thinking(row: dict) -> dict:
-    """The row with the reasoning traces of its answers taken out: those of assistant messages and of columns
-    of text. A trace that never ends takes all that follows. BadRow where nothing is left of an answer."""
-
-    def text(value: str) -> str:
-        left = re.sub(r"<think>.*?(</think>\s*|\Z)", "", value, flags=re.DOTALL)
-        if not left.strip() and value.strip():
-            raise BadRow("nothing is left of an answer but its <think> block (strip_thinking)")
-        return left
-
-    def message(value: Any) -> Any:
-        role = value.get("role", value.get("from")) if isinstance(value, dict) else None
-        if not isinstance(role, str) or SHAREGPT_ROLES.get(role, role) != "assistant":
-            return value
-        kept = {k: v for k, v in value.items() if k not in REASONING}
-        for k in ("content", "value"):
-            if isinstance(kept.get(k), str):
-                kept[k] = text(kept[k])
-            elif isinstance(kept.get(k), list):
-                kept[k] = [
-                    {**part, "text": text(part["text"])}
-                    if isinstance(part, dict) and isinstance(part.get("text"), str)
-                    else part
-                    for part in kept[k]
-                ]
-        return kept
-
-    changed = {}
-    for name in ("messages", "conversations", "prompt", "completion", "remaining_turns"):
-        if isinstance(row.get(name), list):
-            changed[name] = [message(m) for m in row[name]]
-    for name in ("completion", "output", "answer", "text"):
-        if isinstance(row.get(name), str):
-            changed[name] = text(row[name])
-    return {**row, **changed}
-
-
-def instruct_prompt(row: dict, tokenizer: Tokenizer) -> str | list[dict]:
-    """The question of an instruct row: messages where the tokenizer has a chat template, else text."""
-    instruction, more, system = (
-        _need_text(row, "instruction"),
-        _need_text(row, "input", ""),
-        row.get("system"),
-    )
-    if tokenizer.template:
-        messages = [{"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction}]
-        return [{"role": "system", "content": system}, *messages] if system else messages
-    middle = f"### Input:\n{more}\n\n" if more else ""
-    start = f"{system}\n\n" if system else ""
-    return f"{start}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
-
-
 # The columns that each type reads; others are named once (Dataset.counts)
 READS = {
     "chat": {"messages", "conversations", "system", "tools", "chat_template_kwargs"},
@@ -394,34 +179,6 @@ def settle_type(spec: dict, directory: Path, prompts: bool = False) -> str:
     return kind
 
 
-def with_system(row: dict, system: Any) -> dict:
-    """The row with a data set's system message, unless its conversation has one."""
-    if system is None:
-        return row
-    if not isinstance(system, str):
-        raise ConfigError("datasets", system, "system must be text")
-    names = ("messages", "conversations", "prompt")
-    found = next((row[name] for name in names if isinstance(row.get(name), list)), [])
-    first = found[0] if found and isinstance(found[0], dict) else {}
-    if not found and "instruction" not in row:
-        raise BadRow("has no conversation that the data set's system message could begin")
-    has_one = row.get("system") or "system" in (first.get("role"), first.get("from"))
-    return row if has_one else {**row, "system": system}
-
-
-def renamed(row: dict, columns: dict) -> dict:
-    """The row with the file's names of columns, and of what messages hold, changed into ours."""
-    plain = {ours: its for ours, its in columns.items() if "." not in ours and its in row}
-    row = {k: v for k, v in row.items() if k not in plain.values()} | {
-        o: row[its] for o, its in plain.items()
-    }
-    inner = {ours.split(".", 1)[1]: its for ours, its in columns.items() if ours.startswith("messages.")}
-    for name in ("messages", "conversations", "prompt", "completion") if inner else ():
-        if isinstance(row.get(name), list):
-            row[name] = [renamed(m, inner) if isinstance(m, dict) else m for m in row[name]]
-    return row
-
-
 class Encoder:
     """A row of one dataset as (input_ids, labels). `encode` raises BadRow."""
 
@@ -461,7 +218,7 @@ class Encoder:
                 )
             row = returned
         else:
-            _refuse_other_data(row, self.columns)
+            refuse_other_data(row, self.columns)
         with readable(kind):
             row = with_system(row, self.system)
             if self.options.strip_thinking:
@@ -493,7 +250,7 @@ class Encoder:
         return chat.input_ids, chat.labels
 
     def _instruct(self, row: dict) -> tuple[list[int], list[int]]:
-        prompt, output = instruct_prompt(row, self.tokenizer), _need_text(row, "output")
+        prompt, output = instruct_prompt(row, self.tokenizer), need_text(row, "output")
         if isinstance(prompt, list):
             return self._chat({"messages": [*prompt, {"role": "assistant", "content": output}]})
         return self._prompt_completion({"prompt": prompt, "completion": output})
@@ -507,15 +264,15 @@ class Encoder:
             ]
             return self._chat({**row, "messages": [*unmarked, *completion]})
         # Tokenised apart, as a model reads a prompt before it writes: no token can span the two.
-        prompt = _need_text(row, "prompt", "")
-        completion = _need_text(row, "completion")
+        prompt = need_text(row, "prompt", "")
+        completion = need_text(row, "completion")
         if not completion:
             raise BadRow("completion is empty")
         ids = self.tokenizer.encode(prompt, special=True)
         return self._masked(ids, self.tokenizer.encode(completion) + self._end())
 
     def _text(self, row: dict) -> tuple[list[int], list[int]]:
-        text = _need_text(row, "text")
+        text = need_text(row, "text")
         if not text.strip():
             raise BadRow("text is empty")
         ids = self.tokenizer.encode(text, special=True) + self._end()
@@ -620,11 +377,6 @@ class Prompt:
     source: int = 0  # which data set the row is of
 
 
-def _text_of(content: Any) -> Any:
-    """Content as text where it is a list of text parts."""
-    return "".join(part["text"] for part in content) if isinstance(content, list) else content
-
-
 def _prompt_of(
     kind: str, row: dict, tokenizer: Tokenizer
 ) -> tuple[list[int], str | list[dict], str | None, list[dict] | None]:
@@ -640,7 +392,7 @@ def _prompt_of(
     messages, tools, kwargs = chat_of(row, tokenizer, need_answer=False)
     answer = None
     if messages[-1]["role"] == "assistant":
-        answer = _text_of(messages.pop().get("content"))
+        answer = text_of(messages.pop().get("content"))
         if not messages:
             raise BadRow("the only message is the assistant's: there is no prompt")
     elif isinstance(row.get("completion"), list):
@@ -655,10 +407,10 @@ def _turns_of(kind: str, row: dict, turns: Turns) -> list[dict]:
     """The rows that a conversation gives: one that ends in its last answer, or its first; one for every
     answer; or one that ends in the first and keeps what follows, up to the last answer, in
     `remaining_turns`."""
-    found = next((row[name] for name in ("messages", "conversations", "prompt") if name in row), None)
-    if kind != "chat" or turns == "last" or found is None or isinstance(row.get("completion"), list):
+    conversation = next((row[name] for name in ("messages", "conversations", "prompt") if name in row), None)
+    if kind != "chat" or turns == "last" or conversation is None or isinstance(row.get("completion"), list):
         return [row]
-    messages = _check_messages(found)
+    messages = check_messages(conversation)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     rows = [{**row, "messages": messages[: i + 1]} for i in answers]
     if turns == "every":
@@ -692,7 +444,7 @@ def read_prompts(
                     raise BadRow(row.reason)
                 values, form = renamed(row.value, spec.get("columns") or {}), kind
                 if function is None:
-                    _refuse_other_data(values, spec.get("columns") or {})
+                    refuse_other_data(values, spec.get("columns") or {})
                 else:
                     try:
                         returned = function(values)
@@ -851,191 +603,11 @@ def trained_tokenizer(options: Any, directory: Path, cache: Path) -> Tokenizer:
     return Tokenizer.load(cached).configure(options, directory)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# inspect
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class InspectOptions(RowOptions, ScratchOptions):
-    base_model: str = ""
-    """Checkpoint whose tokenizer and vocabulary count."""
-    base_model_revision: str | None = None
-    """Branch, tag or commit of a hub checkpoint."""
-    output_dir: str = "outputs"
-    """Where a trained tokenizer is kept."""
-    sample_packing: bool = False
-    """Say how full packs would be."""
-    samples: int = 3
-    """How many samples to show."""
-
-
-def inspect(argv: list[str]) -> int:
-    as_json = "--json" in argv
-    options = parse_config(
-        InspectOptions, [a for a in argv if a != "--json"], ignore_unknown=True,
-        description="Show what training would see. --json prints one object a row.",
-    )
-    directory = Path(options.config_directory)
-    if not options.base_model:
-        raise ConfigError("base_model", None, "must be set: a directory or a hub id")
-    checkpoint = resolve_checkpoint(options.base_model, options.base_model_revision, directory)
-    cache = Path(options.dataset_prepared_path or Path(options.output_dir) / "prepared")
-    if options.tokenizer_vocab_size is None:
-        tokenizer = load_tokenizer(checkpoint, options, directory)
-    else:
-        tokenizer = trained_tokenizer(options, directory, cache)
-    if as_json:
-        for spec in options.datasets:
-            for row in encode_dataset(spec, tokenizer, options, directory):
-                print(json.dumps(row.__dict__))
-        return 0
-    options.on_bad_row = "skip"  # here the faults are the point
-    rows, answers = [], []
-    for spec in options.datasets:
-        encoded = list(encode_dataset(spec, tokenizer, options, directory))
-        rows += encoded
-        answers += encoded if spec.get("type") not in ("text", "tokens") else []
-    config = checkpoint / "config.json"
-    vocab_size = json.loads(config.read_text()).get("vocab_size") if config.exists() else None
-    if options.tokenizer_vocab_size is not None:
-        vocab_size = tokenizer.vocab_size
-    return _report(rows, answers, tokenizer, vocab_size, options)
-
-
-def turns_without_end(row: Encoded, stop_ids: set[int]) -> int:
-    """Trained stretches of a row, one for each answer, that do not end in a token which ends an answer (white
-    space may follow it in a template's generation block)."""
-    open_turns, stretch = 0, []
-    for token, label in zip([*row.input_ids, -1], [*row.labels, IGNORE], strict=True):
-        if label != IGNORE:
-            stretch.append(token)
-        elif stretch:
-            open_turns += not stop_ids.intersection(stretch[-3:])
-            stretch = []
-    return open_turns
-
-
-def _report(
-    rows: list[Encoded],
-    answers: list[Encoded],
-    tokenizer: Tokenizer,
-    vocab_size: int | None,
-    options: InspectOptions,
-) -> int:
-    used = [row for row in rows if row.status in ("kept", "truncated")]
-    colour = sys.stdout.isatty()
-    on, off = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    for row in random.Random(0).sample(used, min(options.samples, len(used))):
-        print(
-            f"── {row.file}:{row.line}  {len(row.input_ids)} tokens, trained: {'green' if colour else '⟦ ⟧'}"
-        )
-        pieces, begin = [], 0
-        flags = [label != IGNORE for label in row.labels]
-        for i in range(1, len(flags) + 1):
-            if i == len(flags) or flags[i] != flags[begin]:
-                text = tokenizer.decode(row.input_ids[begin:i], special=True)
-                pieces.append(f"{on}{text}{off}" if flags[begin] else text)
-                begin = i
-        print("".join(pieces).rstrip("\n"), end="\n\n")
-    total = len(rows)
-    if not total:
-        print("warning: no rows")
-        return 1
-
-    lengths = np.array([len(row.input_ids) for row in used] or [0])
-    trained = sum(sum(label != IGNORE for label in row.labels) for row in used)
-    distinct = {hashlib.sha256(repr(row.input_ids).encode()).digest() for row in used}
-    count = {
-        s: sum(row.status == s for row in rows) for s in ("kept", "truncated", "dropped", "bad", "skipped")
-    }
-    no_token = [row for row in rows if row.status == "bad" and "no token is trained" in row.reason]
-    empty = [
-        row for row in rows if row.status == "bad" and ("empty" in row.reason or "non-empty" in row.reason)
-    ]
-    beyond = [row for row in used if vocab_size and row.input_ids and max(row.input_ids) >= vocab_size]
-    share = trained / max(1, int(lengths.sum()))
-    stops = set(tokenizer.stop_ids)
-    without_end = {id(row): turns_without_end(row, stops) for row in answers if row.status == "kept"}
-    endless = [row for row in answers if without_end.get(id(row))]
-
-    edges = np.unique(np.linspace(0, max(int(lengths.max()), 1), 11).astype(int))
-    print("length in tokens")
-    for low, high in itertools.pairwise(edges):
-        n = int(((lengths >= low) & ((lengths < high) | (high == edges[-1]))).sum())
-        print(f"  {low:>7,}–{high:<7,} {n:>8,} {'█' * round(40 * n / max(1, len(used)))}")
-    print(f"  mean {lengths.mean():.1f}, median {np.median(lengths):.0f}, longest {lengths.max():,}\n")
-    lines = [
-        ("rows", total, ""), ("used", len(used), ""), ("tokens", int(lengths.sum()), ""),
-        ("trained tokens", trained, f"{share:.1%} of tokens"),
-        ("truncated", count["truncated"], f"{count['truncated'] / total:.1%} of rows"),
-        ("dropped as too long", count["dropped"], f"{count['dropped'] / total:.1%} of rows"),
-        ("duplicates", len(used) - len(distinct), f"{(len(used) - len(distinct)) / total:.1%} of rows"),
-        ("empty", len(empty), f"{len(empty) / total:.1%} of rows"),
-        ("nothing trained", len(no_token), f"{len(no_token) / total:.1%} of rows"),
-        ("bad", count["bad"], f"{count['bad'] / total:.1%} of rows"),
-        ("ids out of range", len(beyond), f"vocabulary {vocab_size:,}" if vocab_size else ""),
-    ]
-    for label, number, note in lines:
-        print(f"{label:<20} {number:>10,}  {note}".rstrip())
-    if options.sample_packing and used:
-        packs = pack(lengths.tolist(), options.sequence_len)
-        print(
-            f"{'packs':<20} {len(packs):>10,}  {lengths.sum() / (len(packs) * options.sequence_len):.1%} full"
-        )
-    print()
-
-    def name(faulty: list[Encoded]) -> str:
-        return f"{faulty[0].file}:{faulty[0].line}"
-
-    warnings = []
-    if beyond:
-        warnings.append(
-            f"{len(beyond)} rows have ids beyond the vocabulary ({name(beyond)}): another model's tokenizer?"
-        )
-    if used and share < 0.01:
-        warnings.append(
-            f"only {share:.2%} of the tokens are trained: is the loss mask right? (docs: Loss Plateau)"
-        )
-    prompted = any(spec.get("type") not in ("text", "tokens") for spec in options.datasets)
-    if used and share > 0.999 and prompted and not options.train_on_inputs:
-        warnings.append("every token is trained although the data has prompts: is the loss mask right?")
-    if len(used) - len(distinct) > 0.01 * total:
-        warnings.append(
-            f"{len(used) - len(distinct)} rows repeat another: they weigh double and hide overfitting"
-        )
-    too_long = count["truncated"] + count["dropped"]
-    if too_long > 0.05 * total:
-        warnings.append(
-            f"{too_long} rows are longer than sequence_len ({options.sequence_len}): raise it or split them"
-        )
-    if endless:
-        warnings.append(
-            f"{sum(without_end.values())} answers in {len(endless)} rows have no trained end "
-            f"({name(endless)}): the model may not learn to stop there"
-        )
-    warnings += what_is_left_out(Dataset.build((0, row) for row in rows).counts)
-    if used and lengths.max() > 8 * np.median(lengths) and lengths.max() > 512:
-        times = f"{lengths.max() / max(1, np.median(lengths)):.0f} times the median"
-        warnings.append(
-            f"the longest row is {times} ({name([used[int(lengths.argmax())]])}): it can cause a loss spike"
-        )
-    bad = [row for row in rows if row.status == "bad"]
-    for row in bad[:10]:
-        warnings.append(f"{row.file}:{row.line}: {row.reason}")
-    if len(bad) > 10:
-        warnings.append(f"… and {len(bad) - 10} more bad rows")
-    for warning in warnings:
-        print(f"warning: {warning}")
-    if not warnings:
-        print("no fault found")
-    return 0
-
-
 def cli() -> None:
     """python data.py, or ballast-data where the package is installed."""
     if sys.argv[1:2] != ["inspect"]:
         sys.exit("usage: data.py inspect --config x.yaml [--json] [key=value …]")
+    inspect = importlib.import_module("text.inspection").inspect  # above: only the command needs it
     run_command(lambda: inspect(sys.argv[2:]))
 
 

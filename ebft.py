@@ -7,16 +7,13 @@ starting model agree with those on the true completion, less how alike the sampl
 """
 
 import functools
-import hashlib
 import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -25,7 +22,7 @@ import dist
 from checkpoints import building
 from checkpoints.adapters import base_of
 from checkpoints.saving import CheckpointOptions
-from data import EncodingOptions, Prompt, RowOptions, prepare
+from data import EncodingOptions, Prompt, RowOptions
 from dist import DistOptions, OptimizerOptions
 from health import memory, monitor
 from health.forensics import ForensicOptions, Forensics
@@ -33,39 +30,25 @@ from health.monitor import LogOptions
 from kernels import SharedPrompts
 from model import ModelOptions, Transformer, forward_only, load_balancing_loss, without_gradients
 from numerics.losses import linear_cross_entropy, linear_logprobs
+from rollouts import policy
 from rollouts.blocks import (
     BlockOptions,
     BlockPass,
     Document,
     packed,
-    read_blocks,
-    read_document,
+    read_documents,
     sample_blocks,
     write_blocks,
 )
 from rollouts.engines import RolloutQueue, as_rollouts, make_engine
 from rollouts.environments import play
-from rollouts.policy import (
-    PolicyBatch,
-    PolicyOptions,
-    Tally,
-    can_share_prompts,
-    cannot_share_prompts,
-    check_sampler,
-    collate,
-    completion_metrics,
-    keep_logprobs,
-    measures_kl,
-    report_kl,
-    sampler_ratio,
-    tally_policy,
-    token_logprobs,
-)
+from rollouts.policy import PolicyBatch, PolicyOptions, Tally
 from rollouts.prompts import PromptData, read_prompt_data
 from rollouts.rollout import Engine, Rollout, write_rollouts
 from rollouts.truths import Conversation, true_completion, true_rollout
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import EngineError
+from run import loop
 from run.config import (
     ConfigError,
     check_at_least_one,
@@ -75,21 +58,8 @@ from run.config import (
     refuse_unread,
 )
 from run.log import log
-from run.loop import (
-    Run,
-    begin,
-    build,
-    cli,
-    describe,
-    end_step,
-    finish,
-    plan,
-    resume,
-    router_aux_coef,
-    save_model,
-    stop,
-)
-from text.packing import LoopOptions, PromptOrder, split_held_out, weights_of, with_weights
+from run.loop import Run
+from text.packing import LoopOptions
 from text.tokenizer import IGNORE, Tokenizer
 
 
@@ -403,7 +373,8 @@ def policy_gradient(
     counts, weight = (batch.mask > 0) & (advantages != 0), torch.ones_like(logprobs)
     stats: dict[str, Any] = {"mask": batch.mask, "old_logprobs": old}
     if batch.sampling_logprobs is not None:
-        ratio, applied, outside, known = sampler_ratio(old, batch.sampling_logprobs, batch.mask, config)
+        drawn_from = batch.sampling_logprobs
+        ratio, applied, outside, known = policy.sampler_ratio(old, drawn_from, batch.mask, config)
         stats |= {"sampler_ratio": ratio, "sampler_applied": applied, "sampler_outside": outside,
                   "sampler_known": known}
         if config.vllm_importance_sampling_correction:
@@ -426,11 +397,11 @@ def ebft_loss(
     """This micro-batch's part of the step's loss, and what was computed on the way: the policy gradient of
     samples, or ce_coef · cross-entropy of true completions. FSDP averages gradients over ranks: × ranks."""
     if isinstance(batch, TruthBatch):
-        nll = -token_logprobs(model, batch.batch, 1.0)[0].sum()
+        nll = -policy.token_logprobs(model, batch.batch, 1.0)[0].sum()
         if not batch.counts:  # where, not a product with 0: a stranger's row may be infinite
             nll = torch.where(torch.zeros_like(nll, dtype=torch.bool), nll, 0.0)
         return nll * (config.ce_coef / size.true_tokens * size.ranks), {"nll": nll.detach()}
-    logprobs, entropy, router_logits, nonfinite = token_logprobs(model, batch, config.temperature)
+    logprobs, entropy, router_logits, nonfinite = policy.token_logprobs(model, batch, config.temperature)
     loss, stats = policy_gradient(logprobs, batch, size, config)
     stats |= {"loss": loss.detach(), "entropy": entropy.detach(), "nonfinite_hidden_states": nonfinite}
     if aux_coef and router_logits:
@@ -447,35 +418,35 @@ def structured(config: Config) -> None:
     if batch_size % n:
         problem = f"makes a step of {batch_size} completions, no multiple of num_generations ({n})"
         raise ConfigError("micro_batch_size", mb, problem)
-    run = begin(config)
+    run = loop.begin(config)
     world, tokenizer = run.world, run.tokenizer
 
     # 2. Prompts and their true completions.
     prompts = read_prompt_data(config, tokenizer, run.directory, batch_size, turns=config.chat_turns)
     total_steps = min(prompts.batches, config.max_steps or prompts.batches)
-    plan(run, total_steps, prompts.batches_per_epoch, **{
+    loop.plan(run, total_steps, prompts.batches_per_epoch, **{
         "completions a step": batch_size, "data": prompts.fingerprint,
     })
     train, held_out = (TruthSampler(which, run) for which in (prompts.train, prompts.held_out))
     refuse_without_truth(prompts, train, held_out, config)
 
     # 3. Model, optimiser, the frozen network of the features (and of kl), engine.
-    model, optimizers = build(run)
-    if reason := cannot_share_prompts(model):
+    model, optimizers = loop.build(run)
+    if reason := policy.cannot_share_prompts(model):
         raise ConfigError("base_model", config.base_model, f"cannot give features: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = feature_network(run, config)
     reference = frozen if config.beta else None
-    share_prompts, aux_coef = can_share_prompts(model, config.share_prompts), router_aux_coef(run)
+    share_prompts, aux_coef = policy.can_share_prompts(model, config.share_prompts), loop.router_aux_coef(run)
     trained_on = "recorded" if prompts.replay else f"{len(prompts.train):,}"
-    describe(
+    loop.describe(
         run, model, f"{trained_on} prompts, {len(prompts.held_out):,} held out; {total_steps} steps of "
         f"{batch_size} completions on {world.devices(config)}, {config.rollout_engine} rollouts",
     )
-    report_kl(config)
+    policy.report_kl(config)
 
     # 4. Resume.
-    resume(run, model, optimizers)
+    loop.resume(run, model, optimizers)
     state = run.state
     engine = make_engine(model, config, tokenizer, world, prompts.train)
     train.engine = held_out.engine = engine
@@ -509,10 +480,10 @@ def structured(config: Config) -> None:
                 micro_batches = [
                     rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)
                 ]
-                check_sampler(engine, model, rollouts, micro_batches, config, world, share_prompts)
+                policy.check_sampler(engine, model, rollouts, micro_batches, config, world, share_prompts)
                 with on_device(reference, config, world):
-                    kl = measures_kl(config, run.step, 1)
-                    keep_logprobs(
+                    kl = policy.measures_kl(config, run.step, 1)
+                    policy.keep_logprobs(
                         model, reference, micro_batches, config, world, share_prompts, old=False, kl=kl
                     )
                 for k, micro_batch in enumerate(micro_batches):
@@ -520,12 +491,12 @@ def structured(config: Config) -> None:
                     if not (any(r.advantage for r in across) or config.beta):
                         skipped += 1  # by all ranks alike: every rank knows all advantages
                         continue
-                    batch = collate(micro_batch, world.device, share_prompts)
+                    batch = policy.collate(micro_batch, world.device, share_prompts)
                     forensics.remember(batch, batch.rows, batch.given)
                     loss, stats = ebft_loss(model, batch, size, config, aux_coef)
                     loss.backward()
                     losses.append(stats["loss"])
-                    tally_policy(tally, stats, batch, run.step + 1)
+                    policy.tally_policy(tally, stats, batch, run.step + 1)
                 # And the cross-entropy of the true completions, each prompt's once.
                 for truth in truth_batches(rollouts[::n], run) if config.ce_coef else ():
                     forensics.remember(truth, truth.batch.rows)
@@ -548,7 +519,7 @@ def structured(config: Config) -> None:
             tally.mean("train/loss", sum(loss.item() for loss in losses), 1.0 / world.size)
             state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
             metrics: dict[str, float] = {
-                **tally.result(world), **completion_metrics(rollouts), **queue.metrics,
+                **tally.result(world), **policy.completion_metrics(rollouts), **queue.metrics,
                 **{f"ebft/{name}": values.mean().item() for name, values in energy_stats.items()},
                 "ebft/advantages_std": advantage.std(-1).mean().item() if n > 1 else 0.0,
                 "train/grad_norm": norm.item(), "train/learning_rate": rate,
@@ -560,7 +531,7 @@ def structured(config: Config) -> None:
             }
 
             # f. Evaluate, log, save.
-            due = end_step(run, evaluates=bool(prompts.held_out))
+            due = loop.end_step(run, evaluates=bool(prompts.held_out))
             if due.evaluate or due.save:
                 queue.settle(run.step, run.step)  # before new weights are sent
             if due.evaluate:
@@ -574,18 +545,18 @@ def structured(config: Config) -> None:
                 engine.sync(run.step, due=True)
                 run.checkpointer.save(run.step, model, optimizers, with_prefetched(state, queue))
             if due.stop:
-                return stop(run)
+                return loop.stop(run)
     except EngineError as error:
         if run.step > (run.checkpointer.steps() or [0])[-1]:  # nothing of the run is lost to a server
             run.checkpointer.save(run.step, model, optimizers, {**state, "ahead": None})
             run.checkpointer.finish()
-            said = f"{error}; step {run.step} is saved, the same command goes on from it"
-            raise EngineError(said) from None
+            message = f"{error}; step {run.step} is saved, the same command goes on from it"
+            raise EngineError(message) from None
         raise
 
     # 6. Final save and report.
-    final = save_model(run, model)
-    finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
+    final = loop.save_model(run, model)
+    loop.finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
 
 
 def refuse_without_truth(
@@ -712,7 +683,8 @@ def evaluate_structured(
     tally = Tally()
     with without_gradients(model):
         for truth in truth_batches(rollouts[::k], run):
-            nll = -token_logprobs(model, truth.batch, 1.0)[0].sum().item()  # on every rank: a collective
+            logprobs = policy.token_logprobs(model, truth.batch, 1.0)[0]  # on every rank: a collective
+            nll = -logprobs.sum().item()
             count = len(truth.batch.targets) * truth.counts
             tally.mean("eval/loss", nll if truth.counts else 0.0, count)
     model.train()
@@ -730,7 +702,7 @@ def truth_batches(rollouts: Sequence[Rollout], run: Run) -> Iterator[TruthBatch]
     for k in range(math.ceil(math.ceil(len(rollouts) / world.size) / mb)):
         micro_batch = own_rollouts[k * mb : (k + 1) * mb]
         rows = [true_rollout(r) for r in micro_batch or rollouts[:1]]
-        yield TruthBatch(collate(rows, world.device), bool(micro_batch))
+        yield TruthBatch(policy.collate(rows, world.device), bool(micro_batch))
 
 
 @forward_only
@@ -827,29 +799,31 @@ def strided_loss(
 
 def strided(config: Config) -> None:
     # 1. Set up.
-    run = begin(config)
+    run = loop.begin(config)
     world = run.world
 
     # 2. Documents.
-    data = read_documents(run, config)
+    vocab_size = max(run.arch.vocab_size, run.tokenizer.vocab_size)
+    prepared = run.output_dir / "prepared"
+    data = read_documents(config, run.tokenizer, run.directory, prepared, vocab_size, world)
     n, mb = config.n_samples_per_prompt, config.micro_batch_size
-    plan(run, data.total_steps, data.steps_per_epoch, **{
+    loop.plan(run, data.total_steps, data.steps_per_epoch, **{
         "documents a step": data.order.size, "data": data.fingerprint,
     })
 
     # 3. Model, optimiser, and the frozen network of the features.
-    model, optimizers = build(run)
-    if reason := cannot_share_prompts(model):
+    model, optimizers = loop.build(run)
+    if reason := policy.cannot_share_prompts(model):
         raise ConfigError("base_model", config.base_model, f"cannot be trained in blocks: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
-    frozen, aux_coef = feature_network(run, config), router_aux_coef(run)
-    describe(
+    frozen, aux_coef = feature_network(run, config), loop.router_aux_coef(run)
+    loop.describe(
         run, model, f"{len(data.documents):,} documents, {len(data.held_out):,} held out; {run.total_steps} "
         f"steps of {data.order.size} documents on {world.devices(config)}",
     )
 
     # 4. Resume.
-    resume(run, model, optimizers)
+    loop.resume(run, model, optimizers)
     state = run.state
     forensics = Forensics(model, config, world, run.tokenizer)
 
@@ -910,7 +884,7 @@ def strided(config: Config) -> None:
         write_blocks(run.output_dir / "rollouts", run.step - 1, parts, drawn, places, world)
 
         # f. Evaluate, log, save.
-        due = end_step(run, evaluates=bool(data.held_out))
+        due = loop.end_step(run, evaluates=bool(data.held_out))
         if due.evaluate:
             metrics |= evaluate_strided(model, frozen, data.held_out, run)
             state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
@@ -923,75 +897,11 @@ def strided(config: Config) -> None:
             run.checkpointer.save(run.step, model, optimizers, state)
         seconds()  # evaluating and saving are not training time
         if due.stop:
-            return stop(run)
+            return loop.stop(run)
 
     # 6. Final save and report.
-    final = save_model(run, model)
-    finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
-
-
-@dataclass
-class DocumentData:
-    documents: list[Document]
-    held_out: list[Document]
-    order: PromptOrder  # of documents; its size is a step's
-    replayed: bool
-    total_steps: int
-    steps_per_epoch: int
-    skipped: int  # documents that are too short for a block
-    fingerprint: str
-
-    def step(self, number: int) -> list[Document]:
-        size = self.order.size
-        in_order = range(number * size, (number + 1) * size)
-        return [self.documents[i] for i in (in_order if self.replayed else self.order.batch(number))]
-
-
-def read_documents(run: Run, config: Config) -> DocumentData:
-    """The documents that are trained on, or a replay of them, and those that are held out. ConfigError where
-    they are too few for a step."""
-    cache = Path(config.dataset_prepared_path or run.output_dir / "prepared")
-
-    def read(specs: list[dict], held_out: bool | None) -> tuple[list[Document], int, str]:
-        """(documents with a block, how many have none, the data's fingerprint); `held_out`: which part of a
-        split, None for all."""
-        if not specs:
-            return [], 0, ""
-        dataset = dist.main_first(
-            lambda: prepare(specs, run.tokenizer, config, run.directory, cache), run.world
-        )
-        split = split_held_out(len(dataset), val_set_size=config.val_set_size, seed=config.seed)
-        rows = np.arange(len(dataset)) if held_out is None else split[held_out]
-        documents = [read_document(dataset, int(row), config) for row in rows]
-        return [d for d in documents if d.anchors], sum(not d.anchors for d in documents), dataset.fingerprint
-
-    held_out = read(config.test_datasets, None)[0] if config.test_datasets else read(config.datasets, True)[0]
-    replayed = config.rollout_engine == "replay"
-    if replayed:
-        assert config.replay_path is not None
-        vocab_size = max(run.arch.vocab_size, run.tokenizer.vocab_size)
-        n, G = config.n_samples_per_prompt, config.generate_max_len
-        documents, skipped = read_blocks(config.replay_path, run.directory, n, G, vocab_size), 0
-        fingerprint = hashlib.sha256(repr([d.ids for d in documents]).encode()).hexdigest()
-    else:
-        documents, skipped, fingerprint = read(config.datasets, False)
-    if skipped:
-        log.info("data: %d of %d documents are too short for a block", skipped, skipped + len(documents))
-    a_step = config.micro_batch_size * config.gradient_accumulation_steps * run.world.size
-    if len(documents) < a_step:
-        key = "replay_path" if replayed else "context_length"
-        raise ConfigError(
-            key, getattr(config, key),
-            f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
-            f"a step takes {a_step}",
-        )
-    weights = weights_of(config.datasets) or [1.0]
-    order = PromptOrder([d.source for d in documents], a_step, config.seed, weights)
-    per_epoch = len(documents) // a_step if replayed else order.batches(1.0)
-    total = config.max_steps or order.batches(config.num_epochs)
-    total = min(per_epoch, config.max_steps or per_epoch) if replayed else total
-    fingerprint = with_weights(fingerprint, weights)
-    return DocumentData(documents, held_out, order, replayed, total, per_epoch, skipped, fingerprint)
+    final = loop.save_model(run, model)
+    loop.finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
 
 
 def sample_and_judge(
@@ -1137,4 +1047,4 @@ def show_blocks(
 
 
 if __name__ == "__main__":
-    cli(main, Config, __doc__)
+    loop.cli(main, Config, __doc__)

@@ -35,23 +35,10 @@ from health import memory, monitor
 from health.forensics import ForensicOptions, Forensics
 from health.monitor import LogOptions
 from model import ModelOptions, Transformer, load_balancing_loss
+from rollouts import policy
 from rollouts.engines import RolloutQueue, as_rollouts, make_engine
 from rollouts.environments import load_environment, play
-from rollouts.policy import (
-    PolicyBatch,
-    PolicyOptions,
-    Tally,
-    can_share_prompts,
-    check_sampler,
-    collate,
-    completion_metrics,
-    keep_logprobs,
-    measures_kl,
-    report_kl,
-    sampler_ratio,
-    tally_policy,
-    token_logprobs,
-)
+from rollouts.policy import PolicyBatch, PolicyOptions, Tally
 from rollouts.prompts import PromptData, read_prompt_data
 from rollouts.rewards import RewardError, RewardOptions, Scorer
 from rollouts.rollout import Engine, Rollout, show_rollouts, write_rollouts
@@ -68,19 +55,7 @@ from run.config import (
     parse_config,
 )
 from run.log import log
-from run.loop import (
-    Run,
-    begin,
-    build,
-    describe,
-    end_step,
-    finish,
-    plan,
-    resume,
-    router_aux_coef,
-    save_model,
-    stop,
-)
+from run.loop import Run
 from text.packing import LoopOptions
 from text.tokenizer import Tokenizer
 
@@ -265,10 +240,9 @@ def policy_loss(
     if entropy_mask is not None:
         counts = counts & (entropy_mask > 0)
     if sampling_logprobs is not None:
-        stats["sampler_ratio"], applied, stats["sampler_outside"], stats["sampler_known"] = sampler_ratio(
-            old_logprobs, sampling_logprobs, mask, options
-        )
-        stats["sampler_applied"] = applied
+        ratio, applied, outside, known = policy.sampler_ratio(old_logprobs, sampling_logprobs, mask, options)
+        stats |= {"sampler_ratio": ratio, "sampler_applied": applied, "sampler_outside": outside,
+                  "sampler_known": known}
         if options.vllm_importance_sampling_correction:
             weight = applied.detach()
             counts = counts & (weight > 0)
@@ -320,7 +294,7 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """This micro-batch's part of the step's loss, and what was computed on the way. FSDP averages gradients
     over ranks, the loss is a sum over them: × ranks."""
-    logprobs, entropy, router_logits, nonfinite = token_logprobs(
+    logprobs, entropy, router_logits, nonfinite = policy.token_logprobs(
         model, batch, config.temperature, entropy_gradient=bool(size.entropy_coef)
     )
     old_logprobs, entropy_mask = logprobs.detach(), None
@@ -608,7 +582,7 @@ def evaluate(sampler: Sampler, run: Run) -> dict[str, float]:
     metrics = {"eval/reward": rewards.mean().item()}
     for k in sorted({1, n}):
         metrics[f"eval/pass@{k}"] = sum(pass_at_k(r, n, k) for r in right) / len(right)
-    metrics["eval/mean_length"] = completion_metrics(rollouts)["completions/mean_length"]
+    metrics["eval/mean_length"] = policy.completion_metrics(rollouts)["completions/mean_length"]
     if config.eval_greedy:
         greedy, _ = scored(1, 0.0)
         metrics["eval/greedy"] = (greedy >= config.eval_success_reward - 1e-9).double().mean().item()
@@ -645,7 +619,7 @@ class ReplayBuffer:
 def main(config: Config) -> None:
     # 1. Set up.
     batch_size = generation_batch_size(config, dist.world_size())
-    run = begin(config)
+    run = loop.begin(config)
     world, tokenizer, n = run.world, run.tokenizer, config.num_generations
     assert config.steps_per_generation is not None
     slices = config.steps_per_generation // config.gradient_accumulation_steps  # optimiser steps of one pass
@@ -656,26 +630,26 @@ def main(config: Config) -> None:
     # 2. Prompts.
     prompts = read_prompt_data(config, tokenizer, run.directory, batch_size, updates)
     total_steps = min(prompts.batches * updates, config.max_steps or prompts.batches * updates)
-    plan(run, total_steps, updates * prompts.batches_per_epoch, **{
+    loop.plan(run, total_steps, updates * prompts.batches_per_epoch, **{
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "completions of a generation batch": batch_size, "data": prompts.fingerprint,
     })
 
     # 3. Model, optimiser, reference, engine.
-    model, optimizers = build(run)
+    model, optimizers = loop.build(run)
     trained = [p for p in model.parameters() if p.requires_grad]
     reference = reference_model(run, config)
-    share_prompts, aux_coef = can_share_prompts(model, config.share_prompts), router_aux_coef(run)
+    share_prompts, aux_coef = policy.can_share_prompts(model, config.share_prompts), loop.router_aux_coef(run)
     trained_on = "recorded" if prompts.replay else f"{len(prompts.train):,}"
-    describe(
+    loop.describe(
         run, model, f"{trained_on} prompts, {len(prompts.held_out):,} held out; {total_steps} steps of "
         f"{step_rows} completions on {world.devices(config)}, {config.rollout_engine} rollouts",
     )
-    report_kl(config)
+    policy.report_kl(config)
 
     # 4. Resume.
     moving = {"reference": reference} if reference is not None and config.ref_model_sync_steps else {}
-    resume(run, model, optimizers, moving)
+    loop.resume(run, model, optimizers, moving)
     state = run.state
     rollouts = [Rollout(**r) for r in state.pop("rollouts", [])]  # the generation batch in use
     buffer = ReplayBuffer(config.replay_buffer_size)
@@ -717,7 +691,7 @@ def main(config: Config) -> None:
                 for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
                     rollout.advantage = advantage
                 state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
-                batch_metrics |= reward_metrics(table, names) | completion_metrics(rollouts)
+                batch_metrics |= reward_metrics(table, names) | policy.completion_metrics(rollouts)
                 batch_metrics["weight_version_lag"] = float(
                     run.step - min(r.weight_version for r in rollouts)
                 )
@@ -728,13 +702,15 @@ def main(config: Config) -> None:
                     rollouts, replaced = buffer.refill(rollouts, n)
                     batch_metrics["replayed_groups"] = float(replaced)
                 state["batch_metrics"] = batch_metrics  # every step that uses the batch reports them
-                check_sampler(engine, model, rollouts, micro_batches(rollouts), config, world, share_prompts)
+                policy.check_sampler(
+                    engine, model, rollouts, micro_batches(rollouts), config, world, share_prompts
+                )
 
                 # c. π_old of the whole batch, before the first update moves the weights it is of; and π_ref.
-                keep_logprobs(
+                policy.keep_logprobs(
                     model, reference, micro_batches(rollouts), config, world, share_prompts,
                     old=updates > 1 or config.top_entropy_quantile < 1,
-                    kl=measures_kl(config, run.step, updates),
+                    kl=policy.measures_kl(config, run.step, updates),
                 )
                 seconds_by_phase["logprob"] = timer()
 
@@ -751,12 +727,12 @@ def main(config: Config) -> None:
                     if not (any(r.advantage for r in across) or config.beta or size.entropy_coef):
                         skipped += 1  # by all ranks alike: every rank knows all advantages
                         continue
-                    batch = collate(micro_batch, world.device, share_prompts)
+                    batch = policy.collate(micro_batch, world.device, share_prompts)
                     forensics.remember(batch, batch.rows, batch.given)
                     loss, stats = grpo_loss(model, batch, size, config, aux_coef)
                     loss.backward()
                     losses.append(stats["loss"])
-                    tally_policy(tally, stats, batch, run.step + 1)
+                    policy.tally_policy(tally, stats, batch, run.step + 1)
 
                 # e. The norm before clipping; nothing that is not finite may reach the weights. A step
                 # without any signal leaves the optimiser alone: momentum alone would still move the weights.
@@ -791,7 +767,7 @@ def main(config: Config) -> None:
             }
 
             # g. Evaluate, log, save.
-            due = end_step(run, evaluates=bool(prompts.held_out))
+            due = loop.end_step(run, evaluates=bool(prompts.held_out))
             if due.evaluate or due.save:
                 queue.settle(generation + 1, run.step)  # before new weights are sent
             if due.evaluate:
@@ -807,7 +783,7 @@ def main(config: Config) -> None:
                 engine.sync(run.step, due=True)
                 save(run, model, optimizers, rollouts, queue.prefetched, buffer, moving)
             if due.stop:
-                return stop(run)
+                return loop.stop(run)
     except EngineError as error:
         # Nothing of the run is lost to a server: what was trained so far is saved before the run ends.
         if run.step > (run.checkpointer.steps() or [0])[-1]:
@@ -819,8 +795,8 @@ def main(config: Config) -> None:
         raise
 
     # 6. Final save and report.
-    final = save_model(run, model)
-    finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
+    final = loop.save_model(run, model)
+    loop.finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
 
 
 def reference_model(run: Run, config: Config) -> Transformer | None:

@@ -9,12 +9,13 @@ width, V vocabulary, X experts, N = B·T tokens. Parameter names are Hugging Fac
 
 import contextlib
 import functools
+import importlib
 import itertools
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -267,7 +268,7 @@ class Pass:
 
     rope_tables: dict[str, tuple[Tensor, Tensor]]
     documents: kernels.Documents | kernels.SharedPrompts | None
-    cache: "KVCache | BlockCache | None"
+    cache: "Cache | None"
     decoding: bool  # one new token a row against the cache
 
 
@@ -499,7 +500,7 @@ class Transformer(nn.Module):
         *,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: "KVCache | None" = None,
+        cache: "Cache | None" = None,
     ) -> Tensor:
         """Logits [B, T, V] for `input_ids` [B, T]. See `hidden_states` for the other arguments."""
         hidden, _ = self.hidden_states(
@@ -529,7 +530,7 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         shared_prompts: kernels.SharedPrompts | None = None,
-        cache: "KVCache | BlockCache | None" = None,
+        cache: "Cache | None" = None,
         layers: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [B, T, D] after the last norm, and each expert layer's router logits [N, X].
@@ -651,6 +652,22 @@ def load_balancing_loss(
 # ------------------------------------------------------------------------------------------------------------
 
 
+class Cache(Protocol):
+    """Keys and values of earlier tokens: every layer attends through it. KVCache here; BlockCache in
+    rollouts/blocks.py for continuations that branch off a document."""
+
+    length: int  # 0 before the first pass
+
+    def next_positions(self) -> Tensor: ...
+
+    def advance(self, T: int) -> None: ...
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Pass, window: int | None, *, scale: float,
+        softcap: float | None = None,
+    ) -> Tensor: ...
+
+
 class KVCache:
     """Keys and values of B sequences, right-aligned: rows end in the same column, so a step writes one
     column.
@@ -711,78 +728,11 @@ class KVCache:
         self.starts = self.starts[rows]
 
 
-class BlockCache:
-    """Keys and values of packed documents, stored once, and of R continuations that branch off them: row r
-    goes on after the first `prefixes[r]` tokens of document `documents[r]`, `steps` tokens at most.
-
-    `document_ids` [1, N] are those of the packed row, counted from 0; its keys are shared by every row.
-    """
-
-    def __init__(
-        self, arch: Architecture, document_ids: Tensor, documents: Tensor, prefixes: Tensor, steps: int,
-        dtype: torch.dtype,
-    ):
-        device, R = document_ids.device, len(prefixes)
-        self.prefixes = prefixes
-        self.positions = count_positions(document_ids)[0]  # of the documents' tokens
-        same = document_ids[0][None] == documents[:, None]
-        self.visible = same & (self.positions[None] < prefixes[:, None])  # [R, N]
-        shape = (R, arch.num_kv_heads, steps, arch.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
-        self.shared: list[tuple[Tensor, Tensor]] = []  # [K, N, E] a layer
-        self.length = 0  # 0 before the documents' own pass, then 1 + tokens of the continuations
-
-    def next_positions(self) -> Tensor:
-        return self.prefixes + self.length - 1
-
-    def advance(self, T: int) -> None:
-        self.length += 1
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Pass, window: int | None, *, scale: float,
-        softcap: float | None = None,
-    ) -> Tensor:
-        """As KVCache.attend. One softmax over the documents' keys, one product for all rows, and a row's
-        own."""
-        if self.length == 0:
-            self.shared.append((k[0].transpose(0, 1).contiguous(), v[0].transpose(0, 1).contiguous()))
-            return kernels.attention(
-                q, k, v, documents=context.documents, window=window, scale=scale, softcap=softcap
-            )
-        step = self.length - 1
-        self.k[layer][:, :, step], self.v[layer][:, :, step] = k[:, 0], v[:, 0]
-        own_k, own_v = self.k[layer][:, :, : step + 1], self.v[layer][:, :, : step + 1]
-        shared_k, shared_v = self.shared[layer]
-        R, _, H, E = q.shape
-        K, N = shared_k.shape[:2]
-        grouped = q[:, 0].view(R, K, H // K, E)
-        by_head = grouped.transpose(0, 1).reshape(K, R * (H // K), E)
-        of_shared = torch.matmul(by_head, shared_k.transpose(1, 2)).view(K, R, H // K, N).transpose(0, 1)
-        of_own = torch.matmul(grouped, own_k.transpose(2, 3))
-        scores = torch.cat([of_shared, of_own], dim=-1)  # [R, K, H/K, N + step + 1]
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        visible = self.visible
-        own = torch.ones(R, step + 1, dtype=torch.bool, device=q.device)
-        if window is not None:
-            oldest = self.next_positions()[:, None] - window
-            visible = visible & (self.positions[None] > oldest)
-            own &= self.prefixes[:, None] + torch.arange(step + 1, device=q.device)[None] > oldest
-        seen = torch.cat([visible, own], dim=-1)[:, None, None]
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(q.dtype)
-        from_shared = weights[..., :N].transpose(0, 1).reshape(K, R * (H // K), N) @ shared_v
-        out = from_shared.view(K, R, H // K, E).transpose(0, 1) + weights[..., N:] @ own_v
-        return out.reshape(R, 1, H, E)
-
-
 def cli() -> None:
     """python model.py chat DIR, or ballast-model where the package is installed."""
-    from rollouts.generation import chat  # it stands on this module
-
     if sys.argv[1:2] != ["chat"]:
         sys.exit("usage: model.py chat DIR [--temperature 0.7] [--max-new-tokens 512]")
+    chat = importlib.import_module("rollouts.chat").chat  # above: only the command needs it
     run_command(lambda: chat(sys.argv[2:]))
 
 

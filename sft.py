@@ -29,22 +29,10 @@ from health.monitor import LogOptions, Meter
 from model import ModelOptions, Transformer, forward_only, load_balancing_loss
 from numerics.losses import linear_cross_entropy
 from rollouts.generation import generate
+from run import loop
 from run.config import ConfigError, check_at_least_one, check_every_part, check_ranges
 from run.log import log
-from run.loop import (
-    Run,
-    begin,
-    build,
-    cli,
-    describe,
-    end_step,
-    finish,
-    plan,
-    resume,
-    router_aux_coef,
-    save_model,
-    stop,
-)
+from run.loop import Run
 from text.packing import Batch, Batches, Dataset, LoopOptions, split_held_out, weights_of
 from text.tokenizer import IGNORE, Tokenizer
 
@@ -167,28 +155,28 @@ def sampled_accuracy(
 
 def main(config: Config) -> None:
     # 1. Set up.
-    run = begin(config)
+    run = loop.begin(config)
     world, tokenizer = run.world, run.tokenizer
 
     # 2. Data: encoded once, by the first rank; the others read what it wrote.
     dataset, order, held_out, eval_order = read_data(run, config)
-    plan(run, order.plan(config.num_epochs, config.max_steps), order.steps_per_epoch(), **{
+    loop.plan(run, order.plan(config.num_epochs, config.max_steps), order.steps_per_epoch(), **{
         "micro_batch_size · gradient_accumulation_steps · processes": order.units_per_step,
         "data": fingerprint(dataset, config),
     })
 
     # 3. Model and optimiser.
-    model, optimizers = build(run, tokenizer.vocab_size if config.random_init else None)
+    model, optimizers = loop.build(run, tokenizer.vocab_size if config.random_init else None)
     check_ids(dataset, run.arch.vocab_size)
     trained = [p for p in model.parameters() if p.requires_grad]
-    aux_coef = router_aux_coef(run)
-    describe(run, model, f"{len(order.rows):,} rows to train on, {len(eval_order.rows):,} held out; "
+    aux_coef = loop.router_aux_coef(run)
+    loop.describe(run, model, f"{len(order.rows):,} rows to train on, {len(eval_order.rows):,} held out; "
              f"{run.total_steps} steps of {order.units_per_step} {'packs' if order.capacity else 'rows'} on "
              f"{world.devices(config)}")
     memory.report_weights(model)
 
     # 4. Resume.
-    resume(run, model, optimizers)
+    loop.resume(run, model, optimizers)
     state = run.state
     if len(eval_order.rows) and state["eval_before"] is None:
         state["eval_before"] = evaluate(model, eval_order, config, world)["eval/loss"]
@@ -241,7 +229,7 @@ def main(config: Config) -> None:
             memory.report_optimizers(optimizers, config.optimizer, world.device)
 
         # e. Log, evaluate, save.
-        due = end_step(run, evaluates=len(eval_order.rows) > 0)
+        due = loop.end_step(run, evaluates=len(eval_order.rows) > 0)
         logged: dict[str, float] = {}
         if due.log:  # means over the steps since the last line
             sums = meter.drain()
@@ -257,16 +245,16 @@ def main(config: Config) -> None:
             run.checkpointer.save(run.step, model, optimizers, state)
         seconds()  # evaluating and saving are not training time
         if due.stop:
-            return stop(run)
+            return loop.stop(run)
 
     # 6. Final save and report.
-    final, summary = save_model(run, model), []
+    final, summary = loop.save_model(run, model), []
     if state["eval_before"] is not None:
         after = state.get("eval_after", state["eval_before"])
         summary = [f"held-out loss       {state['eval_before']:.4f} → {after:.4f}"]
     if config.eval_answers:
         summary.append(judge_answers(run, model, held_out, eval_order.rows[: config.eval_answers]))
-    finish(run, final, summary)
+    loop.finish(run, final, summary)
 
 
 def read_data(run: Run, config: Config) -> tuple[Dataset, Batches, Dataset, Batches]:
@@ -363,4 +351,4 @@ def check_ids(dataset: Dataset, vocab_size: int) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Config, __doc__)
+    loop.cli(main, Config, __doc__)

@@ -28,7 +28,7 @@ def _target_modules(linear: dict[str, Linear], wanted: list[str] | str | None) -
     an entry of a list the end of one."""
     if wanted is None or wanted == "all-linear":
         return linear
-    found: dict[str, Linear] = {}
+    targets: dict[str, Linear] = {}
     for pattern in wanted if isinstance(wanted, list) else [wanted]:
         try:
             expression = re.compile(
@@ -46,8 +46,8 @@ def _target_modules(linear: dict[str, Linear], wanted: list[str] | str | None) -
                     ": a text is a regular expression for whole names, such as model.layers.0.mlp.up_proj"
                 )
             raise ConfigError("lora_target_modules", pattern, problem)
-        found |= matched
-    return {name: module for name, module in linear.items() if name in found}
+        targets |= matched
+    return {name: module for name, module in linear.items() if name in targets}
 
 
 def _names_for_peft(chosen: dict[str, Linear], linear: dict[str, Linear]) -> list[str]:
@@ -96,17 +96,17 @@ def initialize_lora(model: Transformer, seed: int) -> None:
         local, begin = local_rows(module.lora_A)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         bound = module.in_features**-0.5
-        whole = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        local.copy_(whole[begin : begin + local.shape[0]])
+        full = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        local.copy_(full[begin : begin + local.shape[0]])
         local_rows(module.lora_B)[0].zero_()
     if model.token_rows is not None:
         rows = model.token_rows
         for parameter, source in (
             (rows.embedding, model.embed_tokens.weight), (rows.of_head, model._frozen_head),
         ):
-            whole = full_tensor(source)  # sharded: a collective
+            full = full_tensor(source)  # sharded: a collective
             local, begin = local_rows(parameter)
-            local.copy_(whole[rows.index(whole.device)[begin : begin + local.shape[0]]])
+            local.copy_(full[rows.index(full.device)[begin : begin + local.shape[0]]])
 
 
 @contextlib.contextmanager
@@ -150,13 +150,13 @@ def save_adapter(
     tensors, config = {}, dict(model.adapter)
 
     def put(name: str, parameter: Tensor) -> None:
-        whole = full_tensor(parameter)
+        full = full_tensor(parameter)
         if main:
-            tensors[name] = whole.detach().cpu().contiguous()
+            tensors[name] = full.detach().cpu().contiguous()
 
     for name, module in lora_modules(model).items():
-        for part in ("lora_A", "lora_B"):
-            put(f"base_model.model.{hf_name(name)}.{part}.weight", getattr(module, part))
+        for factor in ("lora_A", "lora_B"):
+            put(f"base_model.model.{hf_name(name)}.{factor}.weight", getattr(module, factor))
     rows = model.token_rows
     if rows is not None and not for_vllm:
         put(TOKEN_ROWS.format("model.embed_tokens"), rows.embedding)
@@ -273,9 +273,9 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     names = set(file.keys())
     for name, module in lora_modules(model).items():
-        for part in ("lora_A", "lora_B"):
-            key = f"base_model.model.{hf_name(name)}.{part}.weight"
-            parameter = getattr(module, part)
+        for factor in ("lora_A", "lora_B"):
+            key = f"base_model.model.{hf_name(name)}.{factor}.weight"
+            parameter = getattr(module, factor)
             if key not in names:
                 raise CheckpointError(f"{path}: tensor {key} is missing")
             view = file.get_slice(key)
@@ -312,6 +312,6 @@ def _load_token_rows(model: Transformer, path: Path, file: Any, names: set[str])
                 f"{[len(theirs), model.arch.hidden_size]}"
             )
         local, begin = local_rows(parameter)
-        mine = (places >= begin) & (places < begin + local.shape[0])
-        local[(places[mine] - begin).to(local.device)] = values[mine].to(local)
+        own = (places >= begin) & (places < begin + local.shape[0])
+        local[(places[own] - begin).to(local.device)] = values[own].to(local)
         names.discard(key)

@@ -165,8 +165,8 @@ class Checkpointer:
             td.barrier()
 
     def steps(self) -> list[int]:
-        found = (p.name.removeprefix("step-") for p in self.directory.glob("step-*") if p.is_dir())
-        return sorted(int(n) for n in found if n.isdigit())
+        names = (p.name.removeprefix("step-") for p in self.directory.glob("step-*") if p.is_dir())
+        return sorted(int(n) for n in names if n.isdigit())
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose checksums are right. What is damaged is put aside under another name
@@ -190,8 +190,8 @@ class Checkpointer:
                 )
             return None
 
-        found = from_main(look, self.world)
-        return Path(found) if found else None
+        newest = from_main(look, self.world)
+        return Path(newest) if newest else None
 
     @staticmethod
     def _state_dict(
@@ -217,8 +217,9 @@ class Checkpointer:
             if self.world.main:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
-                facts = {**state, "step": step, "world": self.world.size}
-                (aside / "trainer.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+                trainer_state = {**state, "step": step, "world": self.world.size}
+                text = json.dumps(trainer_state, indent=2)
+                (aside / "trainer.json").write_text(text + "\n", encoding="utf-8")
             td.barrier(self._group)
             torch.save(_random_state(), aside / f"random-{self.world.rank}.pt")
         state_dict = self._state_dict(model, optimizers, others or {})

@@ -2,6 +2,7 @@
 believed unchecked; written as transformers and peft read them. LoRA on a model that is there.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,10 +73,10 @@ class Weights:
         elif single.exists():
             self.where = {name: single.name for name in self._open(single.name).keys()}  # noqa: SIM118
         else:
-            found = sorted(p.name for p in directory.glob("*.bin"))
-            hint = (
-                f"only {found[0]} is there: convert it to safetensors" if found else "save the weights there"
-            )
+            pickled = sorted(p.name for p in directory.glob("*.bin"))
+            hint = "save the weights there"
+            if pickled:
+                hint = f"only {pickled[0]} is there: convert it to safetensors"
             raise CheckpointError(
                 f"{directory}: no model.safetensors or model.safetensors.index.json; {hint}"
             )
@@ -124,16 +125,16 @@ class Weights:
                 self._tensor(name),
                 self._tensor(scb if scb in self.where else f"{name}.SCB").float() / 127,
             )
-        facts = json.loads(bytes(self._tensor(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
-        N, K = facts["shape"]
-        nested = facts.get("nested_blocksize")
+        quant_state = json.loads(bytes(self._tensor(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
+        N, K = quant_state["shape"]
+        nested = quant_state.get("nested_blocksize")
         if (
-            facts["blocksize"] != low_precision.NF4_BLOCK
+            quant_state["blocksize"] != low_precision.NF4_BLOCK
             or K % low_precision.NF4_BLOCK
             or nested not in (None, 256)
         ):
             raise CheckpointError(
-                f"{self.directory}: {name}: NF4 blocks of {facts['blocksize']} are not supported"
+                f"{self.directory}: {name}: NF4 blocks of {quant_state['blocksize']} are not supported"
             )
         packed, absmax = self._tensor(name).view(N, K // 2), self._tensor(f"{name}.absmax").view(N, K // 64)
         if nested is None:  # single quantisation: quantise the absmaxes here
@@ -142,7 +143,7 @@ class Weights:
                 absmax.float() - offset, low_precision.dynamic_code(True)
             )
             return "nf4", (packed, codes, nested_absmax, offset)
-        offset = torch.tensor(facts["nested_offset"], dtype=torch.float32)
+        offset = torch.tensor(quant_state["nested_offset"], dtype=torch.float32)
         return "nf4", (packed, absmax, self._tensor(f"{name}.nested_absmax"), offset)
 
     def quantized(
@@ -187,7 +188,7 @@ def hf_parts(name: str, arch: Architecture, number: int) -> list[str]:
         names = ("w1", "w3") if name.endswith("gate_up_proj") else ("w2",)
     else:
         names = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
-    return [f"{prefix}.experts.{number}.{part}.weight" for part in names]
+    return [f"{prefix}.experts.{number}.{projection}.weight" for projection in names]
 
 
 def _dense_hf_name(name: str, arch: Architecture) -> str:
@@ -252,9 +253,9 @@ def load_weights(model: Transformer, directory: Path) -> None:
         if parameter.dim() == 3:  # stacked experts
             for i in range(local.shape[0]):
                 parts = hf_parts(name, arch, begin + i)
-                for part, piece in zip(parts, local[i].chunk(len(parts)), strict=True):
-                    copy(piece, part, 0, piece.shape)
-            used.update(part for e in range(arch.num_experts) for part in hf_parts(name, arch, e))
+                for tensor_name, piece in zip(parts, local[i].chunk(len(parts)), strict=True):
+                    copy(piece, tensor_name, 0, piece.shape)
+            used.update(itertools.chain(*(hf_parts(name, arch, e) for e in range(arch.num_experts))))
         else:
             vocabulary = name in ("embed_tokens.weight", "lm_head.weight")
             copy(local, _dense_hf_name(name, arch), begin, parameter.shape, may_grow=vocabulary)
@@ -281,8 +282,8 @@ def initialize(model: Transformer, seed: int) -> None:
             local.zero_()
         elif not of_adapter(name):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            whole = torch.randn(parameter.shape, generator=generator).mul_(std)
-            local.copy_(whole[begin : begin + local.shape[0]])
+            full = torch.randn(parameter.shape, generator=generator).mul_(std)
+            local.copy_(full[begin : begin + local.shape[0]])
 
 
 def load_pretrained(
@@ -324,27 +325,27 @@ def iterate_weights(
             if module.kind is not None:
                 added = module.delta() if merge and module.r else None  # sharded: a collective
                 if main:
-                    whole = low_precision.dequantize(module.kind, module.stored)
-                    yield hf_name(name) + ".weight", whole if added is None else whole + added.to(whole.dtype)
+                    full = low_precision.dequantize(module.kind, module.stored)
+                    yield hf_name(name) + ".weight", full if added is None else full + added.to(full.dtype)
         for name, parameter in model.named_parameters():
             if of_adapter(name):
                 continue
-            whole = full_tensor(parameter)
+            full = full_tensor(parameter)
             if merge and model.token_rows is not None and name in ("embed_tokens.weight", "lm_head.weight"):
                 rows = model.token_rows
                 trained = full_tensor(rows.embedding if name.startswith("embed") else rows.of_head)
-                whole = whole.index_copy(0, rows.index(whole.device), trained.to(whole.dtype))
+                full = full.index_copy(0, rows.index(full.device), trained.to(full.dtype))
             module = modules[name.rpartition(".")[0]]
             if merge and isinstance(module, Linear) and module.r and name.endswith(".weight"):
-                whole = whole + module.delta().to(whole.dtype)
+                full = full + module.delta().to(full.dtype)
             if not main:
                 continue
             if parameter.dim() == 3:
                 for e in range(arch.num_experts):
                     parts = hf_parts(name, arch, e)
-                    yield from zip(parts, whole[e].chunk(len(parts)), strict=True)
+                    yield from zip(parts, full[e].chunk(len(parts)), strict=True)
             else:
-                yield _dense_hf_name(name, arch), whole
+                yield _dense_hf_name(name, arch), full
 
     for name, tensor in tensors():
         yield name, tensor.detach().to(dtype or tensor.dtype)
@@ -363,7 +364,7 @@ def weight_shapes(model: Transformer) -> list[tuple[str, tuple[int, ...]]]:
             for e in range(model.arch.num_experts):
                 parts = hf_parts(name, model.arch, e)
                 halves = torch.empty(parameter.shape[1:], device="meta").chunk(len(parts))
-                shapes += [(part, tuple(half.shape)) for part, half in zip(parts, halves, strict=True)]
+                shapes += zip(parts, (tuple(half.shape) for half in halves), strict=True)
         else:
             shapes.append((_dense_hf_name(name, model.arch), tuple(parameter.shape)))
     return shapes

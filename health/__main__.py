@@ -51,10 +51,10 @@ def memory_table(arguments: list[str]) -> str:
     if processes and not (processes[-1].isdigit() and int(processes[-1])):
         raise ConfigError("processes", processes[-1], "must be a whole number of at least 1")
     config = recipe_config([a for a in arguments if not a.startswith("processes=")])
-    place = resolve_checkpoint(
+    directory = resolve_checkpoint(
         config.base_model, config.base_model_revision, Path(config.config_directory), only_config=True
     )
-    arch = read_architecture(place, config.ignore_config_fields)
+    arch = read_architecture(directory, config.ignore_config_fields)
     return table(arch, config, int(processes[-1]) if processes else 1)
 
 
@@ -66,7 +66,7 @@ def command_line(arguments: list[str]) -> int:
         doctor, verdicts = judge(history, config)
         for verdict in verdicts:
             print(verdict.line(config))
-        readers = [rule for found in doctor.readers.values() for rule in found]
+        readers = [rule for rules in doctor.readers.values() for rule in rules]
         of, read = len(doctor.rules), sum(rule in readers for rule in doctor.rules)
         if (error := ended_in(Path(rest[0]))) is not None:
             print(f"ended in an error: {error}")

@@ -281,17 +281,17 @@ def _scheduler(c: Conversion, value: Any) -> Values:
     if value not in SCHEDULERS:
         c.say("lost", "lr_scheduler", f"{shown(value)} has no counterpart: cosine is taken")
         return {"lr_scheduler": "cosine"}
-    made: Values = {"lr_scheduler": SCHEDULERS[value]}
+    ours: Values = {"lr_scheduler": SCHEDULERS[value]}
     more = c.get("lr_scheduler_kwargs", {})
     lowest = more.get("min_lr", c.get("eta_min")) if isinstance(more, dict) else None
     if isinstance(more, dict) and "min_lr_rate" in more:
-        made["min_lr_ratio"] = more["min_lr_rate"]
+        ours["min_lr_ratio"] = more["min_lr_rate"]
     elif lowest is not None and float(c.get("learning_rate", 0)) > 0:
-        made["min_lr_ratio"] = float(f"{float(lowest) / float(c.theirs['learning_rate']):.6g}")
+        ours["min_lr_ratio"] = float(f"{float(lowest) / float(c.theirs['learning_rate']):.6g}")
     rest = set(more) - {"min_lr", "min_lr_rate"} if isinstance(more, dict) else {more}
     if rest:
         c.say("lost", "lr_scheduler_kwargs", f"{', '.join(sorted(map(str, rest)))}: see lr_scheduler")
-    return made
+    return ours
 
 
 def _warmup(c: Conversion, value: Any) -> Values:
@@ -437,12 +437,12 @@ def _reference_alpha(c: Conversion, value: Any) -> Values:
 
 def _fsdp_config(c: Conversion, value: Any) -> Values:
     plain = {str(k).removeprefix("fsdp_"): v for k, v in value.items()} if isinstance(value, dict) else {}
-    made: Values = {}
+    ours: Values = {}
     if plain.get("offload_params"):
-        made["fsdp_cpu_offload"] = True
+        ours["fsdp_cpu_offload"] = True
     if plain.get("reshard_after_forward") in (False, "NO_SHARD", "SHARD_GRAD_OP"):
-        made["fsdp_reshard_after_forward"] = False
-    return made
+        ours["fsdp_reshard_after_forward"] = False
+    return ours
 
 
 def _max_steps(c: Conversion, value: Any) -> Values:
@@ -616,8 +616,8 @@ def _datasets(key: str) -> Rule:
 def _pretraining(c: Conversion, value: Any) -> Values:
     entries = [{"type": "completion", **({"path": e} if isinstance(e, str) else e)}
                for e in (value if isinstance(value, list) else [value])]
-    made = [one for entry in entries for one in _dataset(c, {**entry, "type": "completion"})]
-    return {"datasets": made, "excess_length_strategy": "truncate"}
+    datasets = [one for entry in entries for one in _dataset(c, {**entry, "type": "completion"})]
+    return {"datasets": datasets, "excess_length_strategy": "truncate"}
 
 
 def _trl_dataset(c: Conversion, value: Any) -> Values:
@@ -632,16 +632,16 @@ def _trl_dataset(c: Conversion, value: Any) -> Values:
         train |= {"type": "instruct", "columns": {"instruction": column}}
         if c.theirs.get("system_prompt"):
             train["system"] = c.theirs["system_prompt"]
-    made: Values = {"datasets": [train]}
+    ours: Values = {"datasets": [train]}
     if c.get("dataset_train_split", c.get("dataset_split", "train")) != "train":
         train["split"] = c.get("dataset_train_split", c.get("dataset_split"))
     if c.get("eval_strategy", c.get("evaluation_strategy", "no")) != "no":
-        made["test_datasets"] = [{**train, "split": c.get("dataset_test_split", "test")}]
-    return made
+        ours["test_datasets"] = [{**train, "split": c.get("dataset_test_split", "test")}]
+    return ours
 
 
 def _mixture(c: Conversion, value: Any) -> Values:
-    made = []
+    datasets = []
     for entry in value.get("datasets", []):
         one: Values = {"path": _path({"path": entry.get("id", entry.get("path"))})}
         if entry.get("config", entry.get("name")):
@@ -650,9 +650,9 @@ def _mixture(c: Conversion, value: Any) -> Values:
             one["split"] = entry["split"]
         if entry.get("weight") not in (None, 1, 1.0):
             one["weight"] = entry["weight"]
-        made.append(one)
+        datasets.append(one)
     held_out = {"val_set_size": value["test_split_size"]} if value.get("test_split_size") else {}
-    return {"datasets": made} | held_out
+    return {"datasets": datasets} | held_out
 
 
 def _mixer(c: Conversion, value: Any) -> Values:
@@ -785,10 +785,10 @@ def convert(theirs: Values, recipe: str, config_class: type) -> Conversion:
             c.say("not needed", key, NOT_NEEDED[key])
         elif key in CHANGED:
             try:
-                made = CHANGED[key][1](c, value)
+                converted = CHANGED[key][1](c, value)
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise ConfigError(key, value, "cannot be read; see docs/migration.md") from None
-            for name, became in made.items():
+            for name, became in converted.items():
                 if name in names:
                     c.made[name] = became
                 else:

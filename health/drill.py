@@ -238,24 +238,25 @@ def _guarded(root: Path, recipe: str, arguments: list[str], patch: str, out: Pat
 
 
 def outcome(out: Path, code: int, seconds: float = 0.0) -> Outcome:
-    found = Outcome(code, seconds=seconds, place=str(out))
+    outcome = Outcome(code, seconds=seconds, place=str(out))
     log = out / "run.log"
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        said = re.search(r" WARNING health: step (\d+): (\w+): (.*)", line)
-        if said:
-            found.rules.append(said[2])
-            if not found.first:
-                found.step, found.first, found.line = int(said[1]), said[2], line.split(" WARNING ", 1)[1]
+        verdict = re.search(r" WARNING health: step (\d+): (\w+): (.*)", line)
+        if verdict:
+            outcome.rules.append(verdict[2])
+            if not outcome.first:
+                outcome.step, outcome.first = int(verdict[1]), verdict[2]
+                outcome.line = line.split(" WARNING ", 1)[1]
     errors = [
         p.read_text(errors="replace")
         for p in (out / "stderr", *sorted(out.glob("rank-*/stderr")))
         if p.exists()
     ]
     lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
-    found.error = lines[0] if lines else ""
+    outcome.error = lines[0] if lines else ""
     if not lines and code and errors:
-        found.error = (errors[0].strip().splitlines() or [""])[-1]
-    return found
+        outcome.error = (errors[0].strip().splitlines() or [""])[-1]
+    return outcome
 
 
 def attempt(name: str, root: Path, seed: int = 42) -> tuple[Drill, Outcome, Outcome]:
@@ -314,8 +315,8 @@ def in_parallel(work: Callable[..., T], wanted: Sequence[tuple], jobs: int) -> I
     context = multiprocessing.get_context("fork")
     results: Any = context.Queue()
 
-    def share(mine: Sequence[tuple]) -> None:
-        for arguments in mine:
+    def share(jobs: Sequence[tuple]) -> None:
+        for arguments in jobs:
             try:
                 results.put((arguments, work(*arguments)))
             except Exception as error:  # told to the parent, which would wait for ever
@@ -363,7 +364,7 @@ def show_all(
 
 def rank(job: str) -> None:
     """One rank of a drill on several processes, as `run` describes it."""
-    place, recipe_name, given, code, folder = json.loads(job)
-    part = Path(folder) / f"rank-{os.environ['RANK']}"
-    part.mkdir(exist_ok=True)
-    _guarded(Path(place), recipe_name, given, code, part)
+    output_dir, recipe_name, given, code, folder = json.loads(job)
+    result_file = Path(folder) / f"rank-{os.environ['RANK']}"
+    result_file.mkdir(exist_ok=True)
+    _guarded(Path(output_dir), recipe_name, given, code, result_file)

@@ -95,8 +95,8 @@ def described(tensor: Tensor) -> str:
     """'3 NaN, 1 Inf of 512'."""
     tensor = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
-    found = ", ".join(f"{n:,} {name}" for n, name in ((nan, "NaN"), (inf, "Inf")) if n)
-    return f"{found or 'none'} of {tensor.numel():,}"
+    counts = ", ".join(f"{n:,} {name}" for n, name in ((nan, "NaN"), (inf, "Inf")) if n)
+    return f"{counts or 'none'} of {tensor.numel():,}"
 
 
 def span(tensor: Tensor) -> str:
@@ -119,8 +119,8 @@ def zero_tiles(x: Tensor, what: str) -> list[str]:
     padded = nn.functional.pad(x, (0, -x.shape[-1] % FP8_BLOCK))
     tiles = padded.view(len(x), -1, FP8_BLOCK).abs().amax(-1)
     zero = int((tiles == 0).sum())
-    said = f"{zero:,} of {tiles.numel():,} FP8 tiles of {what} are all zero: without a guard their scale is 0"
-    return [f"{said} and they are divided by it"] if zero else []
+    message = f"{zero:,} of {tiles.numel():,} FP8 tiles of {what} are all zero"
+    return [f"{message}: without a guard their scale is 0 and they are divided by it"] if zero else []
 
 
 class Probe:
@@ -289,21 +289,21 @@ class Forensics:
         directory = Path(self.config.output_dir) / "incidents" / f"step-{step}"
         values = f"loss {sum(map(float, losses)):.4g}, gradient norm {norm.item():.4g}"
         self._write(directory, step, values, fault, suspect, probe)
-        said = f"step {step} is not finite ({values}): {fault.line()}; all of it in {directory}"
+        message = f"step {step} is not finite ({values}): {fault.line()}; all of it in {directory}"
         if self.config.on_nonfinite == "skip" and self.skipped <= self.config.max_skipped_steps:
-            log.warning("%s; the step is left out, %d of at most %d", said, self.skipped,
+            log.warning("%s; the step is left out, %d of at most %d", message, self.skipped,
                         self.config.max_skipped_steps)
             return False
         if self.config.on_nonfinite == "skip":
-            said += f"; max_skipped_steps is {self.config.max_skipped_steps}"
-        raise NonFinite(f"{said}; {advice(fault, self.config)}")
+            message += f"; max_skipped_steps is {self.config.max_skipped_steps}"
+        raise NonFinite(f"{message}; {advice(fault, self.config)}")
 
     def _search(self, suspects: list[Suspect]) -> tuple[Fault, Suspect | None, Probe | None]:
         """Every rank runs its micro-batches again, in step, until one of them shows the fault."""
         for number, suspect in enumerate(suspects):
             fault, probe = self._again(suspect, 1.0)
-            found = dist.gather(None if fault is None else asdict(fault), self.world)
-            known = [(ORDER.index(f["direction"]), rank, f) for rank, f in enumerate(found) if f]
+            faults = dist.gather(None if fault is None else asdict(fault), self.world)
+            known = [(ORDER.index(f["direction"]), rank, f) for rank, f in enumerate(faults) if f]
             if not known:
                 continue
             first = min(known, key=lambda entry: entry[:2])
@@ -321,8 +321,8 @@ class Forensics:
         self.model.zero_grad(set_to_none=True)
         set_random_state(suspect.random)
         with Probe(self.model) as probe:
-            made = self.loss_of(suspect.batch)
-            loss = made[0] if isinstance(made, tuple) else made
+            result = self.loss_of(suspect.batch)
+            loss = result[0] if isinstance(result, tuple) else result
             (loss * weight).backward()
         if probe.forward_fault is not None:
             return probe.forward_fault, probe
@@ -343,11 +343,11 @@ class Forensics:
             if not flags.any():
                 continue
             which = flags.reshape(len(flags), -1).any(-1).nonzero().flatten().tolist()
-            said = ", ".join(str(suspect.names[i]) for i in which[:4] if i < len(suspect.names))
-            fault.notes.append(f"{name} hold {described(values)} (rows {said})")
+            named = ", ".join(str(suspect.names[i]) for i in which[:4] if i < len(suspect.names))
+            fault.notes.append(f"{name} hold {described(values)} (rows {named})")
             owner = owners(probe.batch, suspect.names)
             marked = {suspect.names[i] for i in which if i < len(suspect.names)}
-            fault.places = [place for place, name in enumerate(owner) if name in marked]
+            fault.places = [index for index, name in enumerate(owner) if name in marked]
         if probe.hidden is not None:
             fault.given = f"hidden states from {span(probe.hidden)}"
             weight = self.model.head_weight
@@ -393,8 +393,8 @@ class Forensics:
                     "says": fault.line(), "advice": advice(fault, self.config), "torch": torch.__version__,
                     "device": str(self.world.device),
                 }
-                whole = json.dumps(report, indent=2, ensure_ascii=False)
-                (aside / "report.json").write_text(whole + "\n", encoding="utf-8")
+                text = json.dumps(report, indent=2, ensure_ascii=False)
+                (aside / "report.json").write_text(text + "\n", encoding="utf-8")
                 texts = [f"{r['name']} tokens {r['first']}–{r['last']}\n{r['text']}\n" for r in fault.rows]
                 (aside / "rows.txt").write_text("\n".join(texts), encoding="utf-8")
                 values_of = asdict(self.config)
@@ -467,19 +467,20 @@ def owners(batch: dict[str, Any], names: Sequence[str]) -> list[str]:
 
 def rows_of(places: list[int], owner: list[str], ids: list[int]) -> list[dict]:
     """Rows that hold these places: name, first and last token within the row, and the row's ids."""
-    found: dict[str, dict] = {}
+    rows: dict[str, dict] = {}
     start: dict[str, int] = {}
-    whole: dict[str, list[int]] = {}
-    for place, name in enumerate(owner):
-        start.setdefault(name, place)
-        whole.setdefault(name, []).append(ids[place])
-    for place in places:
-        name = owner[place] if place < len(owner) else ""
+    tokens_of: dict[str, list[int]] = {}
+    for index, name in enumerate(owner):
+        start.setdefault(name, index)
+        tokens_of.setdefault(name, []).append(ids[index])
+    for index in places:
+        name = owner[index] if index < len(owner) else ""
         if name:
-            at = place - start[name]
-            row = found.setdefault(name, {"name": name, "first": at, "last": at, "ids": whole[name][:2048]})
+            at = index - start[name]
+            ids_of_row = tokens_of[name][:2048]
+            row = rows.setdefault(name, {"name": name, "first": at, "last": at, "ids": ids_of_row})
             row["last"] = at
-    return list(found.values())
+    return list(rows.values())
 
 
 def batch_tensors(probe: Probe) -> dict[str, Tensor]:

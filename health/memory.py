@@ -314,7 +314,7 @@ def ladder(arch: Architecture, config: Any, processes: int = 1) -> list[tuple[st
     saves nothing is left out. Each is taken together with those before it."""
     now = copy.copy(config)
     before = estimate(arch, now, processes).peak
-    found: list[tuple[str, int]] = []
+    steps: list[tuple[str, int]] = []
 
     def rung(text: str, processes: int = processes, **changes: Any) -> None:
         changed = copy.copy(now)
@@ -325,8 +325,8 @@ def ladder(arch: Architecture, config: Any, processes: int = 1) -> list[tuple[st
         except ConfigError:  # not possible for this model
             return
         vars(now).update(vars(changed))
-        if before - after > (found[-1][1] if found else 0):
-            found.append((text, before - after))
+        if before - after > (steps[-1][1] if steps else 0):
+            steps.append((text, before - after))
 
     if config.micro_batch_size > 1:
         more = config.gradient_accumulation_steps * config.micro_batch_size
@@ -356,7 +356,7 @@ def ladder(arch: Architecture, config: Any, processes: int = 1) -> list[tuple[st
         ):
             rung(f"{key}: {value // 2} (is {value})", **{key: value // 2})
     rung(f"{2 * processes} processes (now {processes}): FSDP2 shards weights and optimiser", 2 * processes)
-    return found
+    return steps
 
 
 def table(arch: Architecture, config: Any, processes: int = 1) -> str:
@@ -387,7 +387,7 @@ def table(arch: Architecture, config: Any, processes: int = 1) -> str:
 
 def largest_tensors(count: int = 8) -> list[str]:
     """The largest tensors that are alive, by shape, with how many there are of each."""
-    found: dict[tuple, list[int]] = {}
+    sizes: dict[tuple, list[int]] = {}
     seen: set[int] = set()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some objects warn when they are asked what they are
@@ -400,12 +400,12 @@ def largest_tensors(count: int = 8) -> list[str]:
             size = it.untyped_storage().nbytes()
         except Exception:  # noqa: S112 - a proxy that only looks like a tensor
             continue
-        entry = found.setdefault(
+        entry = sizes.setdefault(
             (tuple(it.shape), str(it.dtype).removeprefix("torch."), it.device.type), [0, 0]
         )
         entry[0] += 1
         entry[1] += size
-    largest = sorted(found.items(), key=lambda entry: -entry[1][1])[:count]
+    largest = sorted(sizes.items(), key=lambda entry: -entry[1][1])[:count]
     return [
         f"{gib(size)}: {n} × {list(shape)} {dtype} on {device}"
         for (shape, dtype, device), (n, size) in largest
@@ -426,10 +426,10 @@ def what_to_change(error: BaseException, config: Any) -> str:
     traceback.clear_frames(error.__traceback__)  # they hold the activations
     gc.collect()
     try:
-        place = resolve_checkpoint(
+        directory = resolve_checkpoint(
             config.base_model, config.base_model_revision, Path(config.config_directory)
         )
-        arch = read_architecture(place, config.ignore_config_fields)
+        arch = read_architecture(directory, config.ignore_config_fields)
         rungs = [f"{text} (saves {gib(saved)})" for text, saved in ladder(arch, config)]
     except Exception:  # the advice must not hide the error
         log.debug("no estimate", exc_info=True)

@@ -9,7 +9,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -117,7 +116,7 @@ class MetricLogger:
     def __init__(self, config: Any, output_dir: Path, *, main: bool, first_step: int, total_steps: int):
         self.main, self.output_dir = main, output_dir
         self.running.append(self)
-        self.reporting = config.report and total_steps >= 10  # fewer points show nothing
+        self.reporting = main and config.report and total_steps >= 10  # fewer points show nothing
         self.doctor: Doctor | None = None
         self.action = "warn"  # what the rules ask for: to go on, checkpoint_and_stop, or stop
         self.why = ""
@@ -185,7 +184,6 @@ class MetricLogger:
 
     def stopped(self, step: int, world: dist.World) -> None:
         """The end of a run that was stopped and saved. Raises Unhealthy where the rules asked for it."""
-        self.close()
         why = dist.from_main(lambda: self.why, world)
         if why:
             raise Unhealthy(f"step {step}: saved and stopped by on_unhealthy: {why}")
@@ -222,22 +220,14 @@ class MetricLogger:
         if not self.main:
             return
         if self.doctor is not None:
-            found = self.doctor.ever.values()
-            named = ", ".join(f"{v.rule.name} at step {v.step}" for v in found)
+            verdicts = self.doctor.ever.values()
+            named = ", ".join(f"{v.rule.name} at step {v.step}" for v in verdicts)
             well = "no rule spoke before the error" if failed else "well from beginning to end"
             log.info("health              %s", named or well)
         self.file.close()
         self.tensorboard.close()
         if self.bar is not None:
             self.bar.close()
-        if self.reporting:
-            try:
-                from health.report import write  # at the end of a run only
-
-                log.info("report              %s", write([self.output_dir], self.output_dir / "report.html"))
-            except Exception:  # a page that cannot be drawn must not fail a run that is done
-                log.warning("no report could be written; the traceback is in run.log")
-                log.debug("%s", traceback.format_exc())
         if self.wandb is not None:
             self.wandb.finish()
 

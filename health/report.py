@@ -46,8 +46,8 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
-            whole = json.loads(text)
-            rows = whole["log_history"] if isinstance(whole, dict) else whole
+            content = json.loads(text)
+            rows = content["log_history"] if isinstance(content, dict) else content
     except (ValueError, KeyError, RecursionError, csv.Error) as error:
         raise ConfigError(str(path), None, f"is not a history that can be read ({error!r})") from None
     if not isinstance(rows, list):
@@ -59,7 +59,7 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ConfigError(f"{path}:{number}", None, "is no object")
-        made: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, value in row.items():
             try:
                 figure = float(value)
@@ -68,11 +68,12 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
             name = str(name).rpartition(" - ")[2]  # a wandb export puts the run's name before the metric's
             if name.startswith("train/") and (rewarded or name == "train/global_step"):
                 name = name.removeprefix("train/")
-            made[ALIASES.get(name, name)] = figure
-        step = next((made.pop(n) for n in ("step", "_step", "Step", "global_step") if n in made), number)
+            metrics[ALIASES.get(name, name)] = figure
+        names = [name for name in ("step", "_step", "Step", "global_step") if name in metrics]
+        step = metrics.pop(names[0]) if names else number
         if not abs(step) < 2**53:
             raise ConfigError(f"{path}:{number}", None, f"has step {step}, which is none")
-        history.append({"step": int(step), **made})
+        history.append({"step": int(step), **metrics})
     if not history:
         raise ConfigError(str(path), None, "holds no metrics")
     return history, config
@@ -169,12 +170,12 @@ class RunPage:
     @property
     def ends(self) -> list[tuple[str, str, str]]:
         """(metric, first value, last value) of losses and rewards."""
-        found = []
+        endings = []
         for name in metrics_of([self])[:8]:
             values = [row[name] for row in self.history if name in row]
             if name.startswith(("eval/", "reward")) or name == "train/loss":
-                found.append((name, f"{values[0]:.4g}", f"{values[-1]:.4g}"))
-        return found
+                endings.append((name, f"{values[0]:.4g}", f"{values[-1]:.4g}"))
+        return endings
 
     @property
     def yaml(self) -> str:

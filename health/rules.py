@@ -447,9 +447,9 @@ def _check_stays_at(rule: Rule, seen: "Series") -> str | None:
 
 
 def _check_unmoved(rule: Rule, seen: "Series") -> str | None:
-    now, then = median(seen.last(10)), median(seen.first)
-    if seen.count >= rule.window and now > (rule.high or 1.0) * then:
-        return f"{_figure(now)} after {seen.count} steps, {_figure(then)} at the start"
+    latest, first = median(seen.last(10)), median(seen.first)
+    if seen.count >= rule.window and latest > (rule.high or 1.0) * first:
+        return f"{_figure(latest)} after {seen.count} steps, {_figure(first)} at the start"
     return None
 
 
@@ -458,36 +458,36 @@ def _check_flat(rule: Rule, seen: "Series") -> str | None:
     half = len(last) // 2
     if len(last) < rule.window or seen.progress > 0.6:  # late in a run a schedule ends in a plateau
         return None
-    before, now = median(last[:half]), median(last[half:])
-    if now > (rule.high or 1.0) * before and now > (rule.low or 0.0):
-        return f"{_figure(now)}, {_figure(before)} {half} steps ago"
+    before, latest = median(last[:half]), median(last[half:])
+    if latest > (rule.high or 1.0) * before and latest > (rule.low or 0.0):
+        return f"{_figure(latest)}, {_figure(before)} {half} steps ago"
     return None
 
 
 def _check_spike(rule: Rule, seen: "Series") -> str | None:
     """The robust z-score of the last value: its distance from the median in units of the median deviation."""
-    *before, now = seen.last(rule.window + 1)
+    *before, latest = seen.last(rule.window + 1)
     if len(before) < 10:
         return None
     middle = median(before)
     deviation = 1.4826 * median([abs(x - middle) for x in before]) + 0.01 * abs(middle) + 1e-12
-    if (now - middle) / deviation > (rule.high or 0.0) and now > (rule.low or 0.0) * middle:
-        return f"{_figure(now)} after a median of {_figure(middle)} ({now / middle:.1f} times as much)"
+    if (latest - middle) / deviation > (rule.high or 0.0) and latest > (rule.low or 0.0) * middle:
+        return f"{_figure(latest)} after a median of {_figure(middle)} ({latest / middle:.1f} times as much)"
     return None
 
 
 def _check_above_best(rule: Rule, seen: "Series") -> str | None:
     """Medians of a window against the lowest such median so far; differences below `low` are noise."""
-    best, now = min(seen.lowest, seen.first[0]), median(seen.last(rule.window))
-    if seen.count >= rule.window and now > (rule.high or 1.0) * best and now - best > (rule.low or 0.0):
-        return f"{_figure(now)}, it was {_figure(best)}"
+    best, latest = min(seen.lowest, seen.first[0]), median(seen.last(rule.window))
+    if seen.count >= rule.window and latest > (rule.high or 1.0) * best and latest - best > (rule.low or 0.0):
+        return f"{_figure(latest)}, it was {_figure(best)}"
     return None
 
 
 def _check_below_best(rule: Rule, seen: "Series") -> str | None:
-    best, now = seen.highest, median(seen.last(rule.window))
-    if seen.count >= rule.window and best > 0 and now < (rule.low or 0.0) * best:
-        return f"{_figure(now)}, it was {_figure(best)}"
+    best, latest = seen.highest, median(seen.last(rule.window))
+    if seen.count >= rule.window and best > 0 and latest < (rule.low or 0.0) * best:
+        return f"{_figure(latest)}, it was {_figure(best)}"
     return None
 
 
@@ -513,9 +513,9 @@ def _check_creep(rule: Rule, seen: "Series") -> str | None:
 
 def _check_jump(rule: Rule, seen: "Series") -> str | None:
     last = seen.last(rule.window + 30)
-    before, now = last[: -rule.window], last[-rule.window :]
-    if len(before) >= 10 and min(now) > (rule.high or 1.0) * median(before):
-        return f"{_figure(median(now))} for {rule.window} steps, before {_figure(median(before))}"
+    before, latest = last[: -rule.window], last[-rule.window :]
+    if len(before) >= 10 and min(latest) > (rule.high or 1.0) * median(before):
+        return f"{_figure(median(latest))} for {rule.window} steps, before {_figure(median(before))}"
     return None
 
 
@@ -662,15 +662,15 @@ class Doctor:
             seen = self.series[name]
             seen.add(value, progress)
             for rule in self.readers[name]:
-                found = CHECKS[rule.check](rule, seen) if seen.count > rule.after else None
+                finding = CHECKS[rule.check](rule, seen) if seen.count > rule.after else None
                 if rule.unless in {ill for ill, _ in self.ill}:
-                    found = None
+                    finding = None
                 key = (rule.name, name)
-                if found is not None and key not in self.ill:
+                if finding is not None and key not in self.ill:
                     named = rows() if rows is not None and rule.check == "spike" else ""
-                    verdicts.append(Verdict(rule, step, name, True, found, named))
+                    verdicts.append(Verdict(rule, step, name, True, finding, named))
                     self.ever.setdefault(rule.name, verdicts[-1])
-                if found is not None:
+                if finding is not None:
                     self.ill[key] = 0
                 elif key in self.ill:
                     self.ill[key] += 1
@@ -678,7 +678,7 @@ class Doctor:
                         del self.ill[key]
                         verdicts.append(Verdict(rule, step, name, False))
         # The gravest first, and among equals the order of the table.
-        order = {rule.name: place for place, rule in enumerate(self.rules)}
+        order = {rule.name: index for index, rule in enumerate(self.rules)}
         return sorted(verdicts, key=lambda v: (not v.ill, v.rule.severity != "critical", order[v.rule.name]))
 
     def recall(self, rows: Iterable[dict]) -> None:

@@ -304,13 +304,13 @@ class _LinearLogprobs(torch.autograd.Function):
         offsets = torch.zeros(splits, dtype=torch.long, device=hidden.device)
         if group is not None:  # every rank's pieces; kernel and reference give indices within a rank's rows
             logsumexp, entropy, chosen, argmax = _merge_statistics(parts, offsets)
-            mine = torch.stack(
+            own_logits = torch.stack(
                 [logsumexp, (logsumexp - entropy), chosen, (argmax + first).to(logsumexp.dtype)], -1
             )
-            everyone = [torch.empty_like(mine) for _ in range(td.get_world_size(group))]
+            everyone = [torch.empty_like(own_logits) for _ in range(td.get_world_size(group))]
             top = parts[..., 0].amax(0)
             tops = [torch.empty_like(top) for _ in everyone]
-            td.all_gather(everyone, mine.contiguous(), group=group)
+            td.all_gather(everyone, own_logits.contiguous(), group=group)
             td.all_gather(tops, top.contiguous(), group=group)
             logsumexps, means, chosens, argmaxes = torch.stack(everyone).unbind(-1)
             logsumexp = logsumexps.logsumexp(0)
@@ -389,12 +389,12 @@ def linear_logprobs(
     keep = (labels != -100).nonzero().flatten()
     if chunk is None:
         chunk = max(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // weight.shape[0])
-    made = _LinearLogprobs.apply(
+    outputs = _LinearLogprobs.apply(
         hidden.index_select(0, keep), weight, labels.index_select(0, keep), temperature, softcap, chunk,
         group, offset,
     )
     if len(keep) == N:
-        return TokenStatistics(*made)
-    *floats, argmax = made
+        return TokenStatistics(*outputs)
+    *floats, argmax = outputs
     spread = [torch.zeros(N, dtype=x.dtype, device=x.device).index_copy(0, keep, x) for x in floats]
     return TokenStatistics(*spread, torch.full((N,), -1, device=hidden.device).index_copy(0, keep, argmax))

@@ -89,9 +89,9 @@ def _quantize_fp8_kernel(
     finite = tl.abs(values) <= 3.4028234663852886e38  # false for NaN too
     amax = tl.max(tl.where(finite, tl.abs(values), 0.0), axis=1)
     if WHOLE_BLOCK:
-        whole = _fp8_scale_kernel(tl.max(amax, axis=0), POWER_OF_TWO)
-        scales = tl.zeros([ROWS], tl.float32) + whole
-        tl.store(scale_ptr + tl.program_id(0) * scale_columns + tl.program_id(1), whole)
+        block_scale = _fp8_scale_kernel(tl.max(amax, axis=0), POWER_OF_TWO)
+        scales = tl.zeros([ROWS], tl.float32) + block_scale
+        tl.store(scale_ptr + tl.program_id(0) * scale_columns + tl.program_id(1), block_scale)
     else:
         scales = _fp8_scale_kernel(amax, POWER_OF_TWO)
         tl.store(scale_ptr + row.to(tl.int64) * scale_columns + tl.program_id(1), scales, mask=row < M)
@@ -132,8 +132,8 @@ def quantize_fp8_blocks(w: Tensor, power_of_two: bool = False) -> tuple[Tensor, 
 def dequantize_fp8(q: Tensor, scale: Tensor, rows: int = 1) -> Tensor:
     """q [M, N] times its scales, in fp32: scale [M, ⌈N/128⌉], or [⌈M/128⌉, ⌈N/128⌉] with rows = 128."""
     M, N = q.shape
-    whole = scale.repeat_interleave(rows, 0)[:M].repeat_interleave(FP8_BLOCK, 1)[:, :N]
-    return q.float() * whole
+    full_scale = scale.repeat_interleave(rows, 0)[:M].repeat_interleave(FP8_BLOCK, 1)[:, :N]
+    return q.float() * full_scale
 
 
 def fp8_matmul_reference(
@@ -546,9 +546,9 @@ def _slices(count: int) -> Iterator[slice]:
     return (slice(begin, min(begin + SLICE, count)) for begin in range(0, count, SLICE))
 
 
-def _blocks(part: slice) -> slice:
+def _blocks(elements: slice) -> slice:
     """The blocks of 256 of a slice, which begins at one."""
-    return slice(part.start // NESTED_BLOCK, -(-part.stop // NESTED_BLOCK))
+    return slice(elements.start // NESTED_BLOCK, -(-elements.stop // NESTED_BLOCK))
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -581,16 +581,16 @@ class AdamW8bit(torch.optim.Optimizer):
                         state[name] = self._pack(torch.zeros_like(_local(parameter)), name)
                 state["step"] += 1
                 t = state["step"].item()
-                for part in _slices(weights.numel()):
-                    p, g = weights[part], gradients[part].float()
-                    m = self._unpack(state["exp_avg"], "exp_avg", part).lerp_(g, 1 - beta1)
-                    v = self._unpack(state["exp_avg_sq"], "exp_avg_sq", part)
+                for elements in _slices(weights.numel()):
+                    p, g = weights[elements], gradients[elements].float()
+                    m = self._unpack(state["exp_avg"], "exp_avg", elements).lerp_(g, 1 - beta1)
+                    v = self._unpack(state["exp_avg_sq"], "exp_avg_sq", elements)
                     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
                     denominator = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.addcdiv_((m / (1 - beta1**t)).to(p.dtype), denominator.to(p.dtype), value=-group["lr"])
-                    self._store(state["exp_avg"], "exp_avg", part, m)
-                    self._store(state["exp_avg_sq"], "exp_avg_sq", part, v)
+                    self._store(state["exp_avg"], "exp_avg", elements, m)
+                    self._store(state["exp_avg_sq"], "exp_avg_sq", elements, v)
 
     @classmethod
     def _pack(cls, x: Tensor, name: str, device: torch.device | None = None):
@@ -602,34 +602,34 @@ class AdamW8bit(torch.optim.Optimizer):
             torch.empty(x.shape, dtype=torch.uint8, device=device),
             torch.empty(-(-x.numel() // NESTED_BLOCK), device=device),
         )
-        for part in _slices(x.numel()):
-            cls._store(packed, name, part, x.reshape(-1)[part].to(device))
+        for elements in _slices(x.numel()):
+            cls._store(packed, name, elements, x.reshape(-1)[elements].to(device))
         return packed
 
     @staticmethod
-    def _store(packed, name: str, part: slice, values: Tensor) -> None:
+    def _store(packed, name: str, elements: slice, values: Tensor) -> None:
         if isinstance(packed, Tensor):
-            packed.view(-1)[part] = values
+            packed.view(-1)[elements] = values
             return
         # The signed code has 1 but not −1: scaled by the extreme value itself, sign and all, that value is
         # kept exactly, and quantising the dequantised moments gives the same codes.
         code = dynamic_code(name == "exp_avg", values.device)
         codes, absmax = quantize_blockwise(values, code, signed_scale=True)
-        packed[0].view(-1)[part], packed[1][_blocks(part)] = codes, absmax
+        packed[0].view(-1)[elements], packed[1][_blocks(elements)] = codes, absmax
 
     @staticmethod
-    def _unpack(packed, name: str, part: slice) -> Tensor:
+    def _unpack(packed, name: str, elements: slice) -> Tensor:
         if isinstance(packed, Tensor):
-            return packed.view(-1)[part].clone()
-        codes, absmax = packed[0].view(-1)[part], packed[1][_blocks(part)]
+            return packed.view(-1)[elements].clone()
+        codes, absmax = packed[0].view(-1)[elements], packed[1][_blocks(elements)]
         return dequantize_blockwise(codes, absmax, dynamic_code(name == "exp_avg", codes.device))
 
     def _dequantized(self, packed, name: str) -> Tensor:
         """The whole moment in fp32, in host memory: a save must not need what 8 bits have saved."""
         first = packed if isinstance(packed, Tensor) else packed[0]
         moment = torch.empty(first.shape, device="cpu")
-        for part in _slices(first.numel()):
-            moment.view(-1)[part] = self._unpack(packed, name, part).cpu()
+        for elements in _slices(first.numel()):
+            moment.view(-1)[elements] = self._unpack(packed, name, elements).cpu()
         return moment
 
     def state_dict(self) -> dict:

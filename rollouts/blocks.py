@@ -5,24 +5,31 @@ N tokens of a micro-batch, G tokens of a block, n samples of each.
 """
 
 import functools
+import hashlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import dist
+import kernels
+from checkpoints.families import Architecture
+from data import prepare
+from dist import World
 from kernels import SharedPrompts
-from model import BlockCache, Transformer, forward_only
+from model import Pass, Transformer, count_positions, forward_only
 from rollouts.generation import sample, sampling_logprobs
 from rollouts.rollout import replay_lines
-from run.config import DataError, check_at_least_one, check_ranges
+from run.config import ConfigError, DataError, check_at_least_one, check_ranges
 from run.files import write_atomically
-from text.packing import Dataset
-from text.tokenizer import IGNORE
+from run.log import log
+from text.packing import Dataset, PromptOrder, split_held_out, weights_of, with_weights
+from text.tokenizer import IGNORE, Tokenizer
 
 
 @dataclass
@@ -74,6 +81,70 @@ def read_document(dataset: Dataset, row: int, config: BlockOptions) -> Document:
     return Document(tokens.tolist(), anchors, trained.tolist(), dataset.name(row), source=source)
 
 
+@dataclass
+class DocumentData:
+    documents: list[Document]
+    held_out: list[Document]
+    order: PromptOrder  # of documents; its size is a step's
+    replayed: bool
+    total_steps: int
+    steps_per_epoch: int
+    skipped: int  # documents that are too short for a block
+    fingerprint: str
+
+    def step(self, number: int) -> list[Document]:
+        size = self.order.size
+        in_order = range(number * size, (number + 1) * size)
+        return [self.documents[i] for i in (in_order if self.replayed else self.order.batch(number))]
+
+
+def read_documents(
+    config: Any, tokenizer: Tokenizer, directory: Path, cache: Path, vocab_size: int, world: World
+) -> DocumentData:
+    """The documents that are trained on, or a replay of them, and those that are held out. `cache` keeps the
+    encoded rows unless the config names another place; `vocab_size` bounds the ids of a replay. ConfigError
+    where the documents are too few for a step."""
+    cache = Path(config.dataset_prepared_path or cache)
+
+    def read(specs: list[dict], held_out: bool | None) -> tuple[list[Document], int, str]:
+        """(documents with a block, how many have none, the data's fingerprint); `held_out`: which part of a
+        split, None for all."""
+        if not specs:
+            return [], 0, ""
+        dataset = dist.main_first(lambda: prepare(specs, tokenizer, config, directory, cache), world)
+        split = split_held_out(len(dataset), val_set_size=config.val_set_size, seed=config.seed)
+        rows = np.arange(len(dataset)) if held_out is None else split[held_out]
+        documents = [read_document(dataset, int(row), config) for row in rows]
+        return [d for d in documents if d.anchors], sum(not d.anchors for d in documents), dataset.fingerprint
+
+    held_out = read(config.test_datasets, None)[0] if config.test_datasets else read(config.datasets, True)[0]
+    replayed = config.rollout_engine == "replay"
+    if replayed:
+        assert config.replay_path is not None
+        n, G = config.n_samples_per_prompt, config.generate_max_len
+        documents, skipped = read_blocks(config.replay_path, directory, n, G, vocab_size), 0
+        fingerprint = hashlib.sha256(repr([d.ids for d in documents]).encode()).hexdigest()
+    else:
+        documents, skipped, fingerprint = read(config.datasets, False)
+    if skipped:
+        log.info("data: %d of %d documents are too short for a block", skipped, skipped + len(documents))
+    a_step = config.micro_batch_size * config.gradient_accumulation_steps * world.size
+    if len(documents) < a_step:
+        key = "replay_path" if replayed else "context_length"
+        raise ConfigError(
+            key, getattr(config, key),
+            f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
+            f"a step takes {a_step}",
+        )
+    weights = weights_of(config.datasets) or [1.0]
+    order = PromptOrder([d.source for d in documents], a_step, config.seed, weights)
+    per_epoch = len(documents) // a_step if replayed else order.batches(1.0)
+    total = config.max_steps or order.batches(config.num_epochs)
+    total = min(per_epoch, config.max_steps or per_epoch) if replayed else total
+    fingerprint = with_weights(fingerprint, weights)
+    return DocumentData(documents, held_out, order, replayed, total, per_epoch, skipped, fingerprint)
+
+
 def packed(documents: list[Document], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
     """(input_ids [1, N], document_ids [1, N], where each document begins)."""
     starts, at = [], 0
@@ -83,6 +154,72 @@ def packed(documents: list[Document], device: torch.device) -> tuple[Tensor, Ten
     ids = [token for d in documents for token in d.ids]
     which = [i for i, d in enumerate(documents) for _ in d.ids]
     return torch.tensor([ids], device=device), torch.tensor([which], device=device), starts
+
+
+class BlockCache:
+    """Keys and values of packed documents, stored once, and of R continuations that branch off them: row r
+    goes on after the first `prefixes[r]` tokens of document `documents[r]`, `steps` tokens at most.
+
+    `document_ids` [1, N] are those of the packed row, counted from 0; its keys are shared by every row.
+    """
+
+    def __init__(
+        self, arch: Architecture, document_ids: Tensor, documents: Tensor, prefixes: Tensor, steps: int,
+        dtype: torch.dtype,
+    ):
+        device, R = document_ids.device, len(prefixes)
+        self.prefixes = prefixes
+        self.positions = count_positions(document_ids)[0]  # of the documents' tokens
+        same = document_ids[0][None] == documents[:, None]
+        self.visible = same & (self.positions[None] < prefixes[:, None])  # [R, N]
+        shape = (R, arch.num_kv_heads, steps, arch.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
+        self.shared: list[tuple[Tensor, Tensor]] = []  # [K, N, E] a layer
+        self.length = 0  # 0 before the documents' own pass, then 1 + tokens of the continuations
+
+    def next_positions(self) -> Tensor:
+        return self.prefixes + self.length - 1
+
+    def advance(self, T: int) -> None:
+        self.length += 1
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Pass, window: int | None, *, scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """As KVCache.attend. One softmax over the documents' keys, one product for all rows, and a row's
+        own."""
+        if self.length == 0:
+            self.shared.append((k[0].transpose(0, 1).contiguous(), v[0].transpose(0, 1).contiguous()))
+            return kernels.attention(
+                q, k, v, documents=context.documents, window=window, scale=scale, softcap=softcap
+            )
+        step = self.length - 1
+        self.k[layer][:, :, step], self.v[layer][:, :, step] = k[:, 0], v[:, 0]
+        own_k, own_v = self.k[layer][:, :, : step + 1], self.v[layer][:, :, : step + 1]
+        shared_k, shared_v = self.shared[layer]
+        R, _, H, E = q.shape
+        K, N = shared_k.shape[:2]
+        grouped = q[:, 0].view(R, K, H // K, E)
+        by_head = grouped.transpose(0, 1).reshape(K, R * (H // K), E)
+        of_shared = torch.matmul(by_head, shared_k.transpose(1, 2)).view(K, R, H // K, N).transpose(0, 1)
+        of_own = torch.matmul(grouped, own_k.transpose(2, 3))
+        scores = torch.cat([of_shared, of_own], dim=-1)  # [R, K, H/K, N + step + 1]
+        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        visible = self.visible
+        own = torch.ones(R, step + 1, dtype=torch.bool, device=q.device)
+        if window is not None:
+            oldest = self.next_positions()[:, None] - window
+            visible = visible & (self.positions[None] > oldest)
+            own &= self.prefixes[:, None] + torch.arange(step + 1, device=q.device)[None] > oldest
+        seen = torch.cat([visible, own], dim=-1)[:, None, None]
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(q.dtype)
+        from_shared = weights[..., :N].transpose(0, 1).reshape(K, R * (H // K), N) @ shared_v
+        out = from_shared.view(K, R, H // K, E).transpose(0, 1) + weights[..., N:] @ own_v
+        return out.reshape(R, 1, H, E)
 
 
 @forward_only

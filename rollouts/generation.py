@@ -1,24 +1,17 @@
-"""Sampling from a model: the rollouts of the RL recipes' own engine, and a conversation on the terminal.
+"""Sampling from a model: the rollouts of the RL recipes' own engine.
 
 B sequences, T positions, V vocabulary.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from checkpoints.adapters import adapter_token_rows, apply_lora, load_adapter, read_adapter_options
-from checkpoints.weights import load_pretrained, read_json
 from model import KVCache, Transformer, forward_only
-from run.config import resolve_checkpoint
-from text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -160,87 +153,3 @@ def generate(
             completion_logprobs[sequence].append(values[row])
     model.train(was_training)
     return Generation(completion_ids, completion_logprobs, ["stop" if end else "length" for end in finished])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Chat on the terminal
-# ------------------------------------------------------------------------------------------------------------
-
-
-def load_for_inference(directory: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Transformer, str]:
-    """A checkpoint, or a PEFT adapter on top of the base that it names; and the folder of the tokenizer."""
-    if (Path(directory) / "adapter_config.json").exists():
-        base = read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path") or ""
-        rows = adapter_token_rows(directory)
-        model = load_pretrained(base, dtype=dtype, device=device, vocab_size=max(rows, default=-1) + 1)
-        apply_lora(model, read_adapter_options(directory, base), dtype, rows)
-        load_adapter(model, directory)
-        has_tokenizer = (Path(directory) / "tokenizer.json").exists()
-        return model.eval(), directory if has_tokenizer else str(resolve_checkpoint(base))
-    path = resolve_checkpoint(directory)
-    return load_pretrained(str(path), dtype=dtype, device=device), str(path)
-
-
-def chat(argv: list[str]) -> None:
-    """python model.py chat DIR."""
-
-    parser = argparse.ArgumentParser(
-        prog="model.py chat", description="Talk to a checkpoint; /new begins again, an empty line ends."
-    )
-    parser.add_argument("directory", help="a Hugging Face folder, a PEFT adapter or a hub id")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--system", help="a system prompt")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model, tokenizer_directory = load_for_inference(arguments.directory, dtype, device)
-    tokenizer = Tokenizer.load(tokenizer_directory)
-    generator = torch.Generator(device).manual_seed(arguments.seed)
-    begin = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    messages = list(begin)
-    limit = model.arch.raw.get("max_position_embeddings")
-    while True:
-        try:
-            text = input("you> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not text:
-            break
-        if text == "/new":  # a model that has only seen single questions does badly on a second one
-            messages = list(begin)
-            continue
-        messages.append({"role": "user", "content": text})
-        prompt = tokenizer.encode_prompt(messages)
-        room = arguments.max_new_tokens if not limit else min(arguments.max_new_tokens, limit - len(prompt))
-        if room < 1:
-            print(f"The conversation has filled the model's {limit} positions; start again.")
-            break
-        reply = _stream_reply(
-            model, tokenizer, prompt, max_new_tokens=room, temperature=arguments.temperature,
-            top_p=arguments.top_p, generator=generator,
-        )
-        messages.append({"role": "assistant", "content": reply.strip()})
-
-
-def _stream_reply(model: Transformer, tokenizer: Any, prompt: list[int], **how) -> str:
-    """Print an answer while it is written. Ctrl-C ends it."""
-    ids: list[int] = []
-    shown = ""
-
-    def show(_: int, token: int) -> None:
-        nonlocal shown
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # wait for the rest of a multi-byte character
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-
-    try:
-        generate(model, [prompt], stop_token_ids=tokenizer.stop_ids, on_token=show, **how)
-    except KeyboardInterrupt:
-        print(" …", end="")
-    print()
-    return shown

@@ -197,10 +197,9 @@ class Scorer:
     def _call(self, name: str, function: Callable, arguments: dict, names: list[str]) -> list[float | None]:
         count = len(names)
 
-        def run(part: dict) -> Any:
-            return (
-                asyncio.run(function(**part)) if inspect.iscoroutinefunction(function) else function(**part)
-            )
+        def run(kwargs: dict) -> Any:
+            returned = function(**kwargs)
+            return asyncio.run(returned) if inspect.iscoroutinefunction(function) else returned
 
         try:
             scores = run(arguments)

@@ -35,7 +35,7 @@ def checksum(tensor: torch.Tensor) -> list[int]:
 
 def group_of(name: str) -> str:
     """The layer that a parameter is of, under Hugging Face's names as under vLLM's."""
-    index = next((part for part in name.split(".") if part.isdigit()), None)
+    index = next((piece for piece in name.split(".") if piece.isdigit()), None)
     return "the rest" if index is None else f"layer {index}"
 
 

@@ -22,7 +22,7 @@ from checkpoints.families import Architecture
 from checkpoints.saving import Checkpointer, save_final
 from checkpoints.weights import read_architecture, resized
 from data import load_tokenizer, trained_tokenizer
-from health import memory
+from health import memory, report
 from health.monitor import MetricLogger, say_saved
 from model import Transformer
 from run.config import BallastError, parse_config, resolve_checkpoint
@@ -173,7 +173,20 @@ def end_step(run: Run, evaluates: bool) -> Due:
 def stop(run: Run) -> None:
     """End a run that was asked to stop and has been saved."""
     run.checkpointer.finish()
+    _close(run.logger)
     run.logger.stopped(run.step, run.world)
+
+
+def _close(logger: MetricLogger, failed: bool = False) -> None:
+    """Close the metrics and write the report of the run; `failed` where the run ends in an error."""
+    logger.close(failed)
+    if logger.reporting:
+        try:
+            page = report.write([logger.output_dir], logger.output_dir / "report.html")
+            log.info("report              %s", page)
+        except Exception:  # a page that cannot be drawn must not fail a run that is done
+            log.warning("no report could be written; the traceback is in run.log")
+            log.debug("%s", traceback.format_exc())
 
 
 def save_model(run: Run, model: Transformer) -> Path:
@@ -184,7 +197,7 @@ def save_model(run: Run, model: Transformer) -> Path:
 
 def finish(run: Run, final: Path, summary: Sequence[str] = ()) -> None:
     """Close the metrics and log how the run went and where the model is."""
-    run.logger.close()
+    _close(run.logger)
     for line in summary:
         log.info("%s", line)
     say_saved(final)
@@ -279,7 +292,7 @@ def start(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
             log.debug("error: %s", message)
         for logger in list(MetricLogger.running):
             with suppress(Exception):  # the error above is what counts
-                logger.close(failed=True)  # its report shows the incident
+                _close(logger, failed=True)  # the report shows the incident
         logging.shutdown()
         # At once: another rank may wait in a collective, and torchrun stops it when this one is gone.
         os._exit(2)

@@ -7,7 +7,7 @@ import torch
 
 from checkpoints.weights import load_pretrained
 from conftest import ids
-from rollouts import generation
+from rollouts import chat, generation
 from rollouts.generation import generate, sampling_logprobs
 
 
@@ -106,9 +106,9 @@ def test_a_new_conversation_forgets_the_one_before(small_checkpoint, monkeypatch
     said, prompts = iter(["Hello there", "/new", "Hello there", "Hello there", ""]), []
     monkeypatch.setattr("builtins.input", lambda _: next(said))
     monkeypatch.setattr(
-        generation, "_stream_reply", lambda _, __, prompt, **___: prompts.append(prompt) or "Hi"
+        chat, "_stream_reply", lambda _, __, prompt, **___: prompts.append(prompt) or "Hi"
     )
-    generation.chat([str(small_checkpoint[0])])
+    chat.chat([str(small_checkpoint[0])])
     first, again, longer = prompts
     assert first == again and longer[: len(first)] == first and len(longer) > 2 * len(first)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from checkpoints.weights import load_pretrained
 from conftest import ROOT, arguments, metrics, run_ok, run_program
-from rollouts.generation import load_for_inference
+from rollouts.chat import load_for_inference
 from run.config import ConfigError, parse_config
 from sft import Config
 from text.tokenizer import IGNORE, Tokenizer

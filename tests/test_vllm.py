@@ -30,7 +30,7 @@ from conftest import (
 from data import Prompt
 from dist import World
 from grpo import Config
-from rollouts.generation import load_for_inference
+from rollouts.chat import load_for_inference
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import EngineError
 from run.config import parse_config

@@ -313,7 +313,7 @@ def test_rows_of_new_tokens_go_between_peft_and_here_and_merge_exactly(name, ref
 def test_rows_beyond_the_base_s_vocabulary_open_in_peft_which_grows_the_base(small_checkpoint, tmp_path):
     import peft
 
-    from rollouts.generation import load_for_inference
+    from rollouts.chat import load_for_inference
     from text.tokenizer import Tokenizer
 
     directory = small_checkpoint[0]

@@ -78,13 +78,13 @@ class Encoded:
     lost: list[str] = field(default_factory=list)  # what the row has and the chat template does not show
 
 
-def settle(aside: Path, place: Path) -> None:
+def settle(aside: Path, final: Path) -> None:
     """Give a finished directory its name, unless another run that shares the cache was first: what has that
     name was made from the same rows."""
     try:
-        aside.rename(place)
+        aside.rename(final)
     except OSError:
-        if not place.is_dir():
+        if not final.is_dir():
             raise
         shutil.rmtree(aside)
 
@@ -108,8 +108,8 @@ class Dataset:
         return len(self.lengths)
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[part], self.labels[part]
+        tokens = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[tokens], self.labels[tokens]
 
     def name(self, i: int) -> str:
         return f"{self.file_names[self.files[i]]}:{self.lines[i]}"
@@ -159,18 +159,18 @@ class Dataset:
         aside.mkdir(parents=True)
         for name in self.ARRAYS:
             np.save(aside / f"{name}.npy", getattr(self, name))
-        facts = {"file_names": self.file_names, "counts": self.counts, "fingerprint": self.fingerprint}
-        (aside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        description = {"file_names": self.file_names, "counts": self.counts, "fingerprint": self.fingerprint}
+        (aside / "facts.json").write_text(json.dumps(description), encoding="utf-8")
         settle(aside, directory)
 
     @staticmethod
     def load(directory: Path) -> "Dataset":
-        facts = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
+        description = json.loads((directory / "facts.json").read_text(encoding="utf-8"))
         arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in Dataset.ARRAYS}
         counts = {len(arrays["tokens"]), len(arrays["labels"]), int(arrays["offsets"][-1])}
         if len(counts) != 1:
             raise ValueError(f"tokens, labels and offsets disagree: {sorted(counts)}")
-        return Dataset(arrays, facts["file_names"], facts["counts"], facts["fingerprint"])
+        return Dataset(arrays, description["file_names"], description["counts"], description["fingerprint"])
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -232,10 +232,10 @@ def weighted(
     chosen = [np.zeros(0, np.int64)]
     for number, weight in enumerate(weights):
         of_source = rows[source == number]
-        whole, part = int(weight), weight - int(weight)
-        chosen += [of_source] * whole
-        if part:
-            chosen.append(generator.permutation(of_source)[: round(part * len(of_source))])
+        times, fraction = int(weight), weight - int(weight)
+        chosen += [of_source] * times
+        if fraction:
+            chosen.append(generator.permutation(of_source)[: round(fraction * len(of_source))])
     return np.concatenate(chosen)
 
 
@@ -297,25 +297,25 @@ class Batches:
         if max_steps is not None:
             self.total_units = max_steps * self.units_per_step
             return max_steps
-        whole = int(epochs)
-        self.total_units = sum(len(self.epoch(number)) for number in range(whole))
-        if epochs > whole:
-            self.total_units += round((epochs - whole) * len(self.epoch(whole)))
+        full_epochs = int(epochs)
+        self.total_units = sum(len(self.epoch(number)) for number in range(full_epochs))
+        if epochs > full_epochs:
+            self.total_units += round((epochs - full_epochs) * len(self.epoch(full_epochs)))
         self.total_units = max(1, self.total_units)
         return -(-self.total_units // self.units_per_step)
 
     def units(self, step: int) -> list[list[int]]:
         """The units of one step. Epochs follow each other without a gap, to the end that `plan` set."""
         first, last = step * self.units_per_step, min((step + 1) * self.units_per_step, self.total_units)
-        found: list[list[int]] = []
+        units: list[list[int]] = []
         while self._starts[-1] < last:  # an epoch is packed when it is needed, none after the last
             self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
         for number in range(bisect.bisect_right(self._starts, first) - 1, len(self._starts) - 1):
             start = self._starts[number]
             if start >= last:
                 break
-            found += self.epoch(number)[max(0, first - start) : last - start]
-        return found
+            units += self.epoch(number)[max(0, first - start) : last - start]
+        return units
 
     def epoch_of(self, step: int) -> float:
         """Epochs that are over after N steps."""
@@ -334,10 +334,10 @@ class Batches:
         share = micro_batch_size * world
         batches = []
         for begin in range(0, len(units), share):
-            mine = units[
+            own_units = units[
                 begin + rank * micro_batch_size : min(begin + (rank + 1) * micro_batch_size, begin + share)
             ]
-            batches.append(self.collate(mine))
+            batches.append(self.collate(own_units))
         return batches
 
     def trained_tokens(self, units: list[list[int]]) -> int:
@@ -387,11 +387,11 @@ class PromptOrder:
             raise DataError("datasets", None, "no row is left to train on", "see `python data.py inspect`")
 
     def batch(self, number: int) -> list[int]:
-        found = []
+        rows = []
         for position in range(number * self.size, (number + 1) * self.size):
-            epoch, place = divmod(position, self.epoch_size)
-            found.append(int(self._epoch(epoch)[place]))
-        return found
+            epoch, offset = divmod(position, self.epoch_size)
+            rows.append(int(self._epoch(epoch)[offset]))
+        return rows
 
     def batches(self, epochs: float) -> int:
         """How many batches so many epochs take, the last filled up from the next epoch."""

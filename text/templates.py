@@ -218,8 +218,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if str(value).count(texts[0]) * len(texts[1]) > MOST_TEXT:
                 self._too_large()
         elif name == "join" and isinstance(value, list):
-            whole = sum(len(str(self._shallow(v))) for v in value)
-            if whole + len(value) * sum(map(len, texts)) > MOST_TEXT:
+            total = sum(len(str(self._shallow(v))) for v in value)
+            if total + len(value) * sum(map(len, texts)) > MOST_TEXT:
                 self._too_large()
         elif name in ("format", "format_map") and re.search(r"\d{5,}|[*{]\s*[*{]", str(value)):
             raise jinja2.TemplateError(f"{name} to more than {MOST_WIDTH:,}")
@@ -248,7 +248,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         else:
             sizes = [len(x) if isinstance(x, str | bytes | list | tuple) else x for x in (left, right)]
             if all(isinstance(x, int) for x in sizes):
-                made = sizes[0] * sizes[1] if operator == "*" else sizes[0] + sizes[1]
-                if made > MOST_TEXT:
+                length = sizes[0] * sizes[1] if operator == "*" else sizes[0] + sizes[1]
+                if length > MOST_TEXT:
                     self._too_large()
         return super().call_binop(context, operator, left, right)

@@ -190,8 +190,8 @@ class Tokenizer:
             self.core, {**self.config, **options.special_tokens}, template, self.source, stops, named
         )
         configured.kwargs = dict(options.chat_template_kwargs)
-        now = self.core.get_vocab(with_added_tokens=True)
-        configured.new_ids = sorted(i for token, i in now.items() if token not in known)
+        vocabulary = self.core.get_vocab(with_added_tokens=True)
+        configured.new_ids = sorted(i for token, i in vocabulary.items() if token not in known)
         return configured
 
     def __len__(self) -> int:
@@ -448,28 +448,28 @@ class Tokenizer:
         were not found."""
         word, shown, problems = "answer" + secrets.token_hex(8), [], []
         header = self._generation_prompt(tools, kwargs)
-        for place, probe in _probes(messages[i], word):
+        for path, probe in _probes(messages[i], word):
             before = shown[0].before if shown else ""
-            if place == _LAST_RESORT and shown:
+            if path == _LAST_RESORT and shown:
                 break
-            if place == "call's name" and shown and shown[-1].place == "call's arguments":
+            if path == "call's name" and shown and shown[-1].place == "call's arguments":
                 continue  # either finds the call
-            if place in ("reasoning", "<think> block") and header and before.count(header, previous) == 1:
+            if path in ("reasoning", "<think> block") and header and before.count(header, previous) == 1:
                 continue  # the turn begins behind the header, whatever comes first
             try:
                 text = self.render([*messages[:i], probe, *messages[i + 1 :]], tools, **kwargs)
             except BadRow as error:
                 problems.append(
-                    f"to find where this assistant turn begins and ends its {place} was replaced by a word, "
+                    f"to find where this assistant turn begins and ends its {path} was replaced by a word, "
                     f"and {error}; use a template that marks turns with {{% generation %}} (chat_template), "
                     "or leave the row out"
                 )
                 continue
             if text.count(word) == 1:
                 before, after = text.split(word)
-                shown.append(_Part(place, probe, word, before, after))
+                shown.append(_Part(path, probe, word, before, after))
             else:
-                problems.append(f"the chat template shows its {place} {text.count(word)} times, not once")
+                problems.append(f"the chat template shows its {path} {text.count(word)} times, not once")
         return shown, problems
 
     def _begins_before(
@@ -481,8 +481,8 @@ class Tokenizer:
         word = "answer" + secrets.token_hex(8)
         with contextlib.suppress(BadRow):
             changed = [*messages[:i], {**messages[i], "content": word}, *messages[i + 1 :]]
-            _, found, after = self.render(changed, tools, **kwargs).partition(word)
-            return bool(found) and len(after) > left
+            _, between, after = self.render(changed, tools, **kwargs).partition(word)
+            return bool(between) and len(after) > left
         return False
 
     def _turn_start(
@@ -600,10 +600,10 @@ class Tokenizer:
 
     def _boundary(self, text: str, ids: list[int], at: int, what: str, may_move: bool = False) -> int:
         """The index of the token that begins at character `at` of `text`."""
-        for place in (at, len(text[:at].rstrip())) if may_move else (at,):
+        for candidate in (at, len(text[:at].rstrip())) if may_move else (at,):
             # Sentencepiece-like tokenizers glue a leading space to the answer's first word: then the answer
             # begins there.
-            before = self.encode(text[:place])
+            before = self.encode(text[:candidate])
             if ids[: len(before)] == before:
                 return len(before)
         raise BadRow(
