@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.weights import hf_name, local_rows, read_json, write_tensors
+from checkpoints.weights import TensorFile, hf_name, local_rows, read_json, write_tensors
 from model import Linear, ModelOptions, TokenRows, Transformer, block_linears, full_tensor
 from run.config import CheckpointError, ConfigError, shown
 
@@ -267,18 +266,15 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
 def load_adapter(model: Transformer, directory: str | Path) -> None:
     """Fill the adapters of `model` (after apply_lora) from a PEFT folder."""
     path = Path(directory) / "adapter_model.safetensors"
-    try:
-        file = safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    names = set(file.keys())
+    file = TensorFile(path)
+    names = set(file.names)
     for name, module in lora_modules(model).items():
         for factor in ("lora_A", "lora_B"):
             key = f"base_model.model.{hf_name(name)}.{factor}.weight"
             parameter = getattr(module, factor)
             if key not in names:
                 raise CheckpointError(f"{path}: tensor {key} is missing")
-            view = file.get_slice(key)
+            view = file.slice(key)
             if view.get_shape() != list(parameter.shape):
                 raise CheckpointError(
                     f"{path}: {key} has shape {view.get_shape()}, expected {list(parameter.shape)}"
@@ -291,7 +287,7 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
         raise CheckpointError(f"{path}: tensor {sorted(names)[0]} belongs to no adapted layer")
 
 
-def _load_token_rows(model: Transformer, path: Path, file: Any, names: set[str]) -> None:
+def _load_token_rows(model: Transformer, path: Path, file: TensorFile, names: set[str]) -> None:
     """Fill the rows of the tokens that the adapter trained; others of the model keep what they have."""
     rows, theirs = model.token_rows, adapter_token_rows(path.parent)
     if not theirs:
@@ -305,7 +301,7 @@ def _load_token_rows(model: Transformer, path: Path, file: Any, names: set[str])
         key = TOKEN_ROWS.format(layer)
         if key not in names:
             raise CheckpointError(f"{path}: tensor {key} is missing")
-        values = file.get_tensor(key)
+        values = file.tensor(key)
         if list(values.shape) != [len(theirs), model.arch.hidden_size]:
             raise CheckpointError(
                 f"{path}: {key} has shape {list(values.shape)}, expected "

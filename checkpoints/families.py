@@ -103,6 +103,16 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
     "num_key_value_heads", "sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok",
     "moe_intermediate_size", "decoder_sparse_step", "max_window_layers", "no_rope_layer_interval",
+    "max_position_embeddings", "original_max_position_embeddings", "sliding_window_pattern",
+    "_sliding_window_pattern",
+)
+SWITCHES = (
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob",
+    "output_router_logits",
+)
+NUMBERS = (
+    "rms_norm_eps", "rope_theta", "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "rope_local_base_freq", "router_aux_loss_coef", "initializer_range",
 )
 # Fields that do not touch the forward arithmetic: identity, generation defaults, and leftovers of training
 # libraries and servers. Neither does any name that begins with an underscore, unless the family reads it.
@@ -238,122 +248,56 @@ class Architecture:
     router_aux_loss_coef: float
     raw: dict  # config.json as it was read, written back on save
     checkpoint_vocab_size: int = 0  # rows of the embedding before it was grown
+    notes: tuple[str, ...] = ()  # where config.json contradicts itself, and which value is followed
 
     @staticmethod
     def from_config(raw: dict, source: str = "config.json", ignore: list[str] | tuple = ()) -> "Architecture":
         """Raises CheckpointError by name for an architecture or a field whose arithmetic is not implemented
-        here."""
+        here, and for a field whose value has the wrong type."""
 
         def refuse(what: str, remedy: str = "") -> CheckpointError:
             return CheckpointError(f"{source}: {what}{'; ' + remedy if remedy else ''}")
 
-        names = raw.get("architectures") or [None]
-        spellings = {known.lower(): known for known in FAMILIES}  # LLaMAForCausalLM of the first conversions
-        name = spellings.get(str(names[0]).lower(), names[0])
-        if name is None:
-            by_type = {re.sub(r"\W|_", "", k.removesuffix("ForCausalLM")).lower(): k for k in FAMILIES}
-            model_type = re.sub(r"_text$", "", str(raw.get("model_type"))).replace("_", "")
-            name = by_type.get(model_type, raw.get("model_type"))
-        if name not in FAMILIES:
-            raise refuse(f"architecture {name} is not supported", "supported: " + ", ".join(FAMILIES))
+        name = _family_name(raw, refuse)
         family = FAMILIES[name]
         cfg: dict[str, Any] = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
-        quantization = cfg.pop("quantization_config", None)
-        if quantization is not None:
-            method, kind = quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type", "nf4")
-            if method != "bitsandbytes" or kind != "nf4":
-                what = kind if method == "bitsandbytes" else method
-                raise refuse(f"quantization_config: {what} is not supported", "use the bf16 original")
-        known = COMMON_FIELDS | INERT_FIELDS | set(family.reads) | set(ignore)
-        implied = IMPLIED_FIELDS | {"sliding_window_size": cfg.get("sliding_window")}
-        implied |= {"use_qk_norm": True} if family.qk_norm != "none" else {}
-        for key, value in cfg.items():
-            # A switch that is off changes nothing.
-            inert = key in known or key.startswith("_") or value in (None, False, 0, 0.0, [], {})
-            if not inert and (key not in implied or value != implied[key]):
-                raise refuse(
-                    f"field {key}={shown(value)} is not known for {name} and may change the arithmetic",
-                    f"if it does not, set ignore_config_fields: [{key}]",
-                )
-
-        for key in SIZES:
-            value = cfg.get(key)
-            most = 10_000 if key == "num_hidden_layers" else 2**24
-            if value is not None and not (type(value) is int and 0 <= value <= most):
-                raise refuse(f"{key} is {shown(value)}, not a whole number up to {most:,}")
-
-        def decide(switch: bool | str) -> bool:
-            return bool(cfg.get(switch, False)) if isinstance(switch, str) else switch
-
+        _check_fields(cfg, name, ignore, refuse)
         try:
             L, D, H = cfg["num_hidden_layers"], cfg["hidden_size"], cfg["num_attention_heads"]
             vocab_size, F_ = cfg["vocab_size"], cfg["intermediate_size"]
         except KeyError as error:
             raise refuse(f"field {error.args[0]} is missing") from None
         E = cfg.get("head_dim") or D // H
-        activation = (
-            cfg.get("hidden_activation") if "hidden_activation" in family.reads else cfg.get("hidden_act")
-        )
+        activation = cfg.get("hidden_activation" if "hidden_activation" in family.reads else "hidden_act")
         activation = activation or "silu"
         if activation not in ("silu", "gelu_pytorch_tanh", "gelu"):
             raise refuse(
                 f"activation {activation!r} is not supported", "supported: silu, gelu, gelu_pytorch_tanh"
             )
 
-        # Which layers slide.
-        window = cfg.get("sliding_window")
-        if "use_sliding_window" in family.reads and not cfg.get("use_sliding_window", False):
-            window = None if "layer_types" not in raw else window
-        types = cfg.get("layer_types")
         rope_layers: list = cfg.get("no_rope_layers") or []  # despite its name, 1 where it has positions
         if "no_rope_layers" in family.reads and not rope_layers:
             rope_layers = [int((i + 1) % cfg["no_rope_layer_interval"] != 0) for i in range(L)]
-        if types is not None:
-            if len(types) != L or any(t not in ("full_attention", "sliding_attention") for t in types):
-                raise refuse(
-                    f"layer_types must be {L} of full_attention, sliding_attention", f"it is {types}"
-                )
-        elif family.windows == "none" or window is None:
-            types = ["full_attention"] * L
-        elif family.windows == "all":
-            types = ["sliding_attention"] * L
-        elif "no_rope_layers" in family.reads:
-            types = ["full_attention" if rope else "sliding_attention" for rope in rope_layers]
-        elif "max_window_layers" in family.reads:
-            types = [
-                "sliding_attention" if i >= cfg.get("max_window_layers", 28) else "full_attention"
-                for i in range(L)
-            ]
-        else:
-            period = cfg.get("_sliding_window_pattern") or cfg["sliding_window_pattern"]
-            types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(L)]
-        if "sliding_attention" in types and not window:
-            raise refuse("layer_types has sliding_attention but sliding_window is not set")
-
-        # Rotary embeddings, in the dialect of transformers 4 or 5.
-        params = dict(cfg.get("rope_parameters") or {})
-        if "full_attention" in params or "sliding_attention" in params:
-            by_type = params
-        elif "rope_local_base_freq" in cfg:  # Gemma 3 in the older dialect: only global layers are stretched
-            by_type = {
-                "full_attention": params or cfg.get("rope_scaling") or {},
-                "sliding_attention": {"rope_theta": cfg["rope_local_base_freq"]},
-            }
-        else:
-            by_type = {"all": params or cfg.get("rope_scaling") or {}}
-        ropes = {key: _read_rope(dict(value), cfg, E, refuse) for key, value in by_type.items()}
+        window, types = _layer_types(family, cfg, raw, rope_layers, refuse)
+        ropes, notes = _read_ropes(family, cfg, E, refuse)
         layer_ropes: list[str | None] = ["all" if "all" in ropes else kind for kind in types]
         if rope_layers:
             layer_ropes = [key if rope else None for key, rope in zip(layer_ropes, rope_layers, strict=True)]
+        superseded = {"quantization_config"}  # the weights are saved dense
+        if cfg.get("rope_scaling") and "rope_local_base_freq" not in cfg:
+            superseded.add("rope_parameters")
+
+        def decide(switch: bool | str) -> bool:
+            return bool(cfg.get(switch, False)) if isinstance(switch, str) else switch
 
         X = (cfg.get("num_local_experts") or cfg.get("num_experts") or 0) if family.experts != "none" else 0
         dense = cfg.get("mlp_only_layers", [])
         sparse_step = cfg.get("decoder_sparse_step", 1)
         scalar = cfg.get("query_pre_attn_scalar") if family.softcaps else None
+        mixtral = family.experts == "mixtral"
         return Architecture(
             name=name, family=family, vocab_size=vocab_size, hidden_size=D, intermediate_size=F_,
-            num_layers=L,
-            num_heads=H, num_kv_heads=cfg.get("num_key_value_heads") or H, head_dim=E,
+            num_layers=L, num_heads=H, num_kv_heads=cfg.get("num_key_value_heads") or H, head_dim=E,
             norm_eps=cfg.get("rms_norm_eps", 1e-6), activation=activation,
             tied=bool(cfg.get("tie_word_embeddings", False)),
             qkv_bias=decide(family.qkv_bias), o_bias=decide(family.o_bias), mlp_bias=decide(family.mlp_bias),
@@ -362,15 +306,149 @@ class Architecture:
             final_softcap=cfg.get("final_logit_softcapping") if family.softcaps else None,
             windows=[window if kind == "sliding_attention" else None for kind in types],
             ropes=ropes, layer_ropes=layer_ropes,
-            num_experts=X, experts_per_token=cfg.get("num_experts_per_tok",
-            2 if family.experts == "mixtral" else 8),
-            expert_size=F_ if family.experts == "mixtral" else cfg.get("moe_intermediate_size", 768),
-            normalize_experts=family.experts == "mixtral" or bool(cfg.get("norm_topk_prob", False)),
+            num_experts=X, experts_per_token=cfg.get("num_experts_per_tok", 2 if mixtral else 8),
+            expert_size=F_ if mixtral else cfg.get("moe_intermediate_size", 768),
+            normalize_experts=mixtral or bool(cfg.get("norm_topk_prob", False)),
             expert_layers=[X > 0 and i not in dense and (i + 1) % sparse_step == 0 for i in range(L)],
             router_aux_loss_coef=cfg.get("router_aux_loss_coef", 0.001) if X else 0.0,
-            raw={key: value for key, value in raw.items() if key != "quantization_config"},  # saved dense
-            checkpoint_vocab_size=vocab_size,
+            raw={key: value for key, value in raw.items() if key not in superseded},
+            checkpoint_vocab_size=vocab_size, notes=tuple(notes),
         )
+
+
+def _family_name(raw: dict, refuse: Callable) -> str:
+    """The key into FAMILIES: from `architectures`, or from `model_type` where there is none."""
+    names = raw.get("architectures") or [None]
+    if not isinstance(names, list):
+        raise refuse(f"architectures is {shown(names)}, not a list of names")
+    spellings = {known.lower(): known for known in FAMILIES}  # LLaMAForCausalLM of the first conversions
+    name = spellings.get(str(names[0]).lower(), names[0])
+    if name is None:
+        by_type = {re.sub(r"\W|_", "", k.removesuffix("ForCausalLM")).lower(): k for k in FAMILIES}
+        model_type = re.sub(r"_text$", "", str(raw.get("model_type"))).replace("_", "")
+        name = by_type.get(model_type, raw.get("model_type"))
+    if name not in FAMILIES:
+        raise refuse(f"architecture {name} is not supported", "supported: " + ", ".join(FAMILIES))
+    return name
+
+
+def _check_fields(cfg: dict, name: str, ignore: list[str] | tuple, refuse: Callable) -> None:
+    """Refuse a quantisation that cannot be read, a field that nobody knows, and a value of the wrong type."""
+    family = FAMILIES[name]
+    quantization = cfg.get("quantization_config")
+    if quantization is not None:
+        if not isinstance(quantization, dict):
+            raise refuse(f"quantization_config is {shown(quantization)}, not an object")
+        method, kind = quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type", "nf4")
+        if method != "bitsandbytes" or kind != "nf4":
+            what = kind if method == "bitsandbytes" else method
+            raise refuse(f"quantization_config: {what} is not supported", "use the bf16 original")
+    known = COMMON_FIELDS | INERT_FIELDS | set(family.reads) | set(ignore) | {"quantization_config"}
+    implied = IMPLIED_FIELDS | {"sliding_window_size": cfg.get("sliding_window")}
+    implied |= {"use_qk_norm": True} if family.qk_norm != "none" else {}
+    for key, value in cfg.items():
+        # A switch that is off changes nothing.
+        inert = key in known or key.startswith("_") or value in (None, False, 0, 0.0, [], {})
+        if not inert and (key not in implied or value != implied[key]):
+            raise refuse(
+                f"field {key}={shown(value)} is not known for {name} and may change the arithmetic",
+                f"if it does not, set ignore_config_fields: [{key}]",
+            )
+    read = COMMON_FIELDS | set(family.reads) | {"initializer_range"}
+    for key in sorted(read & cfg.keys()):
+        check_type(key, cfg[key], refuse)
+    experts = {key: cfg[key] for key in ("num_experts", "num_local_experts") if key in read & cfg.keys()}
+    if len(set(experts.values())) > 1:
+        raise refuse(f"{shown(experts)} are the same number by two names", "keep the right one")
+
+
+def check_type(key: str, value: Any, refuse: Callable) -> None:
+    """Refuse a value of the wrong type: text instead of a number would fail much later, in a way that names
+    neither the file nor the field."""
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def list_of(value: Any, kind: type) -> bool:
+        return isinstance(value, list) and all(type(item) is kind for item in value)
+
+    if key in SIZES:
+        most = 10_000 if key == "num_hidden_layers" else 2**24
+        if not (type(value) is int and 0 <= value <= most):
+            raise refuse(f"{key} is {shown(value)}, not a whole number up to {most:,}")
+    elif key in SWITCHES and type(value) is not bool:
+        raise refuse(f"{key} is {shown(value)}, neither true nor false")
+    elif key in NUMBERS and not (number(value) and value >= 0):
+        raise refuse(f"{key} is {shown(value)}, not a number of at least 0")
+    elif key in ("hidden_act", "hidden_activation") and not isinstance(value, str):
+        raise refuse(f"{key} is {shown(value)}, not the name of an activation")
+    elif key == "layer_types" and not list_of(value, str):
+        raise refuse(f"{key} is {shown(value)}, not a list of names")
+    elif key in ("no_rope_layers", "mlp_only_layers") and not list_of(value, int):
+        raise refuse(f"{key} is {shown(value)}, not a list of whole numbers")
+    elif key in ("rope_parameters", "rope_scaling") and not isinstance(value, dict):
+        raise refuse(f"{key} is {shown(value)}, not an object")
+
+
+def _layer_types(
+    family: Family, cfg: dict, raw: dict, rope_layers: list, refuse: Callable
+) -> tuple[int | None, list[str]]:
+    """(the sliding window, full_attention or sliding_attention by layer)."""
+    L, window, types = cfg["num_hidden_layers"], cfg.get("sliding_window"), cfg.get("layer_types")
+    if "use_sliding_window" in family.reads and not cfg.get("use_sliding_window", False):
+        window = None if "layer_types" not in raw else window
+    if types is not None:
+        if len(types) != L or any(t not in ("full_attention", "sliding_attention") for t in types):
+            raise refuse(f"layer_types must be {L} of full_attention, sliding_attention", f"it is {types}")
+    elif family.windows == "none" or window is None:
+        types = ["full_attention"] * L
+    elif family.windows == "all":
+        types = ["sliding_attention"] * L
+    elif "no_rope_layers" in family.reads:
+        types = ["full_attention" if rope else "sliding_attention" for rope in rope_layers]
+    elif "max_window_layers" in family.reads:
+        first = cfg.get("max_window_layers", 28)
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(L)]
+    else:
+        period = cfg.get("_sliding_window_pattern") or cfg["sliding_window_pattern"]
+        types = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(L)]
+    if "sliding_attention" in types and not window:
+        raise refuse("layer_types has sliding_attention but sliding_window is not set")
+    return window, types
+
+
+def _read_ropes(
+    family: Family, cfg: dict, head_dim: int, refuse: Callable
+) -> tuple[dict[str, Rope], list[str]]:
+    """(rotary embeddings by kind of layer, notes), from the dialect of transformers 4 (rope_scaling) or 5
+    (rope_parameters). Where both stand there rope_scaling wins, as in transformers
+    (modeling_rope_utils.convert_rope_params_to_dict)."""
+    parameters, scaling = dict(cfg.get("rope_parameters") or {}), cfg.get("rope_scaling") or {}
+
+    def read(parameters: dict, scaling: dict) -> dict[str, Rope]:
+        if "rope_local_base_freq" in cfg:  # Gemma 3: rope_scaling is of the global layers alone
+            by_type = parameters
+            if not {"full_attention", "sliding_attention"} & set(parameters):
+                local = {"rope_theta": cfg["rope_local_base_freq"]}
+                by_type = {"full_attention": parameters, "sliding_attention": local}
+            by_type = {**by_type, "full_attention": {**(by_type.get("full_attention") or {}), **scaling}}
+            by_type = {"sliding_attention": {"rope_theta": cfg["rope_local_base_freq"]}, **by_type}
+        else:
+            by_type = scaling or parameters
+            if not {"full_attention", "sliding_attention"} & set(by_type):
+                by_type = {"all": by_type}
+        for key, value in by_type.items():
+            if not isinstance(value, dict):
+                raise refuse(f"rope_parameters: {key} is {shown(value)}, not an object")
+        return {key: _read_rope(dict(value), cfg, head_dim, refuse) for key, value in by_type.items()}
+
+    ropes = read(parameters, scaling)
+    if not (parameters and scaling) or ropes == read(parameters, {}):
+        return ropes, []
+    return ropes, [
+        f"rope_scaling ({shown(scaling)}) and rope_parameters ({shown(parameters)}) contradict each other: "
+        "rope_scaling is followed, as in transformers"
+    ]
 
 
 ROPE_FIELDS = {
@@ -388,6 +466,13 @@ def _read_rope(params: dict, cfg: dict, head_dim: int, refuse: Callable) -> Rope
     theta = params.pop("rope_theta", None) or cfg.get("rope_theta", 10000.0)
     partial = params.pop("partial_rotary_factor", None) or cfg.get("partial_rotary_factor", 1.0)
     params = {key: value for key, value in params.items() if value is not None}
+    check_type("rope_theta", theta, refuse)
+    check_type("partial_rotary_factor", partial, refuse)
+    for key, value in params.items():
+        kinds = (bool,) if key in ("truncate", "finetuned") else (int, float)
+        if type(value) not in kinds:
+            what = "neither true nor false" if kinds == (bool,) else "not a number"
+            raise refuse(f"rope field {key} is {shown(value)}, {what}")
     if kind not in ROPE_FIELDS:
         raise refuse(f"rope type {kind!r} is not supported", "supported: " + ", ".join(ROPE_FIELDS))
     inert = {"original_max_position_embeddings", "finetuned"}  # the first is read by llama3 and yarn only

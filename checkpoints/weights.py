@@ -4,12 +4,12 @@ believed unchecked; written as transformers and peft read them. LoRA on a model 
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+import safetensors
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -19,7 +19,9 @@ from checkpoints.families import Architecture
 from model import Linear, Transformer, block_linears, full_tensor
 from numerics import low_precision
 from run.config import CheckpointError, resolve_checkpoint
+from run.log import log
 
+T = TypeVar("T")
 SHARD_BYTES = 5 * 10**9  # a saved file holds at most this much, as on the hub
 
 # ------------------------------------------------------------------------------------------------------------
@@ -43,9 +45,12 @@ def read_architecture(directory: Path, ignore: list[str] | tuple = ()) -> Archit
     """Raises CheckpointError for a config.json that cannot be computed as it is meant."""
     path = directory / "config.json"
     try:
-        return Architecture.from_config(read_json(path), str(path), ignore)
+        arch = Architecture.from_config(read_json(path), str(path), ignore)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: a field has a value that cannot be used ({error})") from None
+    for note in arch.notes:
+        log.warning("%s: %s", path, note)
+    return arch
 
 
 def resized(arch: Architecture, vocab_size: int, multiple: int = 1) -> Architecture:
@@ -57,6 +62,29 @@ def resized(arch: Architecture, vocab_size: int, multiple: int = 1) -> Architect
     return arch
 
 
+class TensorFile:
+    """A safetensors file. Whatever the library finds wrong with it becomes a CheckpointError of one line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = self._reading(lambda: safetensors.safe_open(path, framework="pt"))
+        self.names: set[str] = set(self._reading(self._file.keys))
+
+    def _reading(self, read: Callable[[], T], name: str = "") -> T:
+        try:
+            return read()
+        except (OSError, safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
+            what = f"{self.path}: {f'tensor {name} ' if name else ''}cannot be read ({error})"
+            raise CheckpointError(what) from None
+
+    def slice(self, name: str):
+        """A view with get_shape() and row slicing; only the rows asked for leave the disk."""
+        return self._reading(lambda: self._file.get_slice(name), name)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._reading(lambda: self._file.get_tensor(name), name)
+
+
 class Weights:
     """The tensors of a safetensors checkpoint, single or sharded, read one slice at a time."""
 
@@ -64,14 +92,17 @@ class Weights:
         self.directory = directory
         index = directory / "model.safetensors.index.json"
         single = directory / "model.safetensors"
-        self.files: dict[str, Any] = {}
-        if index.exists():
+        self.files: dict[str, TensorFile] = {}
+        if single.exists():
+            self.where = dict.fromkeys(self._open(single.name).names, single.name)
+            if index.exists():
+                log.warning("%s is read, as in transformers, and not the files of %s", single, index.name)
+        elif index.exists():
             self.where = read_json(index).get("weight_map", {})
             named = isinstance(self.where, dict) and all(isinstance(n, str) for n in self.where.values())
             if not named or any(Path(n).name != n for n in self.where.values()):  # no path out of the folder
                 raise CheckpointError(f"{index}: weight_map must be {{tensor: file in this folder}}")
-        elif single.exists():
-            self.where = {name: single.name for name in self._open(single.name).keys()}  # noqa: SIM118
+            self._check_index(index)
         else:
             pickled = sorted(p.name for p in directory.glob("*.bin"))
             hint = "save the weights there"
@@ -81,13 +112,23 @@ class Weights:
                 f"{directory}: no model.safetensors or model.safetensors.index.json; {hint}"
             )
 
-    def _open(self, name: str):
+    def _open(self, name: str) -> TensorFile:
         if name not in self.files:
-            try:
-                self.files[name] = safe_open(self.directory / name, framework="pt")
-            except (OSError, SafetensorError, ValueError) as error:
-                raise CheckpointError(f"{self.directory / name}: cannot be read ({error})") from None
+            self.files[name] = TensorFile(self.directory / name)
         return self.files[name]
+
+    def _check_index(self, index: Path) -> None:
+        """CheckpointError where a tensor stands in two files of the index with different values."""
+        for file in sorted(set(self.where.values())):
+            for name in self._open(file).names:
+                indexed = self.where.setdefault(name, file)  # of no entry: used, or refused as unexpected
+                if indexed != file and name in self._open(indexed).names:
+                    one, other = self._open(indexed).tensor(name), self._open(file).tensor(name)
+                    if one.dtype != other.dtype or not torch.equal(one, other):
+                        raise CheckpointError(
+                            f"{index}: tensor {name} stands in {indexed} and, with other values, in {file}; "
+                            "is one of them left over from another save?"
+                        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.where
@@ -97,10 +138,10 @@ class Weights:
         bitsandbytes quantised comes dequantised, whole."""
         if self._kind(name) is not None:
             return _Whole(low_precision.dequantize(*self._read_quantized(name)))
-        return self._open(self.where[name]).get_slice(name)
+        return self._open(self.where[name]).slice(name)
 
     def _tensor(self, name: str) -> Tensor:
-        return self._open(self.where[name]).get_tensor(name)
+        return self._open(self.where[name]).tensor(name)
 
     def parts(self, name: str) -> list[str]:
         """The weight's tensor, and those that bitsandbytes put beside it."""
@@ -218,16 +259,21 @@ def load_weights(model: Transformer, directory: Path) -> None:
     used = set()
 
     def copy(into: Tensor, source: str, begin: int, whole: torch.Size, may_grow: bool = False) -> None:
+        """`may_grow`: the model may have more rows than config.json says, and the checkpoint."""
         if source not in weights:
             raise CheckpointError(f"{directory}: tensor {source} is missing")
         used.update(weights.parts(source))
         view = weights.slice(source)
-        shape = view.get_shape()
-        grown = may_grow and shape[0] < whole[0] and shape[1:] == list(whole[1:])
-        if shape != list(whole) and not grown:
+        shape, expected = view.get_shape(), list(whole)
+        if may_grow:
+            expected[0] = arch.checkpoint_vocab_size
+        if shape != expected:
+            hint = "; correct vocab_size, or save the checkpoint again" if may_grow else ""
             raise CheckpointError(
-                f"{directory}: tensor {source} has shape {shape}, config.json says {list(whole)}"
+                f"{directory}: tensor {source} has shape {shape}, config.json says {expected}{hint}"
             )
+        if not (dtype := view[:0].dtype).is_floating_point:
+            raise CheckpointError(f"{directory}: tensor {source} holds {dtype}, not floating-point numbers")
         if into.numel() == 0:
             return
         rows = max(0, min(shape[0] - begin, into.shape[0]))
@@ -258,13 +304,34 @@ def load_weights(model: Transformer, directory: Path) -> None:
             used.update(itertools.chain(*(hf_parts(name, arch, e) for e in range(arch.num_experts))))
         else:
             vocabulary = name in ("embed_tokens.weight", "lm_head.weight")
-            copy(local, _dense_hf_name(name, arch), begin, parameter.shape, may_grow=vocabulary)
+            source = _dense_hf_name(name, arch)
+            if vocabulary and arch.tied and source not in weights:
+                source = "lm_head.weight"  # either name may hold the shared matrix
+            copy(local, source, begin, parameter.shape, may_grow=vocabulary)
+    if arch.tied:
+        _check_tied(weights, directory)
     unexpected = [n for n in weights.where if n not in used and not n.endswith("rotary_emb.inv_freq")]
     if arch.tied:  # some checkpoints store the tied matrix twice
         unexpected = [n for n in unexpected if n != "lm_head.weight"]
     if unexpected:
         raise CheckpointError(
             f"{directory}: tensor {unexpected[0]} is not part of {arch.name} as config.json describes it"
+        )
+
+
+def _check_tied(weights: Weights, directory: Path) -> None:
+    """CheckpointError where a tied matrix is stored twice with different values."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if not all(name in weights for name in names):
+        return
+    one, other = (weights.slice(name) for name in names)
+    rows = one.get_shape()[0]
+    pieces = [slice(i, i + 8192) for i in range(0, rows, 8192)]
+    equal = one.get_shape() == other.get_shape()
+    if not (equal and all(torch.equal(one[piece].float(), other[piece].float()) for piece in pieces)):
+        raise CheckpointError(
+            f"{directory}: lm_head.weight and {names[0]} differ, though tie_word_embeddings is true; set it "
+            "to false in config.json if the model has a head of its own, or remove lm_head.weight"
         )
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import logging
 
 import pytest
 import torch
 
 from checkpoints.families import Architecture
-from checkpoints.weights import load_pretrained
+from checkpoints.weights import load_pretrained, save_pretrained
 from conftest import ROOT, ids
 from run.config import CheckpointError
 
@@ -36,12 +37,75 @@ def _changed(references, tmp_path, name="llama2", **changes):
         ({"intermediate_size": 64}, "mlp.gate_proj.weight"),
         ({"num_hidden_layers": 5}, "model.layers.4"),
         ({"num_hidden_layers": 3}, "model.layers.3"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6', not a number"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True, not a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a number"),
+        ({"rope_theta": "10000", "rope_parameters": None}, "rope_theta is '10000', not a number"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2", "rope_theta": 1e4}}, "factor is '2'"),
+        ({"rope_parameters": "default"}, "rope_parameters is 'default', not an object"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor false"),
+        ({"attention_bias": 1}, "attention_bias is 1, neither true nor false"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4', not a whole number"),
+        ({"max_position_embeddings": 64.0}, "max_position_embeddings is 64.0, not a whole number"),
+        ({"initializer_range": "0.02"}, "initializer_range is '0.02', not a number"),
+        ({"hidden_act": ["silu"]}, "hidden_act is .*, not the name of an activation"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM', not a list"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention', not a list"),
+        ({"vocab_size": 130}, r"embed_tokens.weight has shape \[96, .*config.json says \[130"),
+        ({"vocab_size": 90}, r"embed_tokens.weight has shape \[96, .*config.json says \[90"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused_by_name(changes, named, references, tmp_path):
     with pytest.raises(CheckpointError, match=named) as caught:
         load_pretrained(_changed(references, tmp_path, **changes), dtype=torch.float32)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, scaling, parameters",
+    [
+        ("llama2", {"type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 5e3}),
+        ("llama2", {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 777.0}, {"rope_theta": 1e4}),
+        ("qwen3", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+         {"rope_theta": 5e3}),
+        ("gemma3", {"rope_type": "linear", "factor": 8.0}, {
+            "full_attention": {"rope_type": "default", "rope_theta": 2e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}),
+    ],
+)
+def test_rope_scaling_beside_rope_parameters_is_read_as_transformers_reads_it(
+    name, scaling, parameters, references, tmp_path, caplog, monkeypatch
+):
+    import transformers
+
+    monkeypatch.setattr(logging.getLogger("ballast"), "propagate", True)
+    directory = _changed(references, tmp_path, name, rope_scaling=scaling, rope_parameters=parameters)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = load_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        assert (model(ids()) - reference(ids()).logits).abs().max() < 1e-4
+    assert "contradict each other: rope_scaling is followed" in caplog.text
+    save_pretrained(model, tmp_path / "saved")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (again(ids()).logits - reference(ids()).logits).abs().max() < 1e-6
+
+
+def test_rope_fields_that_say_the_same_are_no_contradiction(references, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ballast"), "propagate", True)
+    same = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    load_pretrained(
+        _changed(references, tmp_path, rope_scaling=dict(same), rope_parameters=same), dtype=torch.float32
+    )
+    assert "contradict" not in caplog.text
+
+
+def test_two_names_for_the_number_of_experts_must_agree(references):
+    raw = json.loads((references("qwen3-moe")[1] / "config.json").read_text())
+    number = raw.get("num_experts") or raw["num_local_experts"]
+    Architecture.from_config(raw | {"num_experts": number, "num_local_experts": number})
+    with pytest.raises(CheckpointError, match="the same number by two names"):
+        Architecture.from_config(raw | {"num_experts": number, "num_local_experts": number + 1})
 
 
 def test_switches_that_are_off_and_fields_that_the_user_vouches_for_are_accepted(references, tmp_path):

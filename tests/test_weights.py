@@ -2,9 +2,12 @@
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import model as ballast
 from checkpoints import adapters, weights
@@ -26,6 +29,99 @@ def test_a_checkpoint_in_several_files_and_in_half_precision_loads(tmp_path):
         reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         with torch.no_grad():
             assert (model(ids()) - reference(ids()).logits).abs().max() < 1e-4
+
+
+def _tensors(directory):
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _with_config(references, name, tmp_path, **changes):
+    directory = references(name)[1]
+    raw = json.loads((directory / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return _tensors(directory)
+
+
+def _refused(directory, *words):
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(str(directory), dtype=torch.float32)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_tied_matrix_is_found_under_either_name_and_must_not_differ_from_itself(references, tmp_path):
+    import transformers
+
+    tensors = _with_config(references, "llama2", tmp_path, tie_word_embeddings=True)
+    embedding = tensors["model.embed_tokens.weight"]
+    for names in (("model.embed_tokens.weight",), ("lm_head.weight",),
+                  ("model.embed_tokens.weight", "lm_head.weight")):
+        rest = {n: t for n, t in tensors.items() if n not in ("model.embed_tokens.weight", "lm_head.weight")}
+        stored = {**rest, **{n: embedding.clone() for n in names}}
+        save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+        model = load_pretrained(str(tmp_path), dtype=torch.float32)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        with torch.no_grad():
+            assert (model(ids()) - reference(ids()).logits).abs().max() < 1e-5
+    other = {**rest, names[0]: embedding, names[1]: embedding + 1}
+    save_file(other, tmp_path / "model.safetensors", {"format": "pt"})
+    _refused(tmp_path, "lm_head.weight", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("rows", [64, 95, 97])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_vocabulary_of_another_size_than_config_json_says_is_refused(name, rows, references, tmp_path):
+    tensors = _with_config(references, "llama2", tmp_path)
+    tensors[name] = torch.randn(rows, tensors[name].shape[1])
+    save_file(tensors, tmp_path / "model.safetensors")
+    _refused(tmp_path, name, f"[{rows}, ", "config.json says [96, ", "vocab_size")
+
+
+def test_one_file_is_read_before_an_index_and_it_is_said(references, tmp_path, caplog, monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(logging.getLogger("ballast"), "propagate", True)
+    tensors = _with_config(references, "llama2", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    old = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(old, tmp_path / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = load_pretrained(str(tmp_path), dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (model(ids()) - reference(ids()).logits).abs().max() < 1e-5
+    assert "model.safetensors is read, as in transformers" in caplog.text
+
+
+def test_an_index_and_its_files_must_agree(references, tmp_path):
+    tensors = _with_config(references, "llama2", tmp_path)
+    names = sorted(tensors)
+    where = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(names)}
+
+    def write(extra):
+        for file in ("part-0.safetensors", "part-1.safetensors"):
+            part = {n: t for n, t in tensors.items() if where[n] == file}
+            save_file({**part, **extra.get(file, {})}, tmp_path / file)
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+    write({"part-1.safetensors": {names[0]: tensors[names[0]].clone()}})  # twice, and equal
+    load_pretrained(str(tmp_path), dtype=torch.float32)
+    write({"part-1.safetensors": {names[0]: tensors[names[0]] + 1}})
+    _refused(tmp_path, names[0], "part-0.safetensors", "part-1.safetensors")
+    write({"part-1.safetensors": {"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}})  # of no entry
+    _refused(tmp_path, "model.layers.9.mlp.up_proj.weight")
+    write({})
+    where["model.norm.weight"] = next(f for f in where.values() if f != where["model.norm.weight"])
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    _refused(tmp_path, where["model.norm.weight"], "model.norm.weight", "cannot be read")
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(references, tmp_path):
+    tensors = _with_config(references, "llama2", tmp_path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    _refused(tmp_path, "model.norm.weight", "torch.int8")
 
 
 def test_a_saved_model_larger_than_one_shard_is_split_and_indexed(references, tmp_path, monkeypatch):
