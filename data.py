@@ -517,6 +517,7 @@ def prepare(
             key.update(Path(path).read_bytes() if path else b"")
     key.update(repr((options.sequence_len, options.excess_length_strategy, options.train_on_inputs)).encode())
     key.update(repr(options.strip_thinking).encode())
+    key.update(tokenizer.date.encode())
     key.update(repr((options.on_bad_row, options.chat_template_kwargs, tokenizer.special)).encode())
     key.update((tokenizer.template or "").encode() + tokenizer.core.to_str().encode())
     cached = cache / key.hexdigest()[:16]

@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,8 @@ class ModelOptions:
     """Scale by lora_alpha / √lora_r instead (rank-stabilised LoRA, arXiv 2312.03732)."""
     merge_adapter: bool = False
     """Save the base model with the adapter merged in instead of the adapter alone."""
+
+    given: ClassVar[frozenset[str]] = frozenset()  # the options that the YAML or the command line sets
 
     def check(self) -> None:
         """Raises ConfigError for options that contradict each other."""

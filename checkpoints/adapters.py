@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.weights import TensorFile, hf_name, local_rows, read_json, write_tensors
+from checkpoints.families import Architecture
+from checkpoints.weights import TensorFile, hf_name, local_rows, read_json, weights_fingerprint, write_tensors
 from model import Linear, ModelOptions, TokenRows, Transformer, block_linears, full_tensor
-from run.config import CheckpointError, ConfigError, shown
+from run.config import CheckpointError, ConfigError, resolve_checkpoint, shown
+from run.log import log
 
 
 def lora_modules(model: Transformer) -> dict[str, Linear]:
@@ -221,6 +223,71 @@ def adapter_token_rows(directory: str | Path) -> list[int]:
     return sorted(lists[0]) if lists else []
 
 
+# The values of init_lora_weights that leave the base weights alone; the folder would not hold their change.
+PLAIN_STARTS = (None, True, False, "true", "false", "gaussian", "orthogonal", "eva")
+
+
+def adopt_adapter(config: ModelOptions, arch: Architecture, checkpoint: Path, directory: Path) -> None:
+    """With `lora_model_dir`, which is relative to `directory` (of the config): take rank, scale and layers
+    from the adapter in that folder. Raises ConfigError for an option that contradicts the adapter, and where
+    the adapter was trained on other weights than those in `checkpoint`."""
+    if not config.lora_model_dir:
+        return
+    folder = resolve_checkpoint(config.lora_model_dir, None, directory).resolve()
+    if not (folder / "adapter_config.json").exists():
+        problem = "is no PEFT adapter: it has no adapter_config.json"
+        raise ConfigError("lora_model_dir", config.lora_model_dir, problem)
+    adapter, file = read_adapter_options(folder, config.base_model), folder / "adapter_config.json"
+    with torch.device("meta"):
+        linear = block_linears(Transformer(arch))
+
+    def same(key: str) -> bool:
+        wanted, saved = getattr(config, key), getattr(adapter, key)
+        if key == "lora_target_modules":
+            return set(_target_modules(linear, wanted)) == set(_target_modules(linear, saved))
+        return wanted == saved
+
+    for key in ("lora_r", "lora_alpha", "lora_use_rslora", "lora_target_modules"):
+        if key in config.given and not same(key):
+            problem = f"contradicts {file}, which has {shown(getattr(adapter, key))}: leave it out"
+            raise ConfigError(key, getattr(config, key), problem)
+        setattr(config, key, getattr(adapter, key))
+    config.lora_model_dir = str(folder)
+    _check_base(config, folder, checkpoint, directory)
+
+
+def _check_base(config: ModelOptions, folder: Path, checkpoint: Path, directory: Path) -> None:
+    """ConfigError where the adapter in `folder` was trained on other weights than those in `checkpoint`."""
+    base, revision = adapter_base(folder)
+    if not base or (base == config.base_model and revision in (None, config.base_model_revision)):
+        return
+    if base == config.base_model:
+        raise ConfigError(
+            "base_model_revision", config.base_model_revision,
+            f"contradicts {folder / 'adapter_config.json'}, which has {shown(revision)}",
+        )
+    candidates = [Path(base).expanduser(), folder / base, directory / base]
+    found = next((path for path in candidates if (path / "config.json").exists()), None)
+    if found is None:
+        log.warning(
+            "lora_model_dir was trained on %s, which is not on this disk: make sure that base_model %s has "
+            "the same weights", base, config.base_model,
+        )
+    elif weights_fingerprint(found) != weights_fingerprint(checkpoint):
+        problem = f"was trained on {found.resolve()}; base_model {config.base_model} has other weights"
+        raise ConfigError("lora_model_dir", config.lora_model_dir, problem)
+
+
+def adapter_base(folder: Path) -> tuple[str, str | None]:
+    """(the base model that a PEFT adapter names, "" if it names none; its revision)."""
+    raw = read_json(folder / "adapter_config.json")
+    base, revision = raw.get("base_model_name_or_path") or "", raw.get("revision")
+    if not isinstance(base, str) or not isinstance(revision, str | None):
+        path = folder / "adapter_config.json"
+        raise CheckpointError(f"{path}: base_model_name_or_path and revision must be text")
+    return base, revision
+
+
 def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions:
     """The LoRA options that a PEFT adapter was made with. Raises CheckpointError for variants not implemented
     here."""
@@ -238,6 +305,12 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
     for key, value in raw.items():
         if key not in known and value not in (None, False, "none", [], {}, 0, 0.0):
             raise CheckpointError(f"{path}: {key}={shown(value)} is not supported")
+    start = raw.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights={shown(start)} is not supported: it changes the base weights; save "
+            "the adapter as plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     figures = (
         ("r", int, 1, 2**16),
         ("lora_alpha", (int, float), 0, 2**16),

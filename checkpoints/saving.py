@@ -140,6 +140,23 @@ class _Planner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
+# What an identity holds as a hash: a message that shows it would tell nobody anything.
+HASHED = ("weights of base_model", "config.json of base_model", "tokenizer", "chat template")
+
+
+def peek(options: CheckpointOptions) -> dict:
+    """The JSON state of the checkpoint that `resume` asks for, unchecked; {} without one."""
+    folder = Path(options.output_dir) / "checkpoints"
+    if options.resume == "auto":
+        steps = [int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdigit()]
+        path = folder / f"step-{max(steps, default=0)}"
+    else:
+        path = Path(options.resume)
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+    return {}
+
+
 class Checkpointer:
     """Sharded checkpoints (DCP) in `directory`/step-N that exist whole or not at all.
 
@@ -310,6 +327,9 @@ class Checkpointer:
                     "was made with other data: its position means other rows; set resume_with_new_data: true"
                 )
                 raise ConfigError("datasets", None, f"{path} {remedy} to go on, or choose another output_dir")
+            if key in HASHED:
+                remedy = f"is not what {path} was made with: bring it back, or choose another output_dir"
+                raise ConfigError(key, None, remedy)
             remedy = f"but {path} was made with {saved.get(key)!r}: set it back, or choose another output_dir"
             raise ConfigError(key, value, remedy)
         return path, state

@@ -2,6 +2,7 @@
 believed unchecked; written as transformers and peft read them. LoRA on a model that is there.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -140,6 +141,10 @@ class Weights:
             return _Whole(low_precision.dequantize(*self._read_quantized(name)))
         return self._open(self.where[name]).slice(name)
 
+    def raw_slice(self, name: str):
+        """As `slice`, but of what the file holds."""
+        return self._open(self.where[name]).slice(name)
+
     def _tensor(self, name: str) -> Tensor:
         return self._open(self.where[name]).tensor(name)
 
@@ -202,6 +207,22 @@ class Weights:
                 f"{self.directory}: tensor {name} has shape {view.get_shape()}, config.json says {shape}"
             )
         return low_precision.quantize(kind, view[:].to(device))
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """Hash of a checkpoint's tensors: names, shapes, and of each the first, the middle and the last row, as
+    bf16. It does not depend on how they are distributed over files, nor on whether fp32 or bf16 is stored."""
+    weights, digest = Weights(directory), hashlib.sha256()
+    for name in sorted(weights.where):
+        view = weights.raw_slice(name)
+        shape = view.get_shape()
+        digest.update(repr((name, shape)).encode())
+        rows = {0, shape[0] // 2, shape[0] - 1} if shape and shape[0] else set()
+        for i in sorted(rows):
+            row = view[i : i + 1]
+            row = row.to(torch.bfloat16).view(torch.int16) if row.is_floating_point() else row
+            digest.update(row.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Whole:

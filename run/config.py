@@ -291,6 +291,7 @@ def parse_config(
             hint = f"did you mean `{near[0]}`?" if near else "run with --help to see every option"
             raise UnknownOption(where, None, f"is not an option; {hint}")
     config = config_of(config_class, values)
+    config.given = frozenset(values)  # type: ignore[attr-defined]
     if hasattr(config, "config_directory"):
         config.config_directory = str(directory)  # type: ignore[attr-defined]
     return config

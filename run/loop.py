@@ -1,6 +1,7 @@
 """What every recipe does around its loop: begin, resume, end a step, end a run. Plain functions that a loop
 calls and that never call it."""
 
+import json
 import logging
 import os
 import re
@@ -10,6 +11,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,15 @@ from torch import nn
 
 import dist
 from checkpoints import building
+from checkpoints.adapters import adapter_base, adopt_adapter
 from checkpoints.families import Architecture
-from checkpoints.saving import Checkpointer, save_final
-from checkpoints.weights import read_architecture, resized
+from checkpoints.saving import Checkpointer, peek, save_final
+from checkpoints.weights import read_architecture, resized, weights_fingerprint
 from data import load_tokenizer, trained_tokenizer
 from health import memory, report
 from health.monitor import MetricLogger, say_saved
 from model import Transformer
-from run.config import BallastError, parse_config, resolve_checkpoint
+from run.config import BallastError, ConfigError, parse_config, resolve_checkpoint, shown
 from run.log import log, start_log
 from text.packing import settle_intervals
 from text.tokenizer import Tokenizer
@@ -41,12 +45,14 @@ class Run:
     checkpoint: Path  # base_model, on this disk
     arch: Architecture
     tokenizer: Tokenizer
+    date: str = ""  # when the run began, ISO 8601: what chat templates write as today
     step: int = 0  # optimiser steps done
     total_steps: int = 0
 
     def __post_init__(self):
         self.output_dir = Path(self.config.output_dir)
         self.directory = Path(self.config.config_directory)  # that paths of the config are relative to
+        self.changed: dict[str, tuple[Any, Any]] = {}  # option → (the checkpoint's, ours)
         self.state: dict[str, Any] = {}  # what a checkpoint keeps beside weights and optimiser, as JSON
         self.seconds = dist.Timer()  # since the beginning, once
         self.resume_from: Path | None = None
@@ -56,6 +62,14 @@ class Run:
     @property
     def last(self) -> bool:
         return self.step == self.total_steps
+
+
+def refuse_adapter_as_base(config: Any, checkpoint: Path) -> None:
+    """ConfigError where base_model is a PEFT adapter, with the options that train it further."""
+    if (checkpoint / "adapter_config.json").exists() and not (checkpoint / "config.json").exists():
+        base, _ = adapter_base(checkpoint)
+        problem = f"is a PEFT adapter; set base_model: {base or '(its base model)'}, adapter: lora and "
+        raise ConfigError("base_model", config.base_model, f"{problem}lora_model_dir: {config.base_model}")
 
 
 def begin(config: Any) -> Run:
@@ -68,37 +82,88 @@ def begin(config: Any) -> Run:
     checkpoint = dist.main_first(
         lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
     )
+    refuse_adapter_as_base(config, checkpoint)
     arch = read_architecture(checkpoint, config.ignore_config_fields)
+    adopt_adapter(config, arch, checkpoint, directory)
+    if any((place / Path(config.base_model).expanduser()).is_dir() for place in (directory, Path())):
+        config.base_model = str(checkpoint.resolve())  # files that name it are read from other folders
     if getattr(config, "tokenizer_vocab_size", None) is None:
         tokenizer = load_tokenizer(checkpoint, config, directory)
     else:
         cache = Path(config.dataset_prepared_path or output_dir / "prepared")
         tokenizer = dist.main_first(lambda: trained_tokenizer(config, directory, cache), world)
-    return Run(config, world, interrupt, checkpoint, arch, tokenizer)
+    started = peek(config).get("date") or dist.from_main(lambda: datetime.now().isoformat(), world)
+    tokenizer.pin_date(datetime.fromisoformat(started))
+    return Run(config, world, interrupt, checkpoint, arch, tokenizer, date=started)
 
 
-# Options that a run and the checkpoint that it resumes from must share.
-IDENTITY = (
-    "base_model", "random_init", "mode", "adapter", "load_in_4bit", "load_in_8bit", "fp8", "fp8_frozen",
-    "lora_r", "lora_target_modules", "optimizer", "seed", "sequence_len", "sample_packing", "val_set_size",
-    "num_generations", "num_iterations", "steps_per_generation", "rollout_engine", "stride",
-    "context_length", "generate_max_len", "n_samples_per_prompt",
-)
+# Options that may differ between a run and the checkpoint that it resumes from. Everything else changes the
+# function, the data or the objective: resumed with another value it would silently be a different run.
+MAY_CHANGE = frozenset({
+    # The rate, the optimiser's own constants, and the length
+    "learning_rate", "lr_scheduler", "min_lr_ratio", "wsd_decay_ratio", "warmup_steps", "warmup_ratio",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_epochs", "max_steps",
+    # Logging, health, evaluation
+    "logging_steps", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "profiler_steps",
+    "report", "health", "health_rules", "on_unhealthy", "on_nonfinite", "max_skipped_steps", "detect_anomaly",
+    "log_completions", "kl_steps", "eval_steps", "evals_per_epoch", "eval_answers", "eval_max_new_tokens",
+    "eval_num_generations", "eval_temperature", "eval_greedy", "eval_success_reward", "test_datasets",
+    # Saving
+    "output_dir", "save_steps", "saves_per_epoch", "save_total_limit", "save_async", "resume",
+    "resume_with_new_data", "merge_adapter",
+    # Machines and speed: the same numbers, or the same to rounding
+    "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "hsdp_shard_size",
+    "deterministic", "gpu_timeout_minutes", "bf16", "share_prompts", "samples_a_pass", "rollout_batch_size",
+    "offload_feature_network", "reward_timeout", "streaming_partial_batch", "async_prefetch",
+    "vllm_server_base_url", "vllm_model_name", "vllm_sync_interval", "vllm_sync_method",
+    "vllm_sync_directory", "vllm_sync_address", "vllm_dtype", "vllm_timeout", "vllm_probe_tolerance",
+    "vllm_allow_missing_servers", "vllm_python", "vllm_max_model_len", "vllm_gpu_memory_utilization",
+    "vllm_tensor_parallel_size",
+    # Places: what they hold is compared instead (weights, tokenizer, rows)
+    "base_model", "base_model_revision", "ignore_config_fields", "lora_model_dir", "chat_template",
+    "special_tokens", "tokens", "datasets", "dataset_prepared_path", "config_directory", "replay_path",
+    "on_bad_row",
+})
+
+
+def identity_of(run: Run, **more: Any) -> dict[str, Any]:
+    """What a run and the checkpoint that it resumes from must share: option → value, and hashes of what the
+    options name. `more` is what the recipe adds, under names that the user reads."""
+    config, tokenizer = run.config, run.tokenizer
+    options = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
+    raw = ("raw", "notes", "vocab_size")
+    named: dict[str, Any] = {
+        "config.json of base_model": {key: value for key, value in vars(run.arch).items() if key not in raw},
+        "tokenizer": (tokenizer.core.to_str(), tokenizer.special),
+        "chat template": (tokenizer.template, sorted(tokenizer.templates.items())),
+    }
+    if not getattr(config, "random_init", False):
+        named["weights of base_model"] = dist.from_main(lambda: weights_fingerprint(run.checkpoint), run.world)
+    hashes = {name: sha256(repr(value).encode()).hexdigest()[:16] for name, value in named.items()}
+    return {**options, **hashes, **more}
 
 
 def plan(run: Run, total_steps: int, steps_per_epoch: int, **identity: Any) -> None:
     """Set the length of the run and find the checkpoint that it resumes from, if there is one. `identity` is
-    what must be the same there beside the options of IDENTITY, under names that the user reads."""
+    what must be the same there beside the options, under names that the user reads."""
     config = run.config
     run.total_steps = total_steps
     dist.check_schedule(config, total_steps)
     settle_intervals(config, total_steps, steps_per_epoch)
-    values = asdict(config)
-    identity = {**{key: values[key] for key in IDENTITY if key in values}, **identity}
+    identity = json.loads(json.dumps(identity_of(run, **identity), default=str))  # as a checkpoint has it
     run.checkpointer = Checkpointer(run.output_dir / "checkpoints", run.world, config)
     run.resume_from, saved = run.checkpointer.to_resume(identity)
+    if run.resume_from is None and dist.from_main((run.output_dir / "final").exists, run.world):
+        problem = "holds a finished run (final/) and no checkpoint to continue from; choose another"
+        raise ConfigError("output_dir", config.output_dir, problem)
     run.step = saved.get("step", 0)
-    run.state = {"num_tokens": 0, "eval_before": None, **saved, "identity": identity}
+    options = json.loads(json.dumps(asdict(config), default=str))
+    before = saved.get("options", options)
+    both = sorted(before.keys() & options.keys())
+    run.changed = {key: (before[key], options[key]) for key in both if before[key] != options[key]}
+    run.state = {"num_tokens": 0, "eval_before": None, **saved}
+    run.state |= {"identity": identity, "options": options, "date": run.date}
 
 
 def build(run: Run, rows: int | None = None) -> tuple[Transformer, list[torch.optim.Optimizer]]:
@@ -133,6 +198,14 @@ def resume(
     `moving` are other models that change during the run."""
     if run.resume_from is not None:
         run.checkpointer.load(run.resume_from, model, optimizers, run.config.seed, moving)
+        changes = [f"{key} {shown(old)} → {shown(new)}" for key, (old, new) in run.changed.items()]
+        if changes:
+            log.info("options that differ from the checkpoint's: %s", ", ".join(changes))
+        if run.step >= run.total_steps:
+            log.warning(
+                "nothing is trained: the run in %s has done all of its %d steps; raise max_steps or "
+                "num_epochs, or choose another output_dir", run.output_dir, run.step,
+            )
     log.debug("ready after %.1f s", run.seconds())
     run.logger = MetricLogger(
         run.config, run.output_dir, main=run.world.main, first_step=run.step, total_steps=run.total_steps

@@ -20,17 +20,16 @@ from conftest import (
 from data import (
     DataOptions,
     Encoder,
-    InspectOptions,
     RowOptions,
     encode_dataset,
     prepare,
     read_prompts,
     settle_type,
     trained_tokenizer,
-    turns_without_end,
     without_thinking,
 )
 from run.config import ConfigError, DataError
+from text.inspection import InspectOptions, turns_without_end
 from text.packing import Dataset
 from text.templates import BadRow
 from text.tokenizer import IGNORE, Tokenizer

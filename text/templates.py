@@ -115,6 +115,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             finalize=self._shallow,
         )
         self.turns = 0
+        self.date: datetime.datetime | None = None  # what strftime_now writes; unset: the time of the call
         nonce = secrets.token_hex(8)  # content cannot contain the marks
         self.marks = f"\x02{nonce}<", f"\x02{nonce}>"
         self.concat = self._join  # of everything that is put out, in macros too
@@ -134,9 +135,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    @staticmethod
-    def _now(form: str) -> str:
-        return datetime.datetime.now().strftime(form)
+    def _now(self, form: str) -> str:
+        return (self.date or datetime.datetime.now()).strftime(form)
 
     def _tojson(
         self, value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False

@@ -2,6 +2,7 @@
 conversation the assistant wrote."""
 
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -193,6 +194,17 @@ class Tokenizer:
         vocabulary = self.core.get_vocab(with_added_tokens=True)
         configured.new_ids = sorted(i for token, i in vocabulary.items() if token not in known)
         return configured
+
+    def pin_date(self, date: datetime.datetime) -> None:
+        """Let a chat template that writes today's date write this one: a run may last longer than a day."""
+        self._environment.date = date
+
+    @property
+    def date(self) -> str:
+        """The pinned day as YYYY-MM-DD; "" if none is pinned or no chat template writes it."""
+        pinned = self._environment.date
+        writes = any("strftime_now" in source for source in (self.template or "", *self.templates.values()))
+        return pinned.date().isoformat() if pinned and writes else ""
 
     def __len__(self) -> int:
         return self.core.get_vocab_size(with_added_tokens=True)
