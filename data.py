@@ -1,7 +1,7 @@
-"""From rows to token ids and labels, and to prompts; and a look at what training would see of them.
+"""Turns rows into token ids and labels, or into prompts; and shows what training would see of them.
 
-    python data.py inspect --config x.yaml           what training would see, with its faults named
-    python data.py inspect --config x.yaml --json    one object a row: input_ids, labels (−100: not trained)
+    python data.py inspect --config x.yaml           show what training would see, name its faults
+    python data.py inspect --config x.yaml --json    one object per row: input_ids, labels (−100: not trained)
 
 A row is encoded once, by the same code for training and for `inspect`. What cannot be encoded with certainty
 (a chat whose assistant turns cannot be told apart, token by token, from the rest) is refused with its file
@@ -49,9 +49,9 @@ class DataOptions:
     """What to train on: a list of {path, name, type, weight, split, columns, system}. path: a file or
     directory (JSONL, JSON, Parquet, text), hf://datasets/owner/name, or reasoning-gym:TASK with {size, seed,
     params}. name: a subset of it. type: chat, instruct, prompt_completion, text, tokens, or your own
-    module.function(row); unset: what the columns of the first row say. weight: times a row is seen in an
-    epoch. split: train, test[:100], train[10%:]. columns: {our name: the file's name}, of messages
-    {messages.role: its name}. system: a system message for rows that have none."""
+    module.function(row); unset: inferred from the columns of the first row. weight: times a row is seen per
+    epoch. split: train, test[:100], train[10%:]. columns: {our name: the file's name}, for messages
+    {messages.role: the file's name}. system: a system message for rows that have none."""
     test_datasets: list[dict] = field(default_factory=list)
     """Held-out data in the same form; instead of val_set_size."""
     val_set_size: int | float = 0
@@ -66,10 +66,10 @@ class DataOptions:
     special_tokens: dict[str, str] = field(default_factory=dict)
     """Set the tokenizer's special tokens, e.g. {pad_token: "<|endoftext|>"}; unknown ones are added."""
     tokens: list[str] = field(default_factory=list)
-    """More tokens for the tokenizer; the embedding grows to fit. Beside an adapter their rows are trained."""
+    """More tokens for the tokenizer; the embedding grows to fit. With an adapter, new rows are trained."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at the first row that cannot be used, or skip such rows, count and list them."""
-    config_directory: str = field(default=".", init=False)  # of the YAML file: where relative paths begin
+    config_directory: str = field(default=".", init=False)  # folder of the YAML file, base of relative paths
 
     def check(self) -> None:
         if not self.datasets and not getattr(self, "replay_path", None):
@@ -131,7 +131,7 @@ class ScratchOptions:
 
 @dataclass
 class RowOptions(DataOptions, EncodingOptions):
-    """What `encode_dataset` and `prepare` read."""
+    """The options of `encode_dataset` and `prepare`."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ READS = {
 }
 
 
-# The columns by which a type is known where the config names none, in the order in which they decide
+# Columns from which a type is inferred if the config names none; the first match decides
 SHAPES = (
     ("chat", ("messages",)), ("chat", ("conversations",)), ("prompt_completion", ("prompt", "completion")),
     ("instruct", ("instruction", "output")), ("tokens", ("input_ids",)), ("text", ("text",)),
@@ -155,8 +155,8 @@ SHAPES = (
 
 
 def settle_type(spec: dict, directory: Path, prompts: bool = False) -> str:
-    """The type of a data set; where the config leaves it open, that which the columns of its first row show,
-    and `spec` keeps it. `prompts`: of the types that have one. ConfigError where there is none."""
+    """The type of a data set; if the config leaves it open, it is inferred from the columns of the first row
+    and stored in `spec`. `prompts`: only types that have a prompt. Raises ConfigError if none fits."""
     if spec.get("type") is None:
         row = next((row for row in read_rows(spec, directory) if isinstance(row, Row)), None)
         held = renamed(row.value, spec.get("columns") or {}) if row is not None else {}
@@ -194,7 +194,7 @@ class Encoder:
         self.system = system
         self.tokenizer, self.options, self.columns = tokenizer, options, columns or {}
         self.kind, self.function = kind, None
-        self.lost: list[str] = []  # of the row encoded last: what it has and the chat template does not show
+        self.lost: list[str] = []  # parts of the last encoded row that the chat template does not show
         if kind not in ("chat", "instruct", "prompt_completion", "text", "tokens"):
             self.function = _import_function(kind, directory)
 
@@ -226,7 +226,7 @@ class Encoder:
             return getattr(self, "_" + kind)(row)
 
     def unread(self, row: dict) -> list[str]:
-        """Columns of the row that hold something and that this type does not read."""
+        """Non-empty columns of the row that this type does not read."""
         if self.function is not None:
             return []
         known = READS[self.kind] | set(self.columns.values())
@@ -263,7 +263,7 @@ class Encoder:
                 for message in prompt
             ]
             return self._chat({**row, "messages": [*unmarked, *completion]})
-        # Tokenised apart, as a model reads a prompt before it writes: no token can span the two.
+        # Tokenised separately, as a model reads the prompt before it writes: no token can span both.
         prompt = need_text(row, "prompt", "")
         completion = need_text(row, "completion")
         if not completion:
@@ -312,7 +312,7 @@ def _import_function(name: str, directory: Path) -> Callable[[dict], Any]:
 def encode_dataset(
     spec: dict, tokenizer: Tokenizer, options: RowOptions, directory: Path
 ) -> Iterator[Encoded]:
-    """Every row of one dataset through the code that training uses. DataError for a bad row under
+    """Encode every row of one dataset with the code that training uses. Raises DataError for a bad row under
     `on_bad_row: error`."""
     kind = settle_type(spec, directory)
     encoder = Encoder(kind, tokenizer, options, directory, spec.get("columns"), spec.get("system"))
@@ -372,16 +372,16 @@ class Prompt:
     prompt: str | list[dict]  # as the row has it: text, or messages
     columns: dict[str, Any]  # the row's other columns; `answer` is its reference answer where it has one
     name: str  # file:line
-    completion: str | None = None  # the answer that stood in the row behind this prompt
+    completion: str | None = None  # the answer after this prompt in the row
     tools: list[dict] | None = None  # as the chat template gets them
-    source: int = 0  # which data set the row is of
+    source: int = 0  # index of the row's data set
 
 
 def _prompt_of(
     kind: str, row: dict, tokenizer: Tokenizer
 ) -> tuple[list[int], str | list[dict], str | None, list[dict] | None]:
     """(prompt ids, prompt, reference answer, tools) of a row; a final assistant message is the reference, not
-    read."""
+    part of the prompt."""
     if kind == "instruct":
         prompt = instruct_prompt(row, tokenizer)
         chat = isinstance(prompt, list)
@@ -404,9 +404,8 @@ Turns = Literal["last", "first", "every", "rollout"]
 
 
 def _turns_of(kind: str, row: dict, turns: Turns) -> list[dict]:
-    """The rows that a conversation gives: one that ends in its last answer, or its first; one for every
-    answer; or one that ends in the first and keeps what follows, up to the last answer, in
-    `remaining_turns`."""
+    """Split a conversation into rows: one that ends with its last answer, or its first; one per answer; or
+    one that ends with the first and keeps the rest, up to the last answer, in `remaining_turns`."""
     conversation = next((row[name] for name in ("messages", "conversations", "prompt") if name in row), None)
     if kind != "chat" or turns == "last" or conversation is None or isinstance(row.get("completion"), list):
         return [row]
@@ -502,7 +501,7 @@ def prepare(
     """Encode every dataset, or find the result of an earlier run with the same files, options, tokenizer and
     code."""
     key = hashlib.sha256(Path(__file__).read_bytes())
-    for source in sorted(Path(getfile(Row)).parent.glob("*.py")):  # how rows and templates are read: edited?
+    for source in sorted(Path(getfile(Row)).parent.glob("*.py")):  # the code that reads rows and templates
         key.update(source.read_bytes())
     for spec in specs:
         settle_type(spec, directory)
@@ -540,7 +539,7 @@ def prepare(
 
 
 def report_rows(dataset: Dataset) -> None:
-    """What training will not see, by name."""
+    """Log what training will not see."""
     counts = dataset.counts
     left_out = {name: counts[name] for name in ("truncated", "dropped", "bad", "skipped") if counts[name]}
     if left_out:
@@ -608,7 +607,7 @@ def cli() -> None:
     """python data.py, or ballast-data where the package is installed."""
     if sys.argv[1:2] != ["inspect"]:
         sys.exit("usage: data.py inspect --config x.yaml [--json] [key=value …]")
-    inspect = importlib.import_module("text.inspection").inspect  # above: only the command needs it
+    inspect = importlib.import_module("text.inspection").inspect  # not at the top: only this command needs it
     run_command(lambda: inspect(sys.argv[2:]))
 
 

@@ -1,7 +1,7 @@
-"""Processes, sharding, optimiser and schedule: what turns a loop into one that runs on many devices.
+"""Processes, sharding, optimiser and schedule: what a training loop needs to run on many devices.
 
-One process and many are the same program: `python sft.py` is a world of one. With more, FSDP2 shards each
-block; no rank ever holds a whole full-precision model.
+The same program runs on one process or many: `python sft.py` has a world size of 1. With more processes,
+FSDP2 shards each block; no rank ever holds a whole full-precision model.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ T = TypeVar("T")
 @dataclass
 class DistOptions:
     bf16: bool | None = None
-    """Hidden states and products in bfloat16; unset: on a GPU that has it. Trained weights, their gradients
-    and the optimiser stay in fp32; frozen weights are bf16."""
+    """Compute hidden states and products in bfloat16; unset: on GPUs that support it. Trained weights, their
+    gradients and the optimiser stay in fp32; frozen weights are bf16."""
     gradient_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
     gradient_checkpointing_kwargs: dict = field(default_factory=dict)
@@ -58,7 +58,7 @@ class DistOptions:
     """Shard over groups of N processes and replicate across groups (HSDP), e.g. the GPUs of one
     node; 1 replicates only (DDP)."""
     deterministic: bool = False
-    """On CUDA: only kernels that give the same bits every time, slower. CPU runs always do."""
+    """On CUDA: use only deterministic kernels, which are slower. CPU runs are always deterministic."""
     gpu_timeout_minutes: float = 30
     """How long ranks wait in a collective for a missing one before the run stops."""
 
@@ -84,7 +84,7 @@ class OptimizerOptions:
     lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warmup; wsd holds the peak and decays over the last wsd_decay_ratio of the run."""
     min_lr_ratio: float = 0.0
-    """Where the decay ends, as a share of the peak."""
+    """Final learning rate of the decay, as a fraction of the peak."""
     wsd_decay_ratio: float = 0.2
     """Share of the run over which wsd decays."""
     warmup_steps: int | None = None
@@ -100,7 +100,7 @@ class OptimizerOptions:
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
-    """Clip the global gradient norm to this; 0 leaves it."""
+    """Clip the global gradient norm to this; 0 disables clipping."""
 
     def check(self) -> None:
         if self.warmup_steps is not None and self.warmup_ratio is not None:
@@ -145,12 +145,12 @@ class World:
 
 
 def world_size() -> int:
-    """The number of processes that torchrun has started; known before they have met."""
+    """The number of processes that torchrun started; known before the process group is set up."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def init(options: DistOptions) -> World:
-    """Join the other processes (torchrun's environment) or be a world of one."""
+    """Join the process group of torchrun's environment, or create one of size 1."""
     rank, size = int(os.environ.get("RANK", 0)), world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
@@ -176,7 +176,7 @@ def init(options: DistOptions) -> World:
     shard = options.hsdp_shard_size
     if shard is not None and (shard < 1 or size % shard):
         raise ConfigError("hsdp_shard_size", shard, f"must divide the {size} processes")
-    if size > 1 or options.fsdp_cpu_offload:  # offloading is FSDP's, also for a world of one
+    if size > 1 or options.fsdp_cpu_offload:  # FSDP does the offloading, even with one process
         shape, names = ((size // shard, shard), ("replicate", "shard")) if shard else ((size,), ("shard",))
         world.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return world
@@ -212,7 +212,7 @@ def gather(value: T, world: World) -> list[T]:
 
 
 def from_main(work: Callable[[], T], world: World, long: bool = False) -> T:
-    """The result of `work()` on rank 0, on every rank. Its error stops all of them. `long` work may take
+    """Run `work()` on rank 0 and return its result, or raise its error, on every rank. `long` work may take
     longer than the limit of a collective (gpu_timeout_minutes)."""
     if world.size == 1:
         return work()
@@ -239,9 +239,8 @@ _long_works = itertools.count()
 
 @contextlib.contextmanager
 def long_work(world: World) -> Iterator[None]:
-    """Around what rank 0 does alone and the others then hear of by a collective: they wait for its end
-    without the limit of a collective, but for its beginning with it, so that a rank 0 that never comes is
-    noticed."""
+    """Context for work that rank 0 does alone and shares by a collective afterwards. The other ranks wait for
+    its start with the collective's timeout, so that a missing rank 0 is noticed, and for its end without."""
     if world.size == 1:
         yield
         return
@@ -260,8 +259,8 @@ def long_work(world: World) -> Iterator[None]:
 
 
 def main_first(work: Callable[[], T], world: World) -> T:
-    """`work()` on rank 0, however long it takes, then on the others, which find what it left on disk. Its
-    error stops all of them."""
+    """Run `work()` on rank 0, however long it takes, then on the other ranks, which reuse the files it wrote.
+    An error on rank 0 is raised on all ranks."""
     if world.size == 1:
         return work()
     failure: list[str | None] = [None]
@@ -298,10 +297,10 @@ RACE_EVERY = 10  # steps
 
 
 def race(step: int, world: World) -> dict[str, float]:
-    """Every tenth step each rank times the same small product, some milliseconds of it: under FSDP every step
-    waits for the slowest device, and all ranks' step times look alike. `ranks/slowness` is the slowest rank's
-    time over the median rank's, `ranks/slowest` says which it is. Empty in other steps, and for one process.
-    A collective."""
+    """Every tenth step, time the same product of a few milliseconds on each rank: under FSDP every step waits
+    for the slowest device, so the ranks' step times do not differ. `ranks/slowness` is the slowest rank's
+    time relative to the median, `ranks/slowest` its number. Returns {} in other steps and for one process. A
+    collective."""
     if world.size == 1 or step % RACE_EVERY:
         return {}
     times = gather(_small_product(world.device), world)
@@ -315,7 +314,7 @@ def _small_product(device: torch.device) -> float:
     size, times, dtype = (4096, 10, torch.bfloat16) if cuda else (256, 8, torch.float32)
     matrix = torch.full((size, size), 1 / size, dtype=dtype, device=device)
     if cuda:
-        torch.cuda.synchronize(device)  # what is queued from the step before is not this rank's speed
+        torch.cuda.synchronize(device)  # do not time work queued by the previous step
     begun = time.perf_counter()
     for _ in range(times):
         matrix = matrix @ matrix
@@ -354,7 +353,7 @@ class Interrupt:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -489,7 +488,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor
 
 @torch.no_grad()
 def mix_weights(into: nn.Module, other: nn.Module, weight: float) -> None:
-    """into ← share · other + (1 − share) · into, each rank its own rows."""
+    """into ← weight · other + (1 − weight) · into; each rank updates its own rows."""
     for a, b in zip(into.parameters(), other.parameters(), strict=True):
         a, b = (x.to_local() if isinstance(x, DTensor) else x for x in (a, b))
         a.lerp_(b.to(a.dtype), weight)
@@ -507,5 +506,5 @@ class Timer:
         return elapsed
 
     def so_far(self) -> float:
-        """Seconds since the last call, which stays the last."""
+        """Seconds since the last call, without resetting the timer."""
         return time.perf_counter() - self.last

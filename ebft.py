@@ -1,9 +1,9 @@
 """Energy-based fine-tuning: sample completions, and reward those whose features match the features of the
 true completion (Jelassi et al., "Matching Features, Not Tokens", arXiv 2603.12248).
 
-Cross-entropy trains on true prefixes; at use a model reads its own output. Here the policy is trained on what
-it writes itself, without a verifier: the reward is how well the hidden states of a frozen copy of the
-starting model agree with those on the true completion, less how alike the samples are.
+Cross-entropy trains on true prefixes; at inference a model reads its own output. Here the policy is trained
+on what it writes itself, without a verifier: the reward is how well the hidden states of a frozen copy of the
+starting model agree with those on the true completion, minus how similar the samples are.
 """
 
 import functools
@@ -80,14 +80,14 @@ class FeatureOptions:
     diversity_coef: float = 1.0
     """Weight of the penalty on samples that are alike."""
     advantage_estimator: Literal["rloo", "group_norm", "reinforce"] = "rloo"
-    """rloo: reward less a baseline made of the other samples. group_norm: over the group's standard
-    deviation. reinforce: as it is."""
+    """rloo: the reward minus a baseline from the other samples. group_norm: centred and divided by the
+    group's standard deviation. reinforce: the reward itself."""
     rl_coef: float = 1.0
     """Weight of the policy gradient."""
     ce_coef: float = 0.0
     """Weight of the cross-entropy on the true tokens; 0.03 to 0.1 in the paper."""
     offload_feature_network: bool = False
-    """Full fine-tuning: keep the frozen copy in host memory, and on the GPU only while it reads."""
+    """Full fine-tuning: keep the frozen copy in host memory, and on the GPU only while it is used."""
 
     def check(self) -> None:
         if not self.feature_layers or not all(0 <= f <= 1 for f in self.feature_layers):
@@ -98,7 +98,7 @@ class FeatureOptions:
             check_ranges(self, (key, -math.inf, math.inf))
         if not (self.rl_coef and (self.alignment_coef or self.diversity_coef)) and not self.ce_coef:
             key = "rl_coef" if not self.rl_coef else "alignment_coef"
-            raise ConfigError(key, 0.0, "leaves nothing that trains: every coefficient beside it is 0 too")
+            raise ConfigError(key, 0.0, "leaves nothing to train: all other coefficients are 0 too")
 
 
 @dataclass
@@ -110,22 +110,21 @@ class Config(
     """structured: prompts with a true completion, sampled by a rollout engine. strided: many short rollouts
     that branch off the prefixes of a document, in one forward pass, without a server."""
     adaptive_max_tokens: bool = True
-    """structured: sample at most gt_length_multiplier times the longest true completion of the batch, 64 at
-    least."""
+    """structured: sample at most gt_length_multiplier times the longest true completion of the batch, but at
+    least 64 tokens."""
     gt_length_multiplier: float = 1.5
     """structured: how much longer than the truth a completion may become."""
     chat_turns: Literal["last", "first", "every", "rollout"] = "last"
-    """structured, type: chat: which answers of a conversation are asked for. rollout: from the first on the
-    policy gives all of them, the row's own questions in between (its `remaining_turns`)."""
+    """structured, type: chat: which answers of a conversation are sampled. rollout: the policy gives all
+    answers from the first on, with the row's own questions in between (its `remaining_turns`)."""
     eval_num_generations: int = 4
     """structured: completions of each held-out prompt."""
     n_samples_per_prompt: int = 4
     """strided: samples of each block."""
     temperature: float = 0.6
-    """Of sampling and of the log-probabilities that are trained."""
+    """Temperature of sampling and of the trained log-probabilities."""
     samples_a_pass: int = 1
-    """strided: how many of these go through the model together in training: more is faster, 1 takes least
-    memory."""
+    """strided: samples of a block in one forward pass of training; more is faster, 1 takes least memory."""
 
     not_here: ClassVar = {
         "sample_packing": "documents of a micro-batch are packed anyway",
@@ -169,7 +168,7 @@ class Config(
         if self.lora_dropout:
             raise ConfigError(
                 "lora_dropout", self.lora_dropout,
-                "makes the trained policy another one than the one that samples: set it to 0 here",
+                "makes the trained policy differ from the one that samples: set it to 0 here",
             )
 
 
@@ -195,8 +194,8 @@ def whiten(samples: Tensor, truth: Tensor, form: str) -> tuple[Tensor, Tensor, i
 
     With the thin SVD X = U S Vᵀ, singular values below 1e-5 of the largest dropped: `feature` multiplies by V
     S⁻¹ Vᵀ on the right (never as a D × D matrix), `sample` by U S⁻¹ Uᵀ on the left. Both turn X into U Vᵀ;
-    the truth differs. Where the SVD fails it is tried once with noise of 1e-6 · mean|X|, else the features
-    are only L2-normalised.
+    the truth differs. If the SVD fails, it is retried once with noise of 1e-6 · mean|X|; if that fails too,
+    the features are only L2-normalised.
     """
     fallback = 0
 
@@ -253,10 +252,10 @@ def advantages(
 ) -> Tensor:
     """alignment and diversity [P, n] → advantages [P, n].
 
-    `rloo`: the reward less a baseline made of the other samples. For alignment that is their mean; the
-    diversity of the others holds their pairs with j, which are taken out: (Σ_k d_k − 2 d_j)/(n − 2). The
-    plain mean of the other rewards, as elsewhere, is biased. Without whitening the baseline does not depend
-    on sample j at all; whitening is made from all samples, so there it does (docs/ebft.md). `group_norm`:
+    `rloo`: the reward minus a baseline from the other samples. For alignment this is their mean; the
+    diversity of the others includes their pairs with j, which are removed: (Σ_k d_k − 2 d_j)/(n − 2). The
+    plain mean of the other rewards, as used elsewhere, is biased. Without whitening the baseline does not
+    depend on sample j at all; with whitening, which uses all samples, it does (docs/ebft.md). `group_norm`:
     (reward − mean)/(std + 1e-8). `reinforce`: the reward.
     """
     n = align.shape[-1]
@@ -274,7 +273,7 @@ def advantages(
 
 
 def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Features of the samples [P, n, D] and of the truth [P, D] → advantages [P, n], and what to report by
+    """Features of the samples [P, n, D] and of the truth [P, D] → advantages [P, n], and statistics by
     prefix."""
     if config.whitening == "none":
         x, fallback = normalize(samples, dim=-1), 0
@@ -308,8 +307,8 @@ def feature_network(run: Run, config: Config) -> Transformer | None:
 
 @contextmanager
 def on_device(frozen: Transformer | None, config: Config, world: dist.World) -> Iterator[None]:
-    """An offloaded frozen copy comes to the GPU, and goes back. Where it is sharded FSDP does that itself,
-    block by block."""
+    """Move an offloaded frozen copy to the GPU and back. If it is sharded, FSDP does this itself, block by
+    block."""
     if frozen is None or not config.offload_feature_network or world.mesh is not None:
         yield
         return
@@ -367,7 +366,7 @@ def policy_gradient(
     logprobs: Tensor, batch: PolicyBatch, size: StepSize, config: Config
 ) -> tuple[Tensor, dict[str, Any]]:
     """REINFORCE on the samples, logprobs [B, T]: the gradient of −A · log π, summed over tokens and divided
-    by the step's, weighed by π/μ where the sampler's own log-probs are known, with a KL penalty. A batch
+    by those of the step, weighted by π/μ where the sampler's log-probs are known, with a KL penalty. A batch
     serves one update, so the policy that sampled it is π itself: there is no ratio to clip."""
     advantages, old = batch.advantages[:, None].to(logprobs.dtype), logprobs.detach()
     counts, weight = (batch.mask > 0) & (advantages != 0), torch.ones_like(logprobs)
@@ -394,11 +393,11 @@ def policy_gradient(
 def ebft_loss(
     model: Transformer, batch: PolicyBatch | TruthBatch, size: StepSize, config: Config, aux_coef: float
 ) -> tuple[Tensor, dict[str, Any]]:
-    """This micro-batch's part of the step's loss, and what was computed on the way: the policy gradient of
-    samples, or ce_coef · cross-entropy of true completions. FSDP averages gradients over ranks: × ranks."""
+    """This micro-batch's part of the step's loss (policy gradient of samples, or ce_coef · cross-entropy of
+    true completions), and intermediate values. FSDP averages gradients over ranks: × ranks."""
     if isinstance(batch, TruthBatch):
         nll = -policy.token_logprobs(model, batch.batch, 1.0)[0].sum()
-        if not batch.counts:  # where, not a product with 0: a stranger's row may be infinite
+        if not batch.counts:  # torch.where, not a product with 0: the dummy row's loss may be infinite
             nll = torch.where(torch.zeros_like(nll, dtype=torch.bool), nll, 0.0)
         return nll * (config.ce_coef / size.true_tokens * size.ranks), {"nll": nll.detach()}
     logprobs, entropy, router_logits, nonfinite = policy.token_logprobs(model, batch, config.temperature)
@@ -416,7 +415,7 @@ def structured(config: Config) -> None:
     n, mb, accumulation = config.num_generations, config.micro_batch_size, config.gradient_accumulation_steps
     batch_size = mb * accumulation * dist.world_size()
     if batch_size % n:
-        problem = f"makes a step of {batch_size} completions, no multiple of num_generations ({n})"
+        problem = f"makes a step of {batch_size} completions, not a multiple of num_generations ({n})"
         raise ConfigError("micro_batch_size", mb, problem)
     run = loop.begin(config)
     world, tokenizer = run.world, run.tokenizer
@@ -497,7 +496,7 @@ def structured(config: Config) -> None:
                     loss.backward()
                     losses.append(stats["loss"])
                     policy.tally_policy(tally, stats, batch, run.step + 1)
-                # And the cross-entropy of the true completions, each prompt's once.
+                # And the cross-entropy of the true completions, once per prompt.
                 for truth in truth_batches(rollouts[::n], run) if config.ce_coef else ():
                     forensics.remember(truth, truth.batch.rows)
                     loss, stats = ebft_loss(model, truth, size, config, aux_coef)
@@ -547,10 +546,10 @@ def structured(config: Config) -> None:
             if due.stop:
                 return loop.stop(run)
     except EngineError as error:
-        if run.step > (run.checkpointer.steps() or [0])[-1]:  # nothing of the run is lost to a server
+        if run.step > (run.checkpointer.steps() or [0])[-1]:  # a lost server must not lose progress
             run.checkpointer.save(run.step, model, optimizers, {**state, "ahead": None})
             run.checkpointer.finish()
-            message = f"{error}; step {run.step} is saved, the same command goes on from it"
+            message = f"{error}; step {run.step} is saved, the same command continues from it"
             raise EngineError(message) from None
         raise
 
@@ -577,14 +576,14 @@ def with_prefetched(state: dict[str, Any], queue: RolloutQueue) -> dict[str, Any
 
 
 def show_samples(rollouts: Sequence[Rollout], run: Run) -> None:
-    """log_completions: samples beside their truths."""
+    """For log_completions: show samples beside their true completions."""
     for r in rollouts:
         texts = (run.tokenizer.decode(ids or []) for ids in (r.completion_ids, r.ground_truth_ids))
         log.info("  %r, true %r, advantage %+.3f", *texts, r.advantage)
 
 
 class TruthSampler:
-    """Completions of prompts, each beside the true one."""
+    """Samples completions of prompts, each paired with the true one."""
 
     engine: Engine
 
@@ -594,7 +593,7 @@ class TruthSampler:
         self.conversing = any("remaining_turns" in p.columns for p in prompts)
 
     def limit(self, which: Sequence[int]) -> int:
-        """Most tokens of a completion, by the longest truth of the batch."""
+        """Maximum length of a completion, from the longest truth of the batch."""
         config = self.config
         wanted = max(math.ceil(len(self.truths[i][0]) * config.gt_length_multiplier) for i in which)
         limit = max(64, wanted) if config.adaptive_max_tokens else config.max_completion_length
@@ -618,7 +617,7 @@ class TruthSampler:
         return rollouts
 
     def queue(self, prompts: PromptData, batch_size: int, kept: list[dict] | None) -> RolloutQueue:
-        """The batches of a run; `kept`: the next one, as a checkpoint kept it."""
+        """The batches of a run; `kept`: the next one, if a checkpoint stored it."""
         order, config, engine = prompts.order, self.config, self.engine
 
         def sample(number: int, step: int, prefetched: bool) -> list[Rollout]:
@@ -648,13 +647,14 @@ class TruthSampler:
 def energies(
     model: Transformer, frozen: Transformer | None, rollouts: Sequence[Rollout], n: int, run: Run
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(advantages [groups, n], statistics by group), every rank its share of the groups. A collective."""
+    """(advantages [groups, n], statistics by group); each rank computes a share of the groups. A
+    collective."""
     config, world = run.config, run.world
     groups = [list(rollouts[i : i + n]) for i in range(0, len(rollouts), n)]
     own_groups = groups[world.rank :: world.size]
     judged = []
     most, at_once = math.ceil(len(groups) / world.size), max(1, config.micro_batch_size // n)
-    for first in range(0, most, at_once):  # as many on every rank: each is a collective
+    for first in range(0, most, at_once):  # the same number on every rank: each is a collective
         groups_at_once = own_groups[first : first + at_once] or groups[:1]
         with on_device(frozen, config, world), base_of(model, frozen) as network:
             samples, truth = group_features(network, groups_at_once, config)
@@ -696,7 +696,7 @@ def evaluate_structured(
 
 
 def truth_batches(rollouts: Sequence[Rollout], run: Run) -> Iterator[TruthBatch]:
-    """The true completions of these rollouts: this rank's share, in as many micro-batches on every rank."""
+    """The true completions of these rollouts: this rank's share, in equally many micro-batches per rank."""
     world, mb = run.world, run.config.micro_batch_size
     own_rollouts = rollouts[world.rank :: world.size]
     for k in range(math.ceil(math.ceil(len(rollouts) / world.size) / mb)):
@@ -709,8 +709,8 @@ def truth_batches(rollouts: Sequence[Rollout], run: Run) -> Iterator[TruthBatch]
 def group_features(
     network: Transformer, groups: list[list[Rollout]], config: Config
 ) -> tuple[Tensor, Tensor]:
-    """(features of the samples [P, n, D'], of the truths [P, D']) of the frozen network: each prompt goes
-    through it once, the truth and the samples behind it."""
+    """(features of the samples [P, n, D'], of the truths [P, D']) of the frozen network; each prompt goes
+    through it once, followed by its truth and samples."""
     device, depths = network.device, feature_depths(network, config)
     ids: list[int] = []
     layout: list[tuple[int, list[tuple[int, int]]]] = []
@@ -766,7 +766,7 @@ class BlockBatch:
     documents: list[Document]
     tokens: Tensor  # [blocks · m, G]
     advantages: Tensor  # [blocks · m · G]
-    share: float  # of the samples of these documents
+    share: float  # of these documents' samples in this pass
     with_truth: bool  # whether the cross-entropy of the documents is part of this pass
 
 
@@ -928,7 +928,7 @@ def sample_and_judge(
 def block_batch(
     documents: list[Document], tokens: Tensor, advantage: Tensor, first: int, config: Config
 ) -> BlockBatch:
-    """samples_a_pass of every block's samples, from the `first` on. tokens [blocks, n, G]."""
+    """The samples_a_pass samples of every block that start at `first`. tokens [blocks, n, G]."""
     n = tokens.shape[1]
     chosen = slice(first, min(n, first + config.samples_a_pass))
     weight = advantage[:, chosen].reshape(-1, 1).expand(-1, tokens.shape[2]).flatten()
@@ -1020,8 +1020,8 @@ def advantages_by_document(documents: list[Document], advantage: Tensor) -> dict
 def document_nll(
     model: Transformer, documents: list[Document], hidden: Tensor | None = None
 ) -> tuple[Tensor, int]:
-    """(Σ −log p of the counted true tokens, how many), from hidden states [tokens, D] of the documents in a
-    row, or from a pass of its own."""
+    """(Σ −log p of the counted true tokens, how many), from the packed documents' hidden states [tokens, D],
+    or from a separate forward pass."""
     ids, which, _ = packed(documents, model.device)
     if hidden is None:
         hidden = model.hidden_states(ids, document_ids=which)[0][0]

@@ -8,8 +8,8 @@ better ones of each group likelier (DeepSeekMath, arXiv 2402.03300, and the loss
 
 One generation batch (micro_batch_size · steps_per_generation · processes completions, num_generations for
 each prompt) is sampled, scored and used for num_iterations passes of optimiser steps. The loss of a step is
-divided by what the whole step holds, over all micro-batches and ranks, so it does not depend on how the step
-is cut.
+divided by the totals of the whole step, over all micro-batches and ranks, so it does not depend on how the
+step is split.
 """
 
 import functools
@@ -74,11 +74,11 @@ class LossOptions:
     epsilon_high: float | None = None
     """Clip range above 1; unset: epsilon. For cispo the largest ratio, usually 5."""
     delta: float | None = None
-    """Upper bound of the ratio also where the advantage is negative."""
+    """Upper bound of the ratio that also holds for negative advantages."""
     sapo_temperature_pos: float = 1.0
     """sapo: steepness for positive advantages."""
     sapo_temperature_neg: float = 1.05
-    """sapo: steepness for the others."""
+    """sapo: steepness for all other advantages."""
     use_bias_correction_kl: bool = False
     """Weigh the KL of each token by its ratio: unbiased where the batch is off policy (DeepSeek-V3.2)."""
     off_policy_mask_threshold: float | None = None
@@ -117,14 +117,14 @@ class Config(
     ref_model_sync_steps: int | None = None
     """With beta in full fine-tuning: move the reference towards the policy every N steps."""
     ref_model_mixup_alpha: float = 0.6
-    """Share of the policy in that move."""
+    """Weight of the policy in that update of the reference."""
     replay_buffer_size: int = 0
     """Keep the last N groups with differing rewards, and use them in place of flat groups."""
     environment: str | None = None
     """Multi-turn: module.Class with reset(prompt, **columns) and step(text, ids) → (observation, reward,
     done)."""
     streaming_partial_batch: bool = False
-    """Score a prompt's completions as soon as they are all there."""
+    """Score a prompt's completions as soon as all of them are sampled."""
     micro_batch_size: int = 8
     """Completions in one forward pass of one process."""
     steps_per_generation: int | None = None
@@ -144,7 +144,7 @@ class Config(
         "sequence_len": "prompts and completions are bounded by max_prompt_length and max_completion_length",
         "excess_length_strategy": "prompts longer than max_prompt_length are left out",
         "sample_packing": "the completions of a micro-batch are packed anyway",
-        "train_on_inputs": "what the policy wrote is trained and nothing else",
+        "train_on_inputs": "only tokens that the policy wrote are trained",
         "random_init": "train with sft.py first", "tokenizer_vocab_size": "train with sft.py first",
     }
 
@@ -179,7 +179,7 @@ class Config(
         if self.lora_dropout:
             raise ConfigError(
                 "lora_dropout", self.lora_dropout,
-                "makes the trained policy another one than the one that samples: set it to 0 here",
+                "makes the trained policy differ from the one that samples: set it to 0 here",
             )
 
 
@@ -197,9 +197,9 @@ class StepSize:
     tokens: float  # Σ m
     ranks: int = 1
     reused: bool = False  # the batch serves several steps: its π_old was kept
-    entropy_coef: float = 0.0  # of the bonus in this step
+    entropy_coef: float = 0.0  # weight of the entropy bonus in this step
     entropy_threshold: float | None = None  # tokens of less entropy are not trained on
-    trained_tokens: float = 1.0  # those that the bonus counts: Σ m, or as many as lie above the threshold
+    trained_tokens: float = 1.0  # tokens that get the bonus: Σ m, or those above the threshold
 
     @staticmethod
     def of(rollouts: Sequence[Rollout], options: Any, **more: Any) -> "StepSize":
@@ -215,7 +215,7 @@ def policy_loss(
     size: StepSize, sampling_logprobs: Tensor | None = None, ref_logprobs: Tensor | None = None,
     entropy_mask: Tensor | None = None, truncated: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This micro-batch's part of the step's loss, and what was computed on the way (for the metrics).
+    """This micro-batch's part of the step's loss, and intermediate values for the metrics.
 
     All [B, T] but `advantages` and `truncated` [B]. The parts of all micro-batches and ranks add up to the
     loss. Formulas: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO
@@ -247,8 +247,8 @@ def policy_loss(
             weight = applied.detach()
             counts = counts & (weight > 0)
 
-    # The ratio of the policy to the weights that made the batch. Tokens that do not count get a ratio of 1
-    # before the exponential: where it is infinite a product with 0 is NaN, and so is its gradient.
+    # The ratio of the policy to the weights that made the batch. Tokens that do not count get log-ratio 0
+    # before the exponential: an infinite ratio times 0 is NaN, and so is its gradient.
     log_ratio = logprobs - old_logprobs
     if options.importance_sampling_level == "sequence":
         log_ratio = (torch.where(mask > 0, log_ratio, 0.0) * mask).sum(-1, keepdim=True) / length
@@ -292,8 +292,8 @@ def policy_loss(
 def grpo_loss(
     model: Transformer, batch: PolicyBatch, size: StepSize, config: Any, aux_coef: float
 ) -> tuple[Tensor, dict[str, Any]]:
-    """This micro-batch's part of the step's loss, and what was computed on the way. FSDP averages gradients
-    over ranks, the loss is a sum over them: × ranks."""
+    """This micro-batch's part of the step's loss, and intermediate values for the metrics. FSDP averages
+    gradients over ranks, but the loss is a sum over them: × ranks."""
     logprobs, entropy, router_logits, nonfinite = policy.token_logprobs(
         model, batch, config.temperature, entropy_gradient=bool(size.entropy_coef)
     )
@@ -328,7 +328,7 @@ def grpo_loss(
 
 def entropy_threshold(micro: Sequence[Sequence[Rollout]], options: Any, world: World) -> tuple[float, float]:
     """The entropy above which the top `top_entropy_quantile` of a step's tokens lie, over all micro-batches
-    and ranks; and how many those are."""
+    and ranks; and the number of these tokens."""
     own_entropies = [
         e
         for micro_batch in micro
@@ -356,7 +356,7 @@ def entropy_bonus(options: Any, last_entropy: float) -> float:
 
 
 def generation_batch_size(config: Config, world_size: int) -> int:
-    """Completions of one generation batch. ConfigError where groups would be torn."""
+    """Completions per generation batch. Raises ConfigError if it would split a group."""
     assert config.steps_per_generation is not None
     size, n = config.micro_batch_size * world_size * config.steps_per_generation, config.num_generations
     if size % n:
@@ -366,7 +366,7 @@ def generation_batch_size(config: Config, world_size: int) -> int:
         raise ConfigError(
             "micro_batch_size", config.micro_batch_size,
             f"makes a generation batch of {size} completions (micro_batch_size · {world_size} processes · "
-            f"{config.steps_per_generation} steps_per_generation), no multiple of num_generations ({n}); "
+            f"{config.steps_per_generation} steps_per_generation), not a multiple of num_generations ({n}); "
             f"these would do: {', '.join(str(m) for m in sorted(near))}",
         )
     return size
@@ -388,7 +388,7 @@ def spread(values: Tensor) -> float:
 
 
 def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple[Tensor, dict[str, float]]:
-    """rewards [B] of groups in a row, NaN on rows without one → advantages [B] and the metrics of the batch.
+    """rewards [B], group after group, NaN on rows without one → advantages [B] and the metrics of the batch.
 
     A reward counts relative to its siblings (DeepSeekMath, §4.1.2), over their unbiased standard deviation +
     1e-4. Rows without a reward get 0 and stay out of every statistic. In a group that counts as flat in
@@ -401,7 +401,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple
     mean = filled.sum(-1, keepdim=True) / count.clamp(min=1)
     centred = torch.where(known, filled - mean, 0.0)
     group_std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    # A mean of equal numbers may miss them by a rounding: what counts as flat must have no advantage at all.
+    # The mean of equal numbers may be off by rounding, but advantages in a flat group must be exactly 0.
     highest = torch.where(known, grouped, mean).amax(-1, keepdim=True)
     flat = (group_std < FLAT) | ((grouped == highest) | ~known).all(-1, keepdim=True)
     centred, group_std = torch.where(flat, 0.0, centred), torch.where(flat, 0.0, group_std)
@@ -419,8 +419,8 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple
 
 
 def reward_metrics(rewards: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """rewards/<name>/mean and std over the rows where the function applied, without those that applied to
-    none; rewards [B, R]."""
+    """rewards/<name>/mean and std over the rows where the function applied; functions that applied to no row
+    are left out. rewards [B, R]."""
     metrics = {}
     for i, name in enumerate(names):
         column = rewards[:, i][~torch.isnan(rewards[:, i])]
@@ -431,8 +431,8 @@ def reward_metrics(rewards: Tensor, names: Sequence[str]) -> dict[str, float]:
 
 
 def refuse_no_rewards(rewards: Tensor, names: Sequence[str]) -> None:
-    """RewardError where no function applies to any completion [B, R] of the first batch: nothing would
-    train."""
+    """Raise RewardError if no function applies to any completion of the first batch, rewards [B, R]: nothing
+    would be learnt."""
     applied = (~torch.isnan(rewards)).any(0).tolist()
     if not any(applied):
         raise RewardError(
@@ -450,7 +450,7 @@ def refuse_no_rewards(rewards: Tensor, names: Sequence[str]) -> None:
 
 
 class Sampler:
-    """Prompts to scored rollouts: engine, environment and reward functions together."""
+    """Turns prompts into scored rollouts, with engine, environment and reward functions."""
 
     def __init__(
         self, engine: Engine, prompts: list[Prompt], config: Config, tokenizer: Tokenizer, world: World
@@ -486,7 +486,7 @@ class Sampler:
         self, indices: list[int], step: int, seed: tuple[int, ...], *, n: int | None = None,
         temperature: float | None = None, prefetched: bool = False,
     ) -> list[Rollout]:
-        """Rollouts of these prompts with their rewards, n of each in a row, the same on every rank. A
+        """n adjacent rollouts of each of these prompts, with rewards, the same on every rank. A
         collective."""
         prompts, n = [self.prompts[i] for i in indices], n or self.config.num_generations
         seconds = dist.Timer()
@@ -524,7 +524,7 @@ class Sampler:
         return rollouts
 
     def queue(self, prompts: PromptData, batch_size: int, kept: list[dict] | None) -> RolloutQueue:
-        """The generation batches of a run; `kept`: the next one, as a checkpoint kept it."""
+        """The generation batches of a run; `kept`: the next one, if a checkpoint stored it."""
         order, seed = prompts.order, self.config.seed
 
         def sample(generation: int, step: int, prefetched: bool) -> list[Rollout]:
@@ -592,13 +592,13 @@ def evaluate(sampler: Sampler, run: Run) -> dict[str, float]:
 
 
 class ReplayBuffer:
-    """Groups whose rewards differ, the newest first out, to stand in for groups that teach nothing."""
+    """Groups with differing rewards, newest out first, to replace flat groups, which have no signal."""
 
     def __init__(self, size: int):
         self.groups: deque[list[Rollout]] = deque(maxlen=size)
 
     def refill(self, rollouts: list[Rollout], n: int) -> tuple[list[Rollout], int]:
-        """The batch with its flat groups replaced as far as there are others; and how many were."""
+        """The batch with flat groups replaced while the buffer lasts, and the number replaced."""
         groups = [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
         fresh = [group for group in groups if any(r.advantage for r in group)]
         refilled, replaced = [], 0
@@ -625,7 +625,7 @@ def main(config: Config) -> None:
     slices = config.steps_per_generation // config.gradient_accumulation_steps  # optimiser steps of one pass
     updates = slices * config.num_iterations  # optimiser steps that a generation batch is used for
     step_rows = batch_size // slices  # completions of an optimiser step
-    rows_at_once = config.micro_batch_size * world.size  # of one micro-batch of every rank
+    rows_at_once = config.micro_batch_size * world.size  # in one micro-batch of all ranks
 
     # 2. Prompts.
     prompts = read_prompt_data(config, tokenizer, run.directory, batch_size, updates)
@@ -706,7 +706,7 @@ def main(config: Config) -> None:
                     engine, model, rollouts, micro_batches(rollouts), config, world, share_prompts
                 )
 
-                # c. π_old of the whole batch, before the first update moves the weights it is of; and π_ref.
+                # c. log π_old of the whole batch, before the first update changes its weights; and log π_ref.
                 policy.keep_logprobs(
                     model, reference, micro_batches(rollouts), config, world, share_prompts,
                     old=updates > 1 or config.top_entropy_quantile < 1,
@@ -785,12 +785,12 @@ def main(config: Config) -> None:
             if due.stop:
                 return loop.stop(run)
     except EngineError as error:
-        # Nothing of the run is lost to a server: what was trained so far is saved before the run ends.
+        # A lost server must not lose progress: save what was trained so far before the run ends.
         if run.step > (run.checkpointer.steps() or [0])[-1]:
             save(run, model, optimizers, rollouts, queue.prefetched, buffer, moving)
             run.checkpointer.finish()
             raise EngineError(
-                f"{error}; step {run.step} is saved, the same command goes on from it"
+                f"{error}; step {run.step} is saved, the same command continues from it"
             ) from None
         raise
 
@@ -804,7 +804,7 @@ def reference_model(run: Run, config: Config) -> Transformer | None:
     its adapters serves."""
     if not config.beta or config.adapter:
         return None
-    moves = config.ref_model_sync_steps is not None  # by less than bf16 could hold
+    moves = config.ref_model_sync_steps is not None  # by less than bf16 can represent
     model = building.build_model(run.arch, run.checkpoint, config, run.world, frozen=not moves)
     return model.eval().requires_grad_(False)
 

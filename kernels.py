@@ -1,8 +1,8 @@
-"""The arithmetic that decides whether a run fits and how fast it is: attention over packed documents, norms
-and activations. The loss is in numerics/losses.py, 8 and 4 bits are in numerics/low_precision.py.
+"""The operations that dominate a run's memory and time: attention over packed documents, norms and
+activations. The loss is in numerics/losses.py, 8 and 4 bits are in numerics/low_precision.py.
 
-Each operation has a plain-torch form, which is exact, runs everywhere and is the reference; where a Triton
-kernel stands beside it, the public function takes that on a GPU. `KERNELS=torch` or `KERNELS=triton` in the
+Each operation has a plain-torch reference, which is exact and runs everywhere; if there is a Triton kernel
+too, the public function uses it on a GPU. `KERNELS=torch` or `KERNELS=triton` in the
 environment overrides the choice, so that a NaN can be bisected to a kernel in one run.
 
     python kernels.py clear-cache        empty Triton's cache, after a kernel was edited
@@ -31,16 +31,16 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # no wheel for macOS and Windows: there every function takes its torch form
+except ImportError:  # no wheel for macOS and Windows: every function uses its torch form there
     HAS_TRITON = False
     triton = tl = types.SimpleNamespace(jit=lambda function: function, constexpr=object)  # type: ignore
 
-# Queries a block where attention has to be masked by hand; bounds its memory to QUERY_BLOCK × T
+# Queries per block of explicitly masked attention; bounds its memory to QUERY_BLOCK × T
 QUERY_BLOCK = 512
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether an operation on x takes its Triton kernel: on GPUs, unless KERNELS says otherwise."""
+    """Whether an operation on x uses its Triton kernel: on GPUs, unless KERNELS says otherwise."""
     choice = os.environ.get("KERNELS", "")
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"KERNELS={choice!r} in the environment: use torch or triton")
@@ -53,11 +53,11 @@ def use_triton(x: Tensor) -> bool:
 
 
 class Documents:
-    """The documents in packed rows, found once for a forward pass and used by every layer.
+    """The documents in packed rows: computed once per forward pass, shared by all layers.
 
     `document_ids` [B, T]: a run of equal ids in a row is one document, a negative id is padding. Documents of
-    similar length are laid side by side in dense buckets, so that a row of a hundred short answers costs one
-    attention call and not a hundred. Right padding inside a bucket needs no mask: under a causal mask no real
+    similar length are grouped in dense buckets, so that a row of a hundred short answers costs one attention
+    call instead of a hundred. Right padding inside a bucket needs no mask: under a causal mask no real
     query sees a later key.
     """
 
@@ -97,14 +97,14 @@ class Documents:
         # For each slot: the first slot of its document, and the token that it holds.
         self.first_slot = torch.cat(first_slots or [torch.zeros(0, dtype=torch.long)]).to(device)
         self.token_of_slot = torch.cat(token_of_slot or [torch.zeros(0, dtype=torch.long)]).to(device)
-        self.tokens = (slot_of_token >= 0).nonzero().flatten().to(device)  # tokens that are no padding
+        self.tokens = (slot_of_token >= 0).nonzero().flatten().to(device)  # tokens that are not padding
         self.slots = slot_of_token[slot_of_token >= 0].to(device)  # their slots, in the same order
         self.lengths = lengths.view(B, T).to(device)  # of the document that a token is in; 0 on padding
 
     @functools.cached_property
     def spans(self) -> Tensor:
-        """The first and the last token of each token's document, as flat indices, int32 [2, N]. A padding
-        token has a first beyond and a last before itself: it sees nothing and nothing sees it."""
+        """The first and the last token of each token's document, as flat indices, int32 [2, N]. For a
+        padding token the first lies after it and the last before it: it attends to nothing and is masked."""
         N = self.lengths.numel()
         index = torch.arange(N, device=self.lengths.device)
         length = self.lengths.flatten()
@@ -118,13 +118,13 @@ class Documents:
 class SharedPrompts:
     """Documents with continuations, in one packed row: document, its continuations, the next document, ….
 
-    A continuation is (P, L): L tokens after the first P tokens of its document. Its tokens see those P and
-    what stands before them in the continuation; the document goes through the model once, however many
-    continue it. `groups` are (length of a document, its continuations): a prompt and its completions, or a
+    A continuation is (P, L): L tokens after the first P tokens of its document. Its tokens attend to
+    those P and to earlier tokens of the continuation; the document is computed once for all its
+    continuations. `groups` are (length of a document, its continuations): a prompt and its completions, or a
     document and the blocks that branch off it.
     """
 
-    TILE = 64  # continuations of a document attend side by side, so many tokens of them at a time
+    TILE = 64  # short continuations of a document share attention tiles of up to this many tokens
 
     def __init__(self, groups: list[tuple[int, list[tuple[int, int]]]], device: torch.device):
         self.device, self.groups = device, groups
@@ -151,13 +151,13 @@ class SharedPrompts:
                 kinds += [(number, index, P)] * L
                 at += L
         self.position_ids = torch.tensor([positions], device=device)
-        # Continuations are padding to it
+        # Continuations count as padding here
         self.prompts = Documents(torch.tensor([document_ids], device=device))
         self._kinds = torch.tensor(kinds, device=device)
         self._block_masks: dict[int | None, Any] = {}
         self._visible: dict[tuple[int, int | None], Tensor] = {}
-        # Tiles of similar shape side by side: (their tokens [n, Q], which of them are real, their keys
-        # [n, P + Q], and what says who sees whom).
+        # Buckets of tiles of similar shape: (tokens [n, Q], which of them are real, keys [n, P + Q]); and the
+        # rules for which query sees which key.
         self.buckets: list[tuple[Tensor, Tensor, Tensor]] = []
         self._rules: list[tuple[Tensor, ...]] = []
         tiles.sort(key=lambda tile: tile[:2], reverse=True)
@@ -176,8 +176,8 @@ class SharedPrompts:
             i += n
 
     def _add_bucket(self, tiles: list, P_most: int, Q_most: int) -> None:
-        """Keys of a tile are the document's first P, then the tile's own tokens; what pads sees as the last
-        real token does, and is never seen."""
+        """A tile's keys are the document's first P tokens, then its own. Padding copies the last token's
+        query mask; as a key it is masked."""
         tokens, owners, prefixes, positions, counts, documents = [], [], [], [], [], []
         for _, count, document, parts in tiles:
             token, owner, prefix, position = [], [], [], []
@@ -217,7 +217,7 @@ class SharedPrompts:
         return self._visible[bucket, window]
 
     def predicate(self, window: int | None) -> tuple[Callable, Any]:
-        """The same rule for flex_attention, on flat token indices, and its block mask, made once."""
+        """The same mask as a flex_attention predicate on flat token indices, and its cached block mask."""
         group, own, prefix = self._kinds.unbind(1)
         position = self.position_ids[0]
 
@@ -310,8 +310,8 @@ def _attention_forward_kernel(
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
-    """FlashAttention-2 (arXiv 2307.08691, algorithm 1) over tokens laid end to end: a block of queries meets
-    only the keys from its oldest visible one on, and a mask within."""
+    """FlashAttention-2 (arXiv 2307.08691, algorithm 1) over concatenated documents: a block of queries reads
+    only keys from its oldest visible one on, and masks the invisible ones among them."""
     start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     zero = start.to(tl.int64) * 0  # makes what it is added to int64: offsets may pass 2^31
     offs_m = start + tl.arange(0, BLOCK_M)
@@ -319,8 +319,8 @@ def _attention_forward_kernel(
     oldest = tl.load(first_ptr + offs_m, mask=offs_m < N, other=0x7FFFFFFF)
     if WINDOW > 0:
         oldest = tl.maximum(oldest, offs_m - WINDOW + 1)
-    # A 64-bit base a tile and 32-bit offsets within: 64-bit offsets for every element would cost half the
-    # registers.
+    # One 64-bit base per tile and 32-bit offsets within it: 64-bit offsets for every element would cost half
+    # the registers.
     offs_q = (start.to(tl.int64) * H + head) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + offs_e[None, :]
     q_tile = tl.load(q_ptr + offs_q, mask=(offs_m[:, None] < N) & (offs_e[None, :] < E), other=0.0)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -373,8 +373,8 @@ def _attention_dq_kernel(
     oldest = tl.load(first_ptr + offs_m, mask=offs_m < N, other=0x7FFFFFFF)
     if WINDOW > 0:
         oldest = tl.maximum(oldest, offs_m - WINDOW + 1)
-    # A 64-bit base a tile and 32-bit offsets within: 64-bit offsets for every element would cost half the
-    # registers.
+    # One 64-bit base per tile and 32-bit offsets within it: 64-bit offsets for every element would cost half
+    # the registers.
     offs_q = (start.to(tl.int64) * H + head) * E + tl.arange(0, BLOCK_M)[:, None] * (H * E) + offs_e[None, :]
     inside = (offs_m[:, None] < N) & (offs_e[None, :] < E)
     q_tile = tl.load(q_ptr + offs_q, mask=inside, other=0.0)
@@ -435,8 +435,7 @@ def _attention_dkv_kernel(
             do_tile = tl.load(d_out_ptr + offs_q, mask=mask_q, other=0.0)
             lse_m = tl.load(lse_ptr + offs_m.to(tl.int64) * H + h, mask=offs_m < N, other=0.0)
             delta_m = tl.load(delta_ptr + offs_m.to(tl.int64) * H + h, mask=offs_m < N, other=0.0)
-            # Transposed, keys down and queries across: the products into dk and dv then take p and ds as they
-            # are.
+            # Transposed (keys × queries), so that the products for dk and dv need no transpose of p and ds.
             s = _scores(k_tile, tl.trans(q_tile), scale, softcap, SOFTCAP)
             visible = (offs_n[:, None] <= offs_m[None, :]) & (offs_m[None, :] <= newest[:, None])
             p = tl.where(visible, tl.exp(s - lse_m[None, :]), 0.0)
@@ -520,7 +519,7 @@ class _TritonAttention(torch.autograd.Function):
 
 def _fits_triton_attention(q: Tensor) -> bool:
     """The kernels' tiles are sized for 16-bit inputs; in fp32, or for wide heads on GPUs with less than 160
-    KiB of shared memory a block, they would not fit, and torch's attention is taken."""
+    KiB of shared memory a block, they would not fit, and torch's attention is used."""
     if not use_triton(q) or q.shape[-1] > 256 or q.dtype == torch.float64:
         return False
     if not q.is_cuda:  # the interpreter
@@ -576,8 +575,8 @@ def attention(
 def _causal(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention of dense rows [n, L, H|K, E]; window and soft cap are masked a block of queries at a
-    time."""
+    """Causal attention of dense rows [n, L, H|K, E]; a window or soft cap is applied one block of queries at
+    a time."""
     L = q.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [n, H|K, L, E]
     grouped = q.shape[1] != k.shape[1]
@@ -629,10 +628,10 @@ def predicate_attention(
     """Attention under any predicate visible(b, h, q_index, kv_index) → bool on index tensors (block-parallel
     masks).
 
-    q [B, T, H, E], k and v [B, S, K, E] → [B, T, H, E]. On a GPU compiled flex_attention with a block mask:
-    blocks that the predicate rules out are never computed, and quantities that change from batch to batch
-    belong into tensors that the predicate closes over, so that nothing is compiled anew. torch 2.13 has no
-    backward of flex_attention on CPUs: there a dense mask. `block_mask` reuses what `make_block_mask` made.
+    q [B, T, H, E], k and v [B, S, K, E] → [B, T, H, E]. On a GPU this is compiled flex_attention with a block
+    mask: blocks that the predicate excludes are never computed, and quantities that change between batches
+    must be tensors that the predicate closes over, to avoid recompilation. On CPUs, where torch 2.13 has no
+    flex_attention backward, a dense mask is used. `block_mask`: a result of `make_block_mask` to reuse.
     Every query must see a key.
     """
     B, T, H, _ = q.shape
@@ -651,8 +650,7 @@ def predicate_attention(
 
 
 def make_block_mask(visible: Callable, B: int, H: int, T: int, S: int, device: torch.device) -> Any:
-    """Compiled, so that the predicate of all T·S pairs is never held: run eagerly it takes 11 bytes a
-    pair."""
+    """A flex_attention block mask. Compiled, because eager mode stores all T·S pairs at 11 bytes per pair."""
     return _create_block_mask()(visible, B, H, T, S, device=str(device))
 
 
@@ -666,7 +664,7 @@ def _create_block_mask() -> Callable:
     return torch.compile(torch.nn.attention.flex_attention.create_block_mask, dynamic=True)
 
 
-@functools.cache  # one function for each value: a new one would be compiled anew
+@functools.cache  # one function per value: a new one would be recompiled
 def _capped(softcap: float) -> Callable:
     def score_mod(score, b, h, q, k):
         return softcap * torch.tanh(score / softcap)
@@ -745,7 +743,7 @@ def _decode_attention_triton(q, k, v, visible, scale: float, softcap: float | No
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Attention of one new query a row over cached keys.
+    """Attention of one new query per row over cached keys.
 
     q [B, H, E], k and v [B, K, S, E], `visible` [B, S] → [B, H, E]. The query heads that share a key head are
     laid along the query axis, so that keys are read once and never repeated in memory.
@@ -836,7 +834,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
     """As `rms_norm_reference`; on a GPU x is read once and no fp32 copy of it is kept for the backward
-    pass, but where a row is too long for the registers."""
+    pass, unless a row is too long for the registers."""
     if use_triton(x) and x.dtype != torch.float64 and x.shape[-1] <= 8192:
         return _RMSNorm.apply(x, weight, eps, plus_one)
     return rms_norm_reference(x, weight, eps, plus_one)
@@ -869,7 +867,7 @@ def _swiglu_backward_kernel(gate_ptr, up_ptr, dy_ptr, d_gate_ptr, d_up_ptr, size
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps gate and up only; the activation is made again in the backward pass."""
+    """Keeps gate and up only; the activation is recomputed in the backward pass."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -900,7 +898,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) of x [B, T, heads, E] by cos and sin [B, T, 1, R/2]: the
-    first R dimensions of a head turn, in pairs (i, i + R/2); the rest passes."""
+    first R dimensions of a head are rotated, in pairs (i, i + R/2); the rest is unchanged."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -909,7 +907,7 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @triton.jit
 def _rotate_kernel(x_ptr, cos_ptr, sin_ptr, y_ptr, heads, E, half, sign, BLOCK: tl.constexpr):
-    """One program a head of a token; `sign` −1 turns back, which is the gradient."""
+    """One program per token and head; `sign` −1 rotates back, which is the gradient."""
     program = tl.program_id(0).to(tl.int64)
     token, offs_i = program // heads, tl.arange(0, BLOCK)
     c = tl.load(cos_ptr + token * half + offs_i, mask=offs_i < half, other=1.0).to(tl.float32)
@@ -951,7 +949,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `rotate_reference`; on a GPU one pass each way, and nothing but the tables is kept."""
+    """As `rotate_reference`; on a GPU one pass each way, and only the tables are kept."""
     if use_triton(x) and x.dtype != torch.float64:
         return _Rotate.apply(x, cos, sin)
     return rotate_reference(x, cos, sin)

@@ -37,8 +37,7 @@ class ModelOptions:
     base_model_revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
     ignore_config_fields: list[str] = field(default_factory=list)
-    """Fields of config.json that you have looked at and know to change nothing; unknown fields are refused
-    otherwise."""
+    """Fields of config.json that you know not to change the arithmetic; other unknown fields are refused."""
     pad_vocab_to_multiple_of: int = 1
     """Grow the embedding to a multiple of this (64 or 128 make the head faster on GPUs). New rows hold the
     mean row."""
@@ -67,8 +66,8 @@ class ModelOptions:
     """Dropout on the input of the adapters; 0.05 helps against overfitting."""
     lora_target_modules: list[str] | str | None = None
     """Names of the linear layers that get adapters, e.g. [q_proj, v_proj], or the ends of their full names,
-    where `*` and `?` match; or as in PEFT a regular expression for full names (model.layers.0.mlp.up_proj),
-    or all-linear, which unset means too."""
+    where `*` and `?` are wildcards; or, as in PEFT, a regular expression for full names
+    (model.layers.0.mlp.up_proj), or all-linear (the default)."""
     lora_use_rslora: bool = False
     """Scale by lora_alpha / √lora_r instead (rank-stabilised LoRA, arXiv 2312.03732)."""
     merge_adapter: bool = False
@@ -125,17 +124,17 @@ class RMSNorm(nn.Module):
 
 
 def as_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight in the dtype of a product: the copy that `without_gradients` has made, else a cast whose
-    gradient is the master's. Nothing happens where it has that dtype, as under FSDP's mixed precision."""
+    """A weight in the dtype of a product: the copy made by `without_gradients`, else a cast whose gradient
+    flows to the master weight. A no-op if it has that dtype already, as under FSDP's mixed precision."""
     copy = getattr(parameter, "inference_copy", None)
     return copy if isinstance(copy, Tensor) and copy.dtype == dtype else parameter.to(dtype)
 
 
 @contextlib.contextmanager
 def without_gradients(model: "Transformer"):
-    """Passes without gradients. One process casts its weights once, and not in every pass. Of sharded weights
-    the shards alone are left at the end: FSDP keeps the root gathered after a forward pass that no backward
-    pass follows, and then copies in the compute dtype stand in the place of the masters."""
+    """Context for forward passes without gradients. A single process casts its weights once instead of in
+    every pass. Sharded weights are resharded at the end: FSDP keeps the root gathered after a forward pass
+    without a backward pass, and copies in the compute dtype would replace the master weights."""
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     dtype, copied = model.compute_dtype, []
     try:
@@ -157,7 +156,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def forward_only(function: Function) -> Function:
-    """The function with `without_gradients` of its first argument, a model, around it."""
+    """Decorator: run the function under `without_gradients` of its first argument, a model."""
 
     @functools.wraps(function)
     def run(model: "Transformer", *args: Any, **kwargs: Any) -> Any:
@@ -173,9 +172,9 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer of a block: in full precision or FP8, or with a frozen weight stored in few bits; and on
-    top, where there is one, an adapter scale·B·A (LoRA, arXiv 2106.09685). With `enabled` off it is the base
-    layer, bit for bit."""
+    """A linear layer of a block: in full precision or FP8, or with a frozen quantised weight; plus optionally
+    an adapter scale·B·A (LoRA, arXiv 2106.09685). With `enabled` off it equals the base layer, bit for
+    bit."""
 
     fp8: bool = False
     kind: str | None = None  # how the frozen weight is stored: nf4, int8, fp8; then `weight` is None
@@ -193,9 +192,8 @@ class Linear(nn.Linear):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=dtype, device=device))
 
     def store_as(self, kind: str) -> None:
-        """Give up the dense weight for buffers of the quantised form, still to be filled (`put`). Buffers are
-        no part of FSDP's shards: half a byte a weight costs less to keep on every rank than to gather in
-        every pass."""
+        """Replace the dense weight by buffers for the quantised form, filled by `put`. FSDP does not shard
+        buffers: at half a byte per weight, keeping them on every rank costs less than a gather per pass."""
         name = "load_in_4bit" if kind == "nf4" else "load_in_8bit"
         if kind == "nf4" and self.in_features % low_precision.NF4_BLOCK:
             raise ConfigError(
@@ -266,12 +264,12 @@ def set_precision(model: "Transformer", options: ModelOptions) -> None:
 
 @dataclass
 class Pass:
-    """What all blocks share in one forward pass."""
+    """State that all blocks share in one forward pass."""
 
     rope_tables: dict[str, tuple[Tensor, Tensor]]
     documents: kernels.Documents | kernels.SharedPrompts | None
     cache: "Cache | None"
-    decoding: bool  # one new token a row against the cache
+    decoding: bool  # one new token per row against the cache
 
 
 class Attention(nn.Module):
@@ -342,7 +340,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """Mixture of experts: each token through its `experts_per_token` best, chosen by a linear router."""
+    """Mixture of experts: a linear router sends each token to its `experts_per_token` best experts."""
 
     def __init__(self, arch: Architecture):
         super().__init__()
@@ -407,7 +405,7 @@ class Block(nn.Module):
         if self.checkpointing is None or not torch.is_grad_enabled():
             return self._forward(x, context)
         if self.checkpointing and not x.requires_grad:
-            # Reentrant checkpointing drops the gradients of a block whose input has none.
+            # Reentrant checkpointing drops the gradients of a block whose input requires none.
             x = x.detach().requires_grad_()
         return checkpoint(self._forward, x, context, use_reentrant=self.checkpointing)  # type: ignore[return-value]
 
@@ -424,7 +422,7 @@ class Block(nn.Module):
 
 class TokenRows(nn.Module):
     """Rows of the frozen embedding, and of the head, that are trained beside an adapter: those of new tokens
-    (PEFT calls them trainable_token_indices). With `enabled` off the model has its base's rows."""
+    (PEFT calls them trainable_token_indices). With `enabled` off the base rows are used."""
 
     def __init__(self, ids: list[int], width: int, tied: bool, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -455,7 +453,7 @@ class TokenRows(nn.Module):
         return weight.index_copy(0, self.index(weight.device), self.of_head.to(weight.dtype))
 
     def into_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """The same from logits [..., V] of the frozen head, without a copy of it; no gradient."""
+        """Put the trained rows' logits into logits [..., V] of the frozen head, in place; no gradient."""
         logits[..., self.index(logits.device)] = F.linear(hidden, self.of_head.to(hidden.dtype))
         return logits
 
@@ -471,7 +469,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps, arch.family.norm_plus_one)
         if not arch.tied:
             self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
-        self.adapter: dict | None = None  # what adapter_config.json says, where there are adapters
+        self.adapter: dict | None = None  # the contents of adapter_config.json, if there are adapters
         self.token_rows: TokenRows | None = None
         self.compute_dtype: torch.dtype | None = None  # of the hidden states and products; None: the weights'
         self.compute_device: torch.device | None = None  # where it computes; None: where the weights are
@@ -515,8 +513,7 @@ class Transformer(nn.Module):
         without_gradient = not torch.is_grad_enabled()
         weight = as_dtype(self._frozen_head if without_gradient else self.head_weight, hidden.dtype)
         if hidden.device.type == "cpu" and hidden.dim() == 2 and len(hidden) <= 64 and without_gradient:
-            # A few rows against a large head: CPU libraries read the head 1.5 to 3 times as fast from this
-            # side.
+            # A few rows times a large head: this operand order is 1.5 to 3 times as fast with CPU libraries.
             out = (weight @ hidden.T).T.contiguous()
         else:
             out = F.linear(hidden, weight)
@@ -539,10 +536,10 @@ class Transformer(nn.Module):
 
         `document_ids` [B, T]: a run of equal ids is one document, attention stays inside it, a negative id is
         padding. `position_ids` [B, T] default to counting from 0 in each document (each row). With a `cache`
-        the keys and values are stored: a prefill of packed prompts first, then one token a row. With
-        `shared_prompts` the one row holds prompts and their completions, which see their prompt. With
-        `layers` the result is instead those layers' outputs side by side, each token's L2-normalised: [B, T,
-        D · layers]; 0 is the embedding, the last one is taken after the norm, and no deeper layer is run.
+        the keys and values are stored: first a prefill of packed prompts, then one token per row. With
+        `shared_prompts` the one row holds prompts and their completions, which attend to their prompt. With
+        `layers` the result is instead those layers' outputs, L2-normalised per token and concatenated: [B, T,
+        D · layers]; 0 is the embedding, the last layer is taken after the norm, and no deeper layer is run.
         """
         B, T = input_ids.shape
         decoding = cache is not None and cache.length > 0
@@ -594,16 +591,16 @@ class Transformer(nn.Module):
         return self.norm(x), all_router_logits
 
     def count_parameters(self) -> int:
-        """Weights of the model, those that are stored in few bits included."""
+        """The number of weights, including quantised ones."""
         stored = sum(
             m.in_features * m.out_features for m in block_linears(self).values() if m.kind is not None
         )
         return stored + sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length: float) -> float:
-        """Training FLOPs per token (forward and backward) in documents of mean length `length`: 6 a trained
-        weight that multiplies, 4 a frozen one, whose own gradient is not made, and 12·E·H·length/2 a layer
-        for causal attention (PaLM, arXiv 2204.02311, appendix B)."""
+        """Training FLOPs per token (forward and backward) in documents of mean length `length`: 6 per
+        trained matrix weight, 4 per frozen one (no weight gradient), and 12·E·H·length/2 per layer for causal
+        attention (PaLM, arXiv 2204.02311, appendix B)."""
         arch = self.arch
         flops = 0.0
         for name, parameter in self.named_parameters():
@@ -621,7 +618,7 @@ class Transformer(nn.Module):
 
 
 def count_positions(document_ids: Tensor) -> Tensor:
-    """Position of each token in its document [B, T]: counting starts anew at every change of id."""
+    """Position of each token in its document [B, T]: counting restarts at every change of id."""
     T = document_ids.shape[1]
     index = torch.arange(T, device=document_ids.device).expand_as(document_ids)
     first = torch.ones_like(document_ids, dtype=torch.bool)
@@ -632,11 +629,11 @@ def count_positions(document_ids: Tensor) -> Tensor:
 def load_balancing_loss(
     router_logits: list[Tensor], arch: Architecture, real: Tensor | None = None
 ) -> Tensor:
-    """Switch-Transformer auxiliary loss (arXiv 2101.03961, eq. 4–6) over all layers: X · Σ_e f_e·P_e, least
-    when tokens spread evenly; f_e is the share of choices that fell on expert e, times experts_per_token, P_e
+    """Switch-Transformer auxiliary loss (arXiv 2101.03961, eq. 4–6) over all layers: X · Σ_e f_e·P_e,
+    minimal when tokens are spread evenly; f_e is expert e's share of the choices times experts_per_token, P_e
     its mean probability.
 
-    `router_logits`: one [N, X] a layer; `real` [N] marks tokens that are no padding.
+    `router_logits`: one [N, X] per layer; `real` [N] marks tokens that are not padding.
     """
     logits = torch.stack(router_logits)  # [L, N, X]
     probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -734,7 +731,7 @@ def cli() -> None:
     """python model.py chat DIR, or ballast-model where the package is installed."""
     if sys.argv[1:2] != ["chat"]:
         sys.exit("usage: model.py chat DIR [--temperature 0.7] [--max-new-tokens 512]")
-    chat = importlib.import_module("rollouts.chat").chat  # above: only the command needs it
+    chat = importlib.import_module("rollouts.chat").chat  # imported here: only the command needs it
     run_command(lambda: chat(sys.argv[2:]))
 
 

@@ -1,5 +1,5 @@
-"""Supervised fine-tuning: teach a model to write the answers in a data set, by the likelihood of their
-tokens.
+"""Supervised fine-tuning: teach a model to write the answers in a data set, by maximising the likelihood of
+their tokens.
 
     python sft.py --config configs/tiny/sft.yaml
     torchrun --nproc-per-node 8 sft.py --config configs/llama-3.1-8b-lora.yaml learning_rate=2e-4
@@ -289,7 +289,7 @@ def loss_metrics(sums: dict[str, float], aux_coef: float, world: World) -> dict[
     metrics = {}
     if sums["learnt"]:
         metrics["train/loss"] = sums["nll"] / sums["learnt"]
-        if sums["nll"] and sums["steps"] == 1:  # is what is shown what was differentiated?
+        if sums["nll"] and sums["steps"] == 1:  # is the displayed loss the one that was differentiated?
             differentiated = sums["loss"] / world.size - aux_coef * sums.get("aux", 0.0) / world.size
             metrics["train/loss_consistency"] = differentiated / metrics["train/loss"]
     if aux_coef and "aux" in sums:

@@ -258,7 +258,7 @@ def refused(root: Path, base: str, out: Path, words: str) -> None:
 
 
 def full_disk(root: Path, base: str, out: Path, seed: int) -> int:
-    """The disk fills up in the middle: one line, exit code 2; with room, the same command goes on."""
+    """The disk fills up in the middle: one line, exit code 2; with room, the same command continues."""
     whole = sum(p.stat().st_size for p in undisturbed(root, base).rglob("*") if p.is_file())
     room = int(random.Random(seed).uniform(0.3, 0.8) * whole)
     with small_disk(out, f"size={room}") as remount:

@@ -1,4 +1,4 @@
-"""LoRA: put into a model, loaded and saved as PEFT folders."""
+"""LoRA: add adapters to a model, load and save them as PEFT folders."""
 
 import contextlib
 import fnmatch
@@ -24,9 +24,9 @@ def lora_modules(model: Transformer) -> dict[str, Linear]:
 
 
 def _target_modules(linear: dict[str, Linear], wanted: list[str] | str | None) -> dict[str, Linear]:
-    """The linear layers that `lora_target_modules` names, in PEFT's ways
-    (tuners_utils.check_target_module_exists): a text is a regular expression for the whole of a full name,
-    an entry of a list the end of one."""
+    """The linear layers that `lora_target_modules` selects, by PEFT's rules
+    (tuners_utils.check_target_module_exists): a string is a regular expression that matches full names, a
+    list entry matches the end of a name."""
     if wanted is None or wanted == "all-linear":
         return linear
     targets: dict[str, Linear] = {}
@@ -52,7 +52,7 @@ def _target_modules(linear: dict[str, Linear], wanted: list[str] | str | None) -
 
 
 def _names_for_peft(chosen: dict[str, Linear], linear: dict[str, Linear]) -> list[str]:
-    """The last parts of the names where these name just the chosen layers, else the full names."""
+    """The last parts of the names if they select exactly the chosen layers, else the full names."""
     ends = {name.rsplit(".", 1)[1] for name in chosen}
     short = all(name in chosen for name in linear if name.rsplit(".", 1)[1] in ends)
     return sorted(ends) if short else sorted(hf_name(name) for name in chosen)
@@ -66,8 +66,7 @@ def apply_lora(
 ) -> Transformer:
     """Freeze every weight and put adapters (in `dtype`) on the chosen linear layers, and on the rows of
     `token_rows` in embedding and head; in place."""
-    wanted = options.lora_target_modules
-    chosen = _target_modules(block_linears(model), wanted)
+    chosen = _target_modules(block_linears(model), options.lora_target_modules)
     model.requires_grad_(False)
     r = options.lora_r
     scale = options.lora_alpha / (math.sqrt(r) if options.lora_use_rslora else r)
@@ -91,8 +90,8 @@ def apply_lora(
 
 @torch.no_grad()
 def initialize_lora(model: Transformer, seed: int) -> None:
-    """A uniform in ±1/√in (the reference's Kaiming bound), B zero, rows of new tokens as they are: the
-    adapted model starts as the base model, whose weights must be there."""
+    """A uniform in ±1/√in (the reference's Kaiming bound), B zero, rows of new tokens copied: the
+    adapted model starts as the base model, whose weights must be loaded already."""
     for number, module in enumerate(lora_modules(model).values()):
         local, begin = local_rows(module.lora_A)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -112,7 +111,7 @@ def initialize_lora(model: Transformer, seed: int) -> None:
 
 @contextlib.contextmanager
 def adapters_disabled(model: Transformer):
-    """Inside, the model is its base: the reference policy, without a second copy of the weights."""
+    """Inside the context the model is its base: the reference policy without a second copy of the weights."""
     modules: list[Any] = list(lora_modules(model).values())
     modules += [] if model.token_rows is None else [model.token_rows]
     before = [module.enabled for module in modules]
@@ -127,8 +126,7 @@ def adapters_disabled(model: Transformer):
 
 @contextlib.contextmanager
 def base_of(model: Transformer, copy: Transformer | None):
-    """The weights that training began with: a frozen copy, or with LoRA (no copy) the model without its
-    adapters."""
+    """The initial model: a frozen copy, or with LoRA (no copy) the model without its adapters."""
     if copy is not None:
         yield copy
     else:
@@ -145,8 +143,8 @@ def save_adapter(
     """Write the adapters as PEFT does: adapter_model.safetensors and adapter_config.json. A collective if
     sharded.
 
-    vLLM refuses rows of tokens in PEFT's form. With `for_vllm` they are written as adapters of rank k on
-    embedding and head, exactly what vLLM's layers add up to: only for rows that the base model has."""
+    vLLM does not accept trained token rows in PEFT's format. With `for_vllm` they are written as equivalent
+    adapters of rank k on embedding and head; possible only for rows that the base model has."""
     assert model.adapter is not None
     tensors, config = {}, dict(model.adapter)
 
@@ -173,7 +171,7 @@ def save_adapter(
 
 
 def rows_are_served(model: Transformer) -> bool:
-    """Whether a server of the base model has the rows of the new tokens."""
+    """Whether the base model has rows for the new tokens, so that a vLLM server can load them."""
     return model.token_rows is None or max(model.token_rows.ids) < model.arch.checkpoint_vocab_size
 
 
@@ -204,8 +202,8 @@ def _put_rows_as_adapters(model: Transformer, config: dict, put: Callable[[str, 
 
 
 def adapter_token_rows(directory: str | Path) -> list[int]:
-    """Ids of the tokens whose rows a PEFT adapter trained. CheckpointError for what is no such list, or where
-    embedding and head have different ones."""
+    """Ids of the tokens whose rows a PEFT adapter trained. Raises CheckpointError if the list is invalid or
+    differs between embedding and head."""
     path = Path(directory) / "adapter_config.json"
     given = read_json(path).get("trainable_token_indices") or []
     lists = list(given.values()) if isinstance(given, dict) else [given]
@@ -223,6 +221,12 @@ def adapter_token_rows(directory: str | Path) -> list[int]:
     return sorted(lists[0]) if lists else []
 
 
+def _rows_in_order(path: Path, layer: str) -> list[int]:
+    """The token of each row that an adapter's file has for `layer` (embed_tokens or lm_head)."""
+    given = read_json(path)["trainable_token_indices"]
+    return given.get(layer, next(iter(given.values()))) if isinstance(given, dict) else given
+
+
 # The values of init_lora_weights that leave the base weights alone; the folder would not hold their change.
 PLAIN_STARTS = (None, True, False, "true", "false", "gaussian", "orthogonal", "eva")
 
@@ -237,9 +241,9 @@ def adopt_adapter(config: ModelOptions, arch: Architecture, checkpoint: Path, di
     if not (folder / "adapter_config.json").exists():
         problem = "is no PEFT adapter: it has no adapter_config.json"
         raise ConfigError("lora_model_dir", config.lora_model_dir, problem)
-    adapter, file = read_adapter_options(folder, config.base_model), folder / "adapter_config.json"
     with torch.device("meta"):
         linear = block_linears(Transformer(arch))
+    adapter, file = read_adapter_options(folder, config.base_model, linear), folder / "adapter_config.json"
 
     def same(key: str) -> bool:
         wanted, saved = getattr(config, key), getattr(adapter, key)
@@ -288,9 +292,11 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
     return base, revision
 
 
-def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions:
-    """The LoRA options that a PEFT adapter was made with. Raises CheckpointError for variants not implemented
-    here."""
+def read_adapter_options(
+    directory: str | Path, base_model: str, linear: dict[str, Linear] | None = None
+) -> ModelOptions:
+    """The LoRA options that a PEFT adapter was made with. With the `linear` layers of its model, names that
+    match none of them are left out, as in PEFT. Raises CheckpointError for variants not implemented here."""
     path = Path(directory) / "adapter_config.json"
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":
@@ -328,6 +334,13 @@ def read_adapter_options(directory: str | Path, base_model: str) -> ModelOptions
     names = targets or None
     if isinstance(targets, list):
         names = [re.sub(r"^(base_model\.)?(model\.)+", "", target) for target in targets] or None
+        if vocabulary := [t for t in targets if t.rsplit(".", 1)[-1] in ("lm_head", "embed_tokens")]:
+            raise CheckpointError(f"{path}: target_modules has {vocabulary[0]}, which is not supported")
+        if linear is not None and names is not None:
+            ends = tuple(hf_name(name) for name in linear)
+            names = [n for n in names if any(f".{end}".endswith(f".{n}") for end in ends)]
+            if not names:
+                raise CheckpointError(f"{path}: target_modules {shown(targets)} match no linear layer here")
     return ModelOptions(
         base_model=base_model, adapter="lora", lora_r=raw["r"], lora_alpha=raw["lora_alpha"],
         lora_dropout=raw.get("lora_dropout", 0.0), lora_target_modules=names,
@@ -361,13 +374,12 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
 
 
 def _load_token_rows(model: Transformer, path: Path, file: TensorFile, names: set[str]) -> None:
-    """Fill the rows of the tokens that the adapter trained; others of the model keep what they have."""
+    """Load the token rows that the adapter trained; the model's other rows keep their values."""
     rows, theirs = model.token_rows, adapter_token_rows(path.parent)
     if not theirs:
         return
     if rows is None or not set(theirs) <= set(rows.ids):
         raise CheckpointError(f"{path}: trains the rows of tokens {theirs[:4]}, which are not trained here")
-    places = torch.tensor([rows.ids.index(i) for i in theirs])
     for layer, parameter in [("model.embed_tokens", rows.embedding)] + (
         [] if rows.tied else [("lm_head", rows.head)]
     ):
@@ -380,6 +392,8 @@ def _load_token_rows(model: Transformer, path: Path, file: TensorFile, names: se
                 f"{path}: {key} has shape {list(values.shape)}, expected "
                 f"{[len(theirs), model.arch.hidden_size]}"
             )
+        tokens = _rows_in_order(path.parent / "adapter_config.json", layer.removeprefix("model."))
+        places = torch.tensor([rows.ids.index(i) for i in tokens])
         local, begin = local_rows(parameter)
         own = (places >= begin) & (places < begin + local.shape[0])
         local[(places[own] - begin).to(local.device)] = values[own].to(local)

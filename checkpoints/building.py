@@ -1,4 +1,4 @@
-"""The model of a config: sharded, with its weights and adapters."""
+"""Builds a config's model: sharded, with its weights and adapters."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,22 +18,23 @@ def build_model(
     arch: Architecture, checkpoint: Path, config: Any, world: World, random_init: bool = False,
     new_tokens: Sequence[int] = (), frozen: bool = False,
 ) -> Transformer:
-    """The model of a config, sharded, with its weights (loaded or random) and adapters, in training mode.
-    Beside adapters the rows of `new_tokens` are trained too. `frozen`: a copy that is only read, in the
-    precision of the products (with fp8 its products begin from the same weights as the model's: fp32).
+    """Build a config's model, sharded, with its weights (loaded or random) and adapters, in training mode.
+    With an adapter, the rows of `new_tokens` are trained too. `frozen`: a read-only copy in the compute dtype
+    (with fp8 in fp32, because its products must start from the same weights as the model's).
 
-    It is made on the meta device, where it costs nothing; once it is sharded each rank gives storage to its
-    own rows and reads only those from the checkpoint.
+    The model is created on the meta device, where it needs no memory; after sharding, each rank allocates
+    its own rows and reads only those from the checkpoint.
     """
     if world.device.type == "cuda" and not config.bf16:
         log.warning(
-            "bf16: false on a GPU: attention takes a form whose memory grows with the square of the length; "
-            "set bf16: true unless this is meant"
+            "bf16: false on a GPU: attention falls back to a form whose memory grows with the square of the "
+            "length; set bf16: true unless this is intended"
         )
     stored = [k for k in ("load_in_4bit", "load_in_8bit", "fp8_frozen") if getattr(config, k)]
     if config.fsdp_cpu_offload and stored:
         raise ConfigError(
-            stored[0], True, "cannot go with fsdp_cpu_offload, which moves parameters only: quantised "
+            stored[0], True, "cannot be combined with fsdp_cpu_offload, which moves parameters only: "
+            "quantised "
             "weights are needed on the GPU all the time; leave one of the two out",
         )
     before = adapter_token_rows(config.lora_model_dir) if config.adapter and config.lora_model_dir else []

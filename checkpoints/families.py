@@ -1,10 +1,10 @@
-"""What a checkpoint's config.json means: a table of families, each a row of switches, and the architecture
-that it describes, rotary embeddings included. A field that no row names is refused: it may change the
+"""Interprets a checkpoint's config.json: a table of families, each a row of switches, and the resulting
+architecture, including rotary embeddings. Fields that no row lists are refused: they may change the
 arithmetic."""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ class Family:
     mlp_bias: bool | str = False
     # RMSNorm of q and k: per head (Qwen 3) or over all heads (OLMo 2)
     qk_norm: Literal["none", "head", "all"] = "none"
-    # Where the norms of a block stand: OLMo 2 after, Gemma around
+    # Norms of a block's sublayers: before, after (OLMo 2) or both (Gemma)
     norms: Literal["pre", "post", "both"] = "pre"
     norm_plus_one: bool = False  # Gemma's norm multiplies by 1 + weight
     softcaps: bool = False  # Gemma's caps on scores and logits, and its own scale of scores
@@ -32,7 +32,7 @@ class Family:
     fused_projections: bool = False  # Phi-3's qkv_proj and gate_up_proj
     windows: Literal["none", "all", "typed"] = "none"  # which layers have the sliding window
     experts: Literal["none", "mixtral", "qwen"] = "none"
-    defaults: dict = field(default_factory=dict)  # what config.json means when it leaves a field out
+    defaults: dict = field(default_factory=dict)  # values of fields that config.json omits
     reads: tuple[str, ...] = ()  # fields of config.json that this family has besides the common ones
 
 
@@ -69,7 +69,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "Phi3ForCausalLM": Family(
         fused_projections=True, windows="all", defaults=dict(rms_norm_eps=1e-5),
-        reads=("original_max_position_embeddings",),
+        reads=("original_max_position_embeddings", "partial_rotary_factor"),
     ),
     "Olmo2ForCausalLM": Family(
         **_LLAMA_BIASES, qk_norm="all", norms="post", defaults=dict(rms_norm_eps=1e-5),
@@ -97,8 +97,10 @@ COMMON_FIELDS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
     "max_position_embeddings",
-    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window", "layer_types",
+    "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types",
 }
+# Fields whose default is a feature, which null turns off
+OFF_BY_NULL = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
     "num_key_value_heads", "sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok",
@@ -139,13 +141,13 @@ INERT_FIELDS = {
     "model_name", "move_model_to_device", "sequence_parallel_enabled", "selective_checkpoint_enabled",
     "tokenizer_padding_side", "pad_token",
 }
-# Fields that repeat in other words what this code computes anyway, and the value at which they do
-IMPLIED_FIELDS = {"moe_frequency": 1, "full_attn_mod": 1, "interpolate_factor": 1}
+# Fields that restate what this code computes anyway, with the value for which that is true
+IMPLIED_FIELDS = {"partial_rotary_factor": 1, "moe_frequency": 1, "full_attn_mod": 1, "interpolate_factor": 1}
 
 
 @dataclass
 class Rope:
-    """Rotary embedding of one kind of layer: which frequencies, and how they stretch with length."""
+    """Rotary embedding of one kind of layer: its frequencies, and their scaling with length."""
 
     dim: int  # rotated dimensions of a head
     kind: str = "default"
@@ -252,8 +254,7 @@ class Architecture:
 
     @staticmethod
     def from_config(raw: dict, source: str = "config.json", ignore: list[str] | tuple = ()) -> "Architecture":
-        """Raises CheckpointError by name for an architecture or a field whose arithmetic is not implemented
-        here, and for a field whose value has the wrong type."""
+        """Raises CheckpointError for an unsupported field or architecture, or a value of the wrong type."""
 
         def refuse(what: str, remedy: str = "") -> CheckpointError:
             return CheckpointError(f"{source}: {what}{'; ' + remedy if remedy else ''}")
@@ -261,6 +262,9 @@ class Architecture:
         name = _family_name(raw, refuse)
         family = FAMILIES[name]
         cfg: dict[str, Any] = {**family.defaults, **{k: v for k, v in raw.items() if v is not None}}
+        for key in OFF_BY_NULL & raw.keys():  # null is not the same as absent: it overrides the default
+            if raw[key] is None:
+                cfg.pop(key, None)
         _check_fields(cfg, name, ignore, refuse)
         try:
             L, D, H = cfg["num_hidden_layers"], cfg["hidden_size"], cfg["num_attention_heads"]
@@ -275,11 +279,13 @@ class Architecture:
                 f"activation {activation!r} is not supported", "supported: silu, gelu, gelu_pytorch_tanh"
             )
 
-        rope_layers: list = cfg.get("no_rope_layers") or []  # despite its name, 1 where it has positions
+        if "partial_rotary_factor" not in family.reads:  # 1, or one that the user says to ignore
+            cfg.pop("partial_rotary_factor", None)
+        rope_layers: list = cfg.get("no_rope_layers") or []  # despite its name, 1 marks a layer with RoPE
         if "no_rope_layers" in family.reads and not rope_layers:
             rope_layers = [int((i + 1) % cfg["no_rope_layer_interval"] != 0) for i in range(L)]
         window, types = _layer_types(family, cfg, raw, rope_layers, refuse)
-        ropes, notes = _read_ropes(family, cfg, E, refuse)
+        ropes, notes = _read_ropes(cfg, E, refuse, ignore)
         layer_ropes: list[str | None] = ["all" if "all" in ropes else kind for kind in types]
         if rope_layers:
             layer_ropes = [key if rope else None for key, rope in zip(layer_ropes, rope_layers, strict=True)]
@@ -321,25 +327,28 @@ def _family_name(raw: dict, refuse: Callable) -> str:
     names = raw.get("architectures") or [None]
     if not isinstance(names, list):
         raise refuse(f"architectures is {shown(names)}, not a list of names")
-    spellings = {known.lower(): known for known in FAMILIES}  # LLaMAForCausalLM of the first conversions
-    name = spellings.get(str(names[0]).lower(), names[0])
-    if name is None:
-        by_type = {re.sub(r"\W|_", "", k.removesuffix("ForCausalLM")).lower(): k for k in FAMILIES}
-        model_type = re.sub(r"_text$", "", str(raw.get("model_type"))).replace("_", "")
-        name = by_type.get(model_type, raw.get("model_type"))
+    spellings = {known.lower(): known for known in FAMILIES}  # early conversions say LLaMAForCausalLM
+    by_type = {re.sub(r"\W|_", "", k.removesuffix("ForCausalLM")).lower(): k for k in FAMILIES}
+    model_type = re.sub(r"_text$", "", str(raw.get("model_type"))).replace("_", "")
+    name = spellings.get(str(names[0]).lower(), names[0]) or by_type.get(model_type, raw.get("model_type"))
     if name not in FAMILIES:
         raise refuse(f"architecture {name} is not supported", "supported: " + ", ".join(FAMILIES))
+    if (other := by_type.get(model_type, name)) != name:
+        raise refuse(f"architectures has {name}, but model_type means {other}", "correct the wrong one")
     return name
 
 
 def _check_fields(cfg: dict, name: str, ignore: list[str] | tuple, refuse: Callable) -> None:
-    """Refuse a quantisation that cannot be read, a field that nobody knows, and a value of the wrong type."""
+    """Refuse unsupported quantisation, unknown fields, and values of the wrong type."""
     family = FAMILIES[name]
     quantization = cfg.get("quantization_config")
     if quantization is not None:
         if not isinstance(quantization, dict):
             raise refuse(f"quantization_config is {shown(quantization)}, not an object")
         method, kind = quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type", "nf4")
+        if method is None:  # bitsandbytes before it had a name; NVIDIA's tools say quant_algo
+            old = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+            method = "bitsandbytes" if old else quantization.get("quant_algo", shown(quantization))
         if method != "bitsandbytes" or kind != "nf4":
             what = kind if method == "bitsandbytes" else method
             raise refuse(f"quantization_config: {what} is not supported", "use the bf16 original")
@@ -418,15 +427,15 @@ def _layer_types(
 
 
 def _read_ropes(
-    family: Family, cfg: dict, head_dim: int, refuse: Callable
+    cfg: dict, head_dim: int, refuse: Callable, ignore: Sequence[str]
 ) -> tuple[dict[str, Rope], list[str]]:
-    """(rotary embeddings by kind of layer, notes), from the dialect of transformers 4 (rope_scaling) or 5
-    (rope_parameters). Where both stand there rope_scaling wins, as in transformers
+    """(rotary embeddings by kind of layer, notes), in the format of transformers 4 (rope_scaling) or 5
+    (rope_parameters). If both are given, rope_scaling wins, as in transformers
     (modeling_rope_utils.convert_rope_params_to_dict)."""
     parameters, scaling = dict(cfg.get("rope_parameters") or {}), cfg.get("rope_scaling") or {}
 
     def read(parameters: dict, scaling: dict) -> dict[str, Rope]:
-        if "rope_local_base_freq" in cfg:  # Gemma 3: rope_scaling is of the global layers alone
+        if "rope_local_base_freq" in cfg:  # Gemma 3: rope_scaling applies to global layers only
             by_type = parameters
             if not {"full_attention", "sliding_attention"} & set(parameters):
                 local = {"rope_theta": cfg["rope_local_base_freq"]}
@@ -440,7 +449,8 @@ def _read_ropes(
         for key, value in by_type.items():
             if not isinstance(value, dict):
                 raise refuse(f"rope_parameters: {key} is {shown(value)}, not an object")
-        return {key: _read_rope(dict(value), cfg, head_dim, refuse) for key, value in by_type.items()}
+        kept = {key: {k: v for k, v in value.items() if k not in ignore} for key, value in by_type.items()}
+        return {key: _read_rope(value, cfg, head_dim, refuse) for key, value in kept.items()}
 
     ropes = read(parameters, scaling)
     if not (parameters and scaling) or ropes == read(parameters, {}):
@@ -478,7 +488,11 @@ def _read_rope(params: dict, cfg: dict, head_dim: int, refuse: Callable) -> Rope
     inert = {"original_max_position_embeddings", "finetuned"}  # the first is read by llama3 and yarn only
     unknown = set(params) - ROPE_FIELDS[kind] - inert
     if unknown:
-        raise refuse(f"rope field {sorted(unknown)[0]} is not known for rope type {kind}")
+        field = sorted(unknown)[0]
+        raise refuse(
+            f"rope field {field} is not known for rope type {kind}",
+            f"if it changes nothing, set ignore_config_fields: [{field}]",
+        )
     needed = {"linear": {"factor"}, "dynamic": {"factor"}, "llama3": ROPE_FIELDS["llama3"]}.get(kind, set())
     if needed - set(params):
         raise refuse(f"rope type {kind} lacks {sorted(needed - set(params))[0]}")

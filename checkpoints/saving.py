@@ -1,5 +1,5 @@
-"""Checkpoints, so that nothing is lost: they appear whole or not at all, with checksums, can be resumed with
-another world size, and end in the final model."""
+"""Checkpoints: written atomically, with checksums, and resumable with another world size; and the final
+model."""
 
 import contextlib
 import enum
@@ -46,20 +46,19 @@ class CheckpointOptions:
     output_dir: str = "outputs/run"
     """Everything the run writes goes here."""
     save_steps: int | float | None = None
-    """Write a checkpoint every N steps, or below 1 after every such share of the run; unset: only when the
-    run is interrupted."""
+    """Write a checkpoint every N steps, or, for values below 1, after that fraction of the run; unset: only
+    when the run is interrupted."""
     saves_per_epoch: int | None = None
-    """Write so many checkpoints in every epoch, instead of save_steps."""
+    """Write N checkpoints per epoch, instead of save_steps."""
     save_total_limit: int = 2
-    """Keep this many checkpoints, the newest."""
+    """Keep the N newest checkpoints."""
     save_async: bool = True
-    """Write checkpoints in the background while training goes on."""
+    """Write checkpoints in the background while training continues."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint in output_dir if there is one; never; or a checkpoint's
     directory."""
     resume_with_new_data: bool = False
-    """Allow a checkpoint to go on with data other than it was made with; its position then means other
-    rows."""
+    """Allow resuming with other data than the checkpoint's; its position then refers to other rows."""
 
     def check(self) -> None:
         check_at_least_one(self, "save_total_limit")
@@ -75,7 +74,7 @@ def _checksum(path: Path) -> int:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None after every byte was found as it was written."""
+    """What is wrong with a checkpoint, or None if every file matches its checksum."""
     try:
         sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
         for name, (size, checksum) in sums.items():
@@ -91,7 +90,7 @@ def damage(path: Path) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong; DCP's own error (which is no Exception) holds one for each rank."""
+    """The first line of an error's message; DCP's own error (not an Exception) holds one per rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -106,8 +105,8 @@ def _member(of: Any, name: str) -> enum.Enum:
 
 
 class _Unpickler(pickle.Unpickler):  # noqa: S301 - checked by find_class
-    """DCP keeps its index of tensors as a pickle, which could name any function to be called: only what an
-    index is made of is let in."""
+    """DCP stores its tensor index as a pickle, which could call any function: only the classes that an index
+    needs are allowed."""
 
     CLASSES = frozenset({
         ("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
@@ -135,7 +134,7 @@ class _Reader(dcp.FileSystemReader):
 
 class _Planner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)  # raises on all but numbers and their names; DCP would run it
+        torch.load(value, weights_only=True)  # raises on anything but plain data; DCP would execute it
         value.seek(0)
         super().load_bytes(read_item, value)
 
@@ -158,17 +157,17 @@ def peek(options: CheckpointOptions) -> dict:
 
 
 class Checkpointer:
-    """Sharded checkpoints (DCP) in `directory`/step-N that exist whole or not at all.
+    """Sharded checkpoints (DCP) in `directory`/step-N that are published atomically.
 
     A checkpoint holds the trained parameters, the optimisers, each rank's random state and a JSON state of
-    the loop. It is written in .step-N, with a checksum for every file, and renamed when the last rank is
-    done; `latest` follows.
+    the loop. It is written to .step-N, with a checksum per file, and renamed when the last rank is done; then
+    `latest` is updated.
     """
 
     def __init__(self, directory: Path, world: World, options: CheckpointOptions):
         self.directory, self.world, self.options = directory, world, options
         self._pending: Future | None = None
-        # Collectives of a background save never mix with the loop's own
+        # Its own group: collectives of a background save must not mix with the loop's
         self._group: Any = td.new_group(backend="gloo", timeout=world.timeout)
         if world.main:
             directory.mkdir(parents=True, exist_ok=True)
@@ -186,8 +185,8 @@ class Checkpointer:
         return sorted(int(n) for n in names if n.isdigit())
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose checksums are right. What is damaged is put aside under another name
-        (never deleted) and said. BallastError where checkpoints are there and none of them is whole."""
+        """The newest checkpoint whose checksums match. Damaged ones are renamed (never deleted) and reported.
+        Raises BallastError if there are checkpoints but none is intact."""
 
         def look() -> str | None:
             tried = []
@@ -214,7 +213,7 @@ class Checkpointer:
     def _state_dict(
         model: Transformer, optimizers: list[torch.optim.Optimizer], others: Mapping[str, nn.Module]
     ) -> dict[str, Any]:
-        # The base weights of LoRA are not the run's to save.
+        # LoRA's frozen base weights are not saved.
         options = StateDictOptions(ignore_frozen_params=True)
         return {
             "model": get_model_state_dict(model, options=options),
@@ -227,7 +226,7 @@ class Checkpointer:
         others: Mapping[str, nn.Module] | None = None,
     ) -> None:
         """Write step-N; in the background if `save_async`. A collective. `state` must be JSON; `others` are
-        frozen models that move, all of whose weights are saved too."""
+        frozen models whose weights change during the run (a synchronised reference); saved too."""
         self.finish()
         final, aside = self.directory / f"step-{step}", self.directory / f".step-{step}"
         with self._named():
@@ -257,8 +256,8 @@ class Checkpointer:
                 publish_it()
             td.barrier(self._group)
             return
-        # Rank 0's part is done only when DCP has heard from every rank, so rank 0 alone decides when it is
-        # whole.
+        # Rank 0's future resolves only after DCP has heard from every rank, so rank 0 alone decides when the
+        # checkpoint is complete.
         written = dcp.async_save(state_dict, checkpoint_id=aside, process_group=self._group)
         assert isinstance(written, Future)
         done: Future = Future()
@@ -284,20 +283,20 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors of writing as a line that names the directory."""
+        """Turn write errors into a BallastError that names the directory."""
         try:
             yield
         except (OSError, RuntimeError, CheckpointException) as error:
             raise BallastError(
-                f"no checkpoint could be written to {self.directory} ({_reason(error)}); those before it are "
-                "whole: make room, and the same command goes on from there"
+                f"no checkpoint could be written to {self.directory} ({_reason(error)}); earlier ones are "
+                "intact: free disk space, then the same command resumes from there"
             ) from error
 
     def to_resume(self, identity: dict) -> tuple[Path | None, dict]:
         """The checkpoint that `resume` asks for, if there is one, and its JSON state.
 
-        `identity` says what a checkpoint can go on with: option → value, and "data" → fingerprint. Raises
-        ConfigError where the checkpoint has another: it would silently continue a different run.
+        `identity` holds what must match to resume: option → value, and "data" → fingerprint. Raises
+        ConfigError on a mismatch, which would silently continue a different run.
         """
         resume = self.options.resume
         path = {"auto": self.newest, "never": lambda: None}.get(resume, lambda: Path(resume))()
@@ -338,8 +337,8 @@ class Checkpointer:
         self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int,
         others: Mapping[str, nn.Module] | None = None,
     ) -> None:
-        """Bring parameters, optimisers and random state back. Where the world has another size than the
-        checkpoint's, the numbers then agree only to rounding, and random state starts anew from `seed`."""
+        """Restore parameters, optimisers and random state. If the world size differs from the checkpoint's,
+        results match to rounding only, and the random state is reseeded from `seed`."""
         log.info("resuming from %s", path)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         state_dict = self._state_dict(model, optimizers, others or {})
@@ -383,8 +382,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def appearing(final: Path, world: World):
-    """A directory that all ranks may write in, which appears under its name when the block ends without an
-    error."""
+    """A temporary directory for all ranks to write to; renamed to `final` if the block ends without error."""
     aside = final.with_name(f".{final.name}.tmp")
     if world.main:
         shutil.rmtree(aside, ignore_errors=True)
@@ -401,15 +399,15 @@ def appearing(final: Path, world: World):
 
 
 def save_final(model: Transformer, tokenizer: Any, config: Any, world: World) -> Path:
-    """output_dir/final: the model as a Hugging Face folder, or the adapter as a PEFT folder, when it is
-    whole."""
+    """Write output_dir/final atomically: the model as a Hugging Face folder, or the adapter as a PEFT
+    folder."""
     final = Path(config.output_dir) / "final"
     with appearing(final, world) as aside:
         if config.adapter and not config.merge_adapter:
             save_adapter(model, aside, main=world.main)
             if model.token_rows is not None and rows_are_served(model):
                 save_adapter(model, aside / "vllm", main=world.main, for_vllm=True)
-                log.info("vLLM refuses rows of tokens in PEFT's form: final/vllm is the same adapter for it")
+                log.info("vLLM does not accept token rows in PEFT's format: use final/vllm there")
             elif model.token_rows is not None:
                 log.info(
                     "new tokens lie beyond the base model's vocabulary: PEFT opens this adapter through "

@@ -1,5 +1,5 @@
-"""Hugging Face checkpoints and PEFT adapters, in and out: read slice by slice, sharded or whole, with nothing
-believed unchecked; written as transformers and peft read them. LoRA on a model that is there.
+"""Reads and writes Hugging Face checkpoints: read slice by slice, sharded or whole, and validated completely;
+written as transformers and vLLM load them.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_architecture(directory: Path, ignore: list[str] | tuple = ()) -> Architecture:
-    """Raises CheckpointError for a config.json that cannot be computed as it is meant."""
+    """Read config.json. Raises CheckpointError if it is invalid or not supported exactly."""
     path = directory / "config.json"
     try:
         arch = Architecture.from_config(read_json(path), str(path), ignore)
@@ -64,7 +64,7 @@ def resized(arch: Architecture, vocab_size: int, multiple: int = 1) -> Architect
 
 
 class TensorFile:
-    """A safetensors file. Whatever the library finds wrong with it becomes a CheckpointError of one line."""
+    """A safetensors file. The library's errors become a CheckpointError of one line."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -119,10 +119,10 @@ class Weights:
         return self.files[name]
 
     def _check_index(self, index: Path) -> None:
-        """CheckpointError where a tensor stands in two files of the index with different values."""
+        """Raise CheckpointError if two files of the index hold the same tensor with different values."""
         for file in sorted(set(self.where.values())):
             for name in self._open(file).names:
-                indexed = self.where.setdefault(name, file)  # of no entry: used, or refused as unexpected
+                indexed = self.where.setdefault(name, file)  # not indexed: used, or refused as unexpected
                 if indexed != file and name in self._open(indexed).names:
                     one, other = self._open(indexed).tensor(name), self._open(file).tensor(name)
                     if one.dtype != other.dtype or not torch.equal(one, other):
@@ -135,8 +135,8 @@ class Weights:
         return name in self.where
 
     def slice(self, name: str):
-        """A view with get_shape() and row slicing; only the rows asked for leave the disk. A weight that
-        bitsandbytes quantised comes dequantised, whole."""
+        """A view with get_shape() and row slicing; only the rows asked for leave the disk. A weight
+        quantised by bitsandbytes is dequantised as a whole."""
         if self._kind(name) is not None:
             return _Whole(low_precision.dequantize(*self._read_quantized(name)))
         return self._open(self.where[name]).slice(name)
@@ -149,7 +149,7 @@ class Weights:
         return self._open(self.where[name]).tensor(name)
 
     def parts(self, name: str) -> list[str]:
-        """The weight's tensor, and those that bitsandbytes put beside it."""
+        """Names of the weight's tensor and of the tensors that bitsandbytes stores with it."""
         beside = [name.removesuffix("weight") + "SCB", name.removesuffix("weight") + "weight_format"]
         return [k for k in self.where if k == name or k.startswith(name + ".") or k in beside]
 
@@ -164,7 +164,7 @@ class Weights:
         )
 
     def _read_quantized(self, name: str) -> tuple[str, tuple[Tensor, ...]]:
-        """A weight that bitsandbytes quantised, in our form of the same numbers."""
+        """A weight quantised by bitsandbytes, with the same values in our format."""
         if self._kind(name) == "int8":
             scb = name.removesuffix("weight") + "SCB"
             return "int8", (
@@ -260,7 +260,7 @@ def _dense_hf_name(name: str, arch: Architecture) -> str:
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
-    """This process's part of a parameter, a plain tensor, and the row of the whole at which it begins."""
+    """This process's shard of a parameter as a plain tensor, and the global index of its first row."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
     _, offset = compute_local_shape_and_global_offset(
@@ -280,7 +280,7 @@ def load_weights(model: Transformer, directory: Path) -> None:
     used = set()
 
     def copy(into: Tensor, source: str, begin: int, whole: torch.Size, may_grow: bool = False) -> None:
-        """`may_grow`: the model may have more rows than config.json says, and the checkpoint."""
+        """`may_grow`: the model may have more rows than config.json and the checkpoint."""
         if source not in weights:
             raise CheckpointError(f"{directory}: tensor {source} is missing")
         used.update(weights.parts(source))
@@ -341,7 +341,7 @@ def load_weights(model: Transformer, directory: Path) -> None:
 
 
 def _check_tied(weights: Weights, directory: Path) -> None:
-    """CheckpointError where a tied matrix is stored twice with different values."""
+    """Raise CheckpointError if a tied matrix is stored twice with different values."""
     names = ("model.embed_tokens.weight", "lm_head.weight")
     if not all(name in weights for name in names):
         return
@@ -402,9 +402,9 @@ def iterate_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole tensor), one at a time, on ranks with `main`.
 
-    With sharded parameters this is a collective: every rank iterates, the others get nothing. `merge` adds
-    the adapter's product to copies of the base weights; without it a model with adapters gives its base.
-    `dtype` converts on the way out.
+    With sharded parameters this is a collective: every rank iterates, but only `main` gets tensors. `merge`
+    adds the adapter's product to copies of the base weights; without it a model with adapters yields its base
+    weights. `dtype` converts the result.
     """
     arch, modules = model.arch, dict(model.named_modules())
 
@@ -440,7 +440,7 @@ def iterate_weights(
 
 
 def weight_shapes(model: Transformer) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of what `iterate_weights` gives, in its order, without gathering anything."""
+    """Names and shapes of the tensors that `iterate_weights` yields, in its order, without gathering them."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
     for name, module in block_linears(model).items():
         if module.kind is not None:
@@ -459,8 +459,8 @@ def weight_shapes(model: Transformer) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file that those may read who may read its folder: the library alone makes it its owner's,
-    and a server of another user could not load it."""
+    """Write a safetensors file with the read permissions of its folder: by default only the owner could read
+    it, and a server run by another user could not load it."""
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)
 
@@ -503,7 +503,8 @@ def save_pretrained(
     flush()
     saved_dtype = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
     raw = dict(arch.raw)
-    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = saved_dtype
+    for key in {"torch_dtype", "dtype"} & raw.keys() or {"dtype"}:
+        raw[key] = saved_dtype
     raw["architectures"] = [arch.name]
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     if len(files) == 1:

@@ -1,4 +1,4 @@
-"""python -m health COMMAND: judge, explain, redraw and break runs."""
+"""python -m health COMMAND: diagnose, report and replay runs, plan memory, convert configs, run drills."""
 
 import importlib
 import sys
@@ -18,27 +18,27 @@ USAGE = """usage: python -m health COMMAND …
     diagnose RUN          verdicts for a finished run: its directory, a metrics.jsonl, a trainer_state.json
                           (TRL, axolotl) or a table exported from wandb (.csv, .jsonl)
     report DIR [DIR …]    one page about a run, or several side by side: report.html; out=FILE
-    replay DIR            run an incident (output_dir/incidents/step-N) again, in one CPU process
-    memory --config X     what a run needs of a GPU's memory, and what to change; also key=value, processes=N
+    replay DIR            rerun an incident (output_dir/incidents/step-N) in one CPU process
+    memory --config X     the GPU memory a run needs, and how to reduce it; also key=value, processes=N
                           and recipe=sft|grpo|ebft
-    convert [FILE]        an axolotl or TRL config in our options, on stdout; without FILE all that is known
-                          of their options (docs/migration.md)
+    convert [FILE]        print an axolotl or TRL config in our options; without FILE, the table of all
+                          known options (docs/migration.md)
     options               every option of every recipe (docs/configs.md)
     drill NAME | all      break a tiny run on purpose, see it named, fix it (drills/*.yaml)"""
 
 
 def recipe_configs() -> dict[str, Any]:
-    """Of a command: libraries never import recipes."""
+    """Each recipe's Config class. Only commands import recipes; libraries never do."""
     return {name: importlib.import_module(name).Config for name in ("sft", "grpo", "ebft")}
 
 
 def recipe_config(arguments: list[str]) -> Any:
-    """The config that a command line describes, of the recipe that knows most of its keys."""
+    """Parse a command line as the config of the recipe that knows most of its keys."""
     named = [a.partition("=")[2] for a in arguments if a.startswith("recipe=")]
     arguments = [a for a in arguments if not a.startswith("recipe=")]
     for name in named:
         if name not in ("sft", "grpo", "ebft"):
-            raise ConfigError("recipe", name, "is none; sft, grpo or ebft")
+            raise ConfigError("recipe", name, "is not a recipe; choose sft, grpo or ebft")
     known = recipe_configs()
     configs = [known[name] for name in named or known]
     given = given_options(arguments)
@@ -59,7 +59,7 @@ def memory_table(arguments: list[str]) -> str:
 
 
 def command_line(arguments: list[str]) -> int:
-    """0: well, 1: something was found, 2: bad usage."""
+    """Run a command and return its exit code: 0 healthy, 1 a problem was found, 2 bad usage."""
     command, *rest = arguments or [""]
     if command == "diagnose" and len(rest) == 1:
         history, config = read_history(Path(rest[0]))
@@ -91,7 +91,7 @@ def command_line(arguments: list[str]) -> int:
     if command == "options" and not rest:
         print(options_page(recipe_configs()), end="")
         return 0
-    if command == "drill-rank" and len(rest) == 1:  # what `drill` starts by itself, on several processes
+    if command == "drill-rank" and len(rest) == 1:  # started by `drill` for a run on several processes
         rank(rest[0])
         return 0
     if command == "drill" and len(rest) == 1:

@@ -1,10 +1,10 @@
-"""A config of axolotl, or the arguments of a TRL trainer as YAML, in our options: `python -m health convert
+"""Converts an axolotl config, or a TRL trainer's arguments as YAML, to our options: `python -m health convert
 theirs.yaml`.
 
-Options that theirs leaves out mean *its* defaults and are written out where they differ from ours. What
-changes its meaning, what is lost and what needs no setting is said in comments; another algorithm is
-refused. `python -m health convert > docs/migration.md` writes the tables; a test compares. Read from
-axolotl's schemas (src/axolotl/utils/schemas) and TRL 1.16's config classes.
+Options that the source config omits keep *its* defaults, which are written out where ours differ. Comments
+list options whose meaning changes, that are lost, or that need no setting; other algorithms are refused.
+`python -m health convert > docs/migration.md` writes the tables; a test checks that they are current.
+Sources: axolotl's schemas (src/axolotl/utils/schemas) and TRL 1.16's config classes.
 """
 
 import copy
@@ -43,7 +43,7 @@ def _words(text: str) -> set[str]:
 
 
 def _by_name(table: dict[str, str]) -> dict[str, str]:
-    """name → what it stands under, from what it stands under → names."""
+    """Invert {key: "name name …"} to {name: key}."""
     return {name: under for under, names in table.items() for name in names.split()}
 
 
@@ -56,7 +56,7 @@ SCHEDULERS = {
     "warmup_stable_decay": "wsd", "cosine_with_min_lr": "cosine",
 }
 
-# Template names of axolotl → those that are shipped here; every other one is the checkpoint's own.
+# axolotl's template name → the one shipped here; for all others the checkpoint's own is used.
 TEMPLATES = {"chatml": "chatml", "llama3": "llama3", "gemma": "gemma", "gemma3": "gemma", "phi_3": "phi_3",
              "phi_35": "phi_3"}
 OWN_TEMPLATES = _words("""
@@ -66,7 +66,7 @@ OWN_TEMPLATES = _words("""
     qwen2_vl
 """)
 
-# What a data set of axolotl is called → (our type, columns, options of the whole run, what changes)
+# axolotl's data set type → (our type, columns, options of the whole run, what changes)
 DATA_TYPES: dict[str, tuple[str | None, Values, Values, str]] = {
     "chat_template": ("chat", {}, {}, ""), "chat_template.default": ("chat", {}, {}, ""),
     "sharegpt": ("chat", {}, {}, ""),
@@ -87,7 +87,7 @@ DATA_TYPES: dict[str, tuple[str | None, Values, Values, str]] = {
     "ebft_reasoning.transform_answer_only": ("chat", {}, {"strip_thinking": True}, ""),
 }
 
-# What theirs does where an option is left out and ours does something else, by recipe
+# Their defaults where ours differ, by recipe
 DEFAULTS: dict[str, dict[str, Values]] = {
     "axolotl": {
         "all": {"adam_beta2": 0.999, "weight_decay": 0.0, "warmup_ratio": 0.03, "saves_per_epoch": 1,
@@ -106,7 +106,7 @@ DEFAULTS: dict[str, dict[str, Values]] = {
 }
 PEFT_DEFAULTS: Values = {"lora_dropout": 0.05, "lora_target_modules": ["q_proj", "v_proj"]}
 
-# Left out because there is nothing to set: reason → options
+# Options that are dropped because nothing needs to be set: reason → options
 NOT_NEEDED = _by_name({
     "attention is one kernel of ours, always within documents": """
         flash_attention flex_attention sdp_attention xformers_attention attn_implementation s2_attention
@@ -118,13 +118,13 @@ NOT_NEEDED = _by_name({
         ddp_broadcast_buffers device_map accelerator_config experimental_skip_move_to_device use_ray
         ray_num_workers dp_replicate_size local_rank use_cpu no_cuda ds3_gather_for_generation""",
     "no DeepSpeed: FSDP2 does what ZeRO-3 does; its offload is fsdp_cpu_offload": "deepspeed",
-    "rows are encoded once, kept, and shuffled by seed": """
+    "rows are encoded once, cached, and shuffled by seed": """
         dataset_num_proc dataset_processes skip_prepare_dataset streaming streaming_multipack_buffer_size
         shuffle_merged_datasets dataset_kwargs remove_unused_columns dataloader_num_workers
         dataloader_pin_memory
         dataloader_prefetch_factor dataloader_persistent_workers shuffle_dataset dataset_streaming
         data_seed""",
-    "kernels of ours are used where they fit": """
+    "our own kernels are used where they apply": """
         liger_rms_norm liger_glu_activation liger_rope liger_layer_norm liger_swiglu liger_rms_norm_gated
         liger_cross_entropy liger_fused_linear_cross_entropy use_liger_kernel use_liger_loss cut_cross_entropy
         lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel use_kernels tiled_mlp
@@ -133,7 +133,7 @@ NOT_NEEDED = _by_name({
         unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o use_dsv4_kernels dsv4_fp4_grouped_mode
         use_glm_dsa_kernels llama4_linearized_experts activation_offloading cache_implementation""",
     "the token that ends a turn is found by the chat template": "eot_tokens",
-    "the numbers are the same by FSDP2 alone, but less fits into a GPU": """
+    "FSDP2 alone gives the same numbers, but fits less into a GPU": """
         context_parallel_size tensor_parallel_size expert_parallel_size sequence_parallel_degree
         heads_k_stride
         ring_attn_func expert_parallel_num_nvl_bytes expert_parallel_token_capacity""",
@@ -171,15 +171,15 @@ NOT_NEEDED = _by_name({
         ignore_bias_buffers env""",
 })
 
-# Left out although the result is another without it: what to know of those that are met often
+# Options that are dropped although they change the result: remarks on the common ones
 LOST: dict[str, str] = {
-    "model_config": "config.json is read as the checkpoint has it",
-    "unfrozen_parameters": "every weight is trained, or adapters are; nothing between",
+    "model_config": "the checkpoint's config.json is used unchanged",
+    "unfrozen_parameters": "either every weight is trained or only adapters are",
     "lora_modules_to_save": "only adapters, and the rows of new tokens, are trained beside the frozen base",
     "lora_target_parameters": "adapters sit on linear layers, not on stacked experts",
     "neftune_noise_alpha": "there is no noise on embeddings",
     "label_smoothing_factor": "there is no label smoothing",
-    "early_stopping_patience": "a run ends at its step; on_unhealthy stops a sick one",
+    "early_stopping_patience": "a run has a fixed length; on_unhealthy can stop an unhealthy one",
     "loss_watchdog_threshold": "see the rules of the health page and on_unhealthy: stop",
     "loss_watchdog_patience": "see the rules of the health page and on_unhealthy: stop",
     "system_prompt": "write it into `system:` of the data set",
@@ -187,7 +187,7 @@ LOST: dict[str, str] = {
     "tokenizer_use_mistral_common": "the checkpoint's tokenizer.json is read",
     "completion_only_loss": "train_on_inputs is for all data sets",
     "init_lora_weights": "A is uniform and B zero", "peft_init_lora_weights": "A is uniform and B zero",
-    "peft": "see docs/training.md for what adapters can be",
+    "peft": "docs/training.md lists the supported adapters",
     "repetition_penalty": "sampling from anything but the policy itself makes every ratio wrong",
     "generation_kwargs": "answers end at the checkpoint's own stop tokens",
     "top_p": "must be 1 in training: the sampler would renormalise, the trainer not",
@@ -196,7 +196,7 @@ LOST: dict[str, str] = {
     "reinit_weights": "random_init of sft.py does this",
 }
 
-# Options by which another algorithm is known: the algorithm → options
+# Options that identify an unsupported algorithm: algorithm → options
 OTHER_ALGORITHMS = _by_name({
     "a reward model": "reward_model center_rewards_coefficient", "a classifier": "num_labels",
     "a process reward model": "process_reward_model step_separator",
@@ -218,8 +218,8 @@ PREFERENCE_LOSSES = _words("""
 """)
 RL_NAMES = {"dpo": "DPO", "ipo": "IPO", "orpo": "ORPO", "kto": "KTO", "simpo": "SimPO", "gdpo": "GDPO"}
 SAMPLED = {"num_generations", "reward_funcs", "reward_weights", "max_completion_length", "scale_rewards"}
-NESTED = ("trl", "ebft", "grpo")  # axolotl keeps a trainer's options in a block of its name
-# Read by the rule of another option
+NESTED = ("trl", "ebft", "grpo")  # axolotl's blocks of trainer options
+# Options that another option's rule reads
 STEERS = _words("""
     rl vllm_server_host vllm_server_port vllm_server_base_url vllm_mode lr_scheduler_kwargs eta_min
     save_strategy eval_strategy evaluation_strategy sync_ref_model dataset_config dataset_train_split
@@ -234,7 +234,7 @@ STEERS = _words("""
 
 
 class Conversion:
-    """A config on its way: what theirs says, laid flat, what it becomes, and what has to be said about it."""
+    """A conversion in progress: the source options, flattened; the converted ones; and notes for the user."""
 
     def __init__(self, theirs: Values, recipe_names: set[str], recipe: str):
         self.source = (
@@ -250,7 +250,7 @@ class Conversion:
             else:
                 self.theirs[str(key)] = _number(value)
         self.made: Values = {}
-        self.filled: Values = {}  # of made: what theirs left out
+        self.filled: Values = {}  # the part of `made` that theirs omits
         self.notes: dict[str, list[tuple[str, str]]] = {"changed": [], "lost": [], "not needed": []}
 
     def say(self, kind: str, key: str, why: str) -> None:
@@ -262,7 +262,7 @@ class Conversion:
 
 
 def _number(value: Any) -> Any:
-    """1e-4 is text to YAML 1.1, and a number to everyone who writes it."""
+    """Convert numbers such as 1e-4, which YAML 1.1 reads as text."""
     number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value.strip())
     return float(value) if number else value
 
@@ -408,7 +408,7 @@ def _vllm(c: Conversion, value: Any) -> Values:
                                       "start `python grpo.py serve`")
         return {"rollout_engine": "embedded"}
     host = c.get("vllm_server_host", c.get("vllm_host", "127.0.0.1"))
-    host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104  where a server listens, not where it is
+    host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104  a listening address, not the client's
     url = (
         c.get("vllm_server_base_url")
         or f"http://{host}:{c.get('vllm_server_port', c.get('vllm_port', 8000))}"
@@ -422,7 +422,7 @@ def _vllm(c: Conversion, value: Any) -> Values:
 
 
 def _serving(name: str) -> Rule:
-    """An option of the server, which is idle where there is none."""
+    """A vLLM server option; dropped if the config does not use vLLM."""
     return lambda c, value: {name: value} if c.get("use_vllm") and value is not None else {}
 
 
@@ -450,7 +450,7 @@ def _max_steps(c: Conversion, value: Any) -> Values:
 
 
 def _prompt_length(c: Conversion, value: Any) -> Values:
-    c.say("changed", "max_prompt_length", "longer prompts are left out; older TRL cuts their beginning off")
+    c.say("changed", "max_prompt_length", "longer prompts are dropped; older TRL cuts off their beginning")
     return {"max_prompt_length": value}
 
 
@@ -508,7 +508,7 @@ def _path(entry: Values) -> str:
 
 
 def _dataset(c: Conversion, entry: Any) -> list[Values]:
-    """One of axolotl's data sets; several where it names several files."""
+    """Convert one axolotl data set; it becomes several if it lists several files."""
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
         raise ConfigError("datasets", entry, "each entry needs a path")
     given = {k: v for k, v in entry.items() if v not in (None, [], {})}
@@ -561,8 +561,8 @@ def _dataset(c: Conversion, entry: Any) -> list[Values]:
         c.say("lost", "datasets.roles", f"{shown(roles)}: roles of other names need module.function")
     trained = given.pop("roles_to_train", ["assistant"])
     if set(trained) - {"assistant", "gpt"}:
-        c.say("lost", "datasets.roles_to_train", f"{shown(trained)}: only what the assistant wrote is "
-                                                 "trained, or with train_on_inputs everything")
+        c.say("lost", "datasets.roles_to_train", f"{shown(trained)}: only assistant turns are trained, "
+                                                 "or everything with train_on_inputs")
     for key, usual in (("train_on_eos", "turn"), ("train_on_eot", "turn")):
         if (value := given.pop(key, usual)) != usual:
             c.say("lost", f"datasets.{key}", f"{value}: the end of every trained turn is trained")
@@ -621,7 +621,7 @@ def _pretraining(c: Conversion, value: Any) -> Values:
 
 
 def _trl_dataset(c: Conversion, value: Any) -> Values:
-    """dataset_name, with what belongs to it; the type shows in the columns of the first row."""
+    """Convert dataset_name and its companions; the first row's columns determine the type."""
     train: Values = {"path": _path({"path": value})}
     if c.get("dataset_config"):
         train["name"] = c.theirs["dataset_config"]
@@ -666,7 +666,7 @@ def _mixer(c: Conversion, value: Any) -> Values:
     return _mixture(c, {"datasets": entries})
 
 
-# theirs → (how it becomes ours, in words; the function that does it)
+# their option → (description of the conversion, function that does it)
 CHANGED: dict[str, tuple[str, Rule]] = {
     **dict.fromkeys(("optimizer", "optim"), (
         "`optimizer`: " + ", ".join(f"{a} → {b}" for a, b in OPTIMIZERS.items()), _optimizer)),
@@ -713,8 +713,8 @@ CHANGED: dict[str, tuple[str, Rule]] = {
     ),
     "test_datasets": ("`test_datasets`, likewise", _datasets("test_datasets")),
     "pretraining_dataset": ("`datasets` of type text", _pretraining),
-    "dataset_name": ("`datasets`, from the hub, with dataset_config and the splits; the type shows in the "
-                     "columns",
+    "dataset_name": ("`datasets`, from the hub, with dataset_config and the splits; the columns determine "
+                     "the type",
                      _trl_dataset),
     "dataset_mixture": ("`datasets` with `weight`; test_split_size → `val_set_size`", _mixture),
     "dataset_mixer": ("`datasets` with `weight`", _mixer),
@@ -729,8 +729,8 @@ CHANGED: dict[str, tuple[str, Rule]] = {
     "generation_batch_size": ("`steps_per_generation`", _generation_batch),
     "loss_type": ("`loss_type`; nll and chunked_nll are SFT's own", _loss_type),
     "scale_rewards": ("`scale_rewards`: true → group, false → none", _scale_rewards),
-    "reward_funcs": ("`reward_funcs`: module.function; names of theirs are said", _reward_funcs),
-    "max_prompt_length": ("`max_prompt_length`: longer prompts are left out, not cut", _prompt_length),
+    "reward_funcs": ("`reward_funcs`: module.function; their built-in names are reported", _reward_funcs),
+    "max_prompt_length": ("`max_prompt_length`: longer prompts are dropped, not cut", _prompt_length),
     "ref_model_sync_steps": ("`ref_model_sync_steps`, with sync_ref_model and beta", _reference_sync),
     "ref_model_mixup_alpha": ("`ref_model_mixup_alpha`, with sync_ref_model and beta", _reference_alpha),
     "top_p": ("must be 1", _neutral("top_p", (1, 1.0))),
@@ -741,8 +741,7 @@ CHANGED: dict[str, tuple[str, Rule]] = {
 
 
 def _refuse_other_algorithms(theirs: Values, sampled: bool) -> None:
-    """ConfigError where an option names an algorithm that is none of ours: trained as SFT it would be another
-    run."""
+    """Raise ConfigError for an unsupported algorithm, which must not be trained silently as SFT."""
     here = "; there are sft, grpo and ebft here"
     if theirs.get("rl") in RL_NAMES:
         raise ConfigError("rl", theirs["rl"], f"is {RL_NAMES[theirs['rl']]}{here}")
@@ -771,7 +770,7 @@ def _refuse_other_algorithms(theirs: Values, sampled: bool) -> None:
 
 
 def convert(theirs: Values, recipe: str, config_class: type) -> Conversion:
-    """A config of theirs in the options of `config_class`. ConfigError for what cannot become one."""
+    """Convert their config to the options of `config_class`. Raises ConfigError if that is impossible."""
     names = {field.name for field in dataclasses.fields(config_class) if field.init}
     c = Conversion(theirs, names, recipe)
     reasons = getattr(config_class, "not_here", {})
@@ -830,7 +829,7 @@ def convert(theirs: Values, recipe: str, config_class: type) -> Conversion:
 
 
 def _defaults(c: Conversion) -> Values:
-    """What theirs means by what it leaves out, where ours would mean something else."""
+    """Their defaults for options that the config omits, where ours differ."""
     tables = DEFAULTS[c.source]
     defaults = {**tables["all"], **tables.get(c.recipe, {})}
     if c.source == "TRL" and c.made.get("adapter"):
@@ -857,9 +856,9 @@ def _defaults(c: Conversion) -> Values:
         and "train_on_inputs" in defaults
         and not c.get("assistant_only_loss")
     ):
-        c.say("changed", "train_on_inputs", "TRL trains every token of conversations and texts; of rows "
-                                            "with prompt and completion only the completion: for those "
-                                            "remove the line")
+        c.say("changed", "train_on_inputs", "TRL trains every token of conversations and texts, but only "
+                                            "the completion of prompt-completion rows: for those remove "
+                                            "the line")
     return {k: v for k, v in defaults.items() if k in c.names and k not in c.made}
 
 
@@ -872,23 +871,23 @@ def _leave_out_the_other_mode(c: Conversion, config_class: type) -> None:
 
 
 def read_conversion(path: Path, recipes: dict[str, type]) -> Conversion:
-    """The config in a file, converted. `recipes`: name → config class. ConfigError for a file that is no
-    config of theirs, or of another algorithm."""
+    """Read and convert a config file. `recipes`: name → config class. Raises ConfigError if the file is no
+    axolotl or TRL config, or is for another algorithm."""
     theirs = read_options(path, "convert")
     inside = {key for block in NESTED if isinstance(theirs.get(block), dict) for key in theirs[block]}
     if not {"base_model", "model_name_or_path"} & theirs.keys():
-        problem = "names neither base_model nor model_name_or_path: it is no config of axolotl or TRL"
+        problem = "names neither base_model nor model_name_or_path: it is not an axolotl or TRL config"
         raise ConfigError("convert", path.name, problem)
     sampled = bool(SAMPLED & {*theirs, *inside})
     _refuse_other_algorithms(theirs, sampled)
     kind = str(theirs.get("rl") or ("grpo" if sampled else "sft"))
     if kind not in recipes:
-        raise ConfigError("rl", kind, f"is no recipe here; there are {', '.join(recipes)}")
+        raise ConfigError("rl", kind, f"has no recipe here; there are {', '.join(recipes)}")
     return convert(theirs, kind, recipes[kind])
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines stand as they are read."""
+    """Writes multi-line strings as literal blocks."""
 
 
 _Dumper.add_representer(
@@ -900,7 +899,7 @@ _Dumper.add_representer(
 
 
 def convert_file(path: Path, recipes: dict[str, type]) -> str:
-    """The file as YAML of ours, with what has to be said about it as comments."""
+    """The converted file as YAML, with the notes as comments."""
     c = read_conversion(path, recipes)
     lines = [f"# From {path.name} ({c.source}). Run it: torchrun {c.recipe}.py --config THIS_FILE"]
     for kind, label in (("lost", "LOST"), ("changed", "changed"), ("not needed", "not needed")):
@@ -921,7 +920,7 @@ def convert_file(path: Path, recipes: dict[str, type]) -> str:
 
 
 def page(recipes: dict[str, type]) -> str:
-    """docs/migration.md. `recipes`: name → config class, whose defaults stand beside theirs."""
+    """The text of docs/migration.md. `recipes`: name → config class; their defaults are shown too."""
 
     def grouped(table: dict[str, Any]) -> list[str]:
         by_text: dict[str, list[str]] = {}
@@ -934,24 +933,24 @@ def page(recipes: dict[str, type]) -> str:
         "`python -m health convert theirs.yaml > ours.yaml` reads an axolotl config, or the arguments of "
         "a TRL trainer as YAML, and writes ours. Options of the same name and meaning (most of axolotl's: "
         "`micro_batch_size`, `lora_r`, `sample_packing`, `val_set_size`, …) are taken over as they are; "
-        "blocks (`trl:`, `ebft:`, `vllm:`) are laid flat. What theirs leaves out means its own defaults, "
-        "which are written out where ours differ. Comments say what is LOST although it matters, what "
-        "changed its meaning, and what needs no setting. [configs.md](configs.md) has every option.", "",
+        "blocks (`trl:`, `ebft:`, `vllm:`) are flattened. Options that theirs omits keep their own defaults, "
+        "which are written out where ours differ. Comments list options that are LOST although they matter, "
+        "that change their meaning, or that need no setting. [configs.md](configs.md) has every option.", "",
         "DPO and its kin, KTO, reward models, diffusion, quantisation-aware training and models of images "
-        "are refused: none of the three recipes does what they do.", "",
-        "This page is made by `python -m health convert`. `python bench/convert.py DIRECTORY` counts how "
+        "are refused: none of the three recipes implements them.", "",
+        "This page is written by `python -m health convert`. `python bench/convert.py DIRECTORY` counts how "
         "many configs of a folder convert.", "",
         "| theirs | ours |", "|---|---|",
         *(f"| `{a}` | `{b}` |" for a, b in NAMES.items() if a not in CHANGED),
         *grouped({name: words for name, (words, _) in CHANGED.items()}), "",
         "## Defaults that differ", "",
-        "Written into the result where theirs leaves the option out.", "",
+        "Written into the result if theirs omits the option.", "",
         "| option | axolotl | TRL | here |", "|---|---|---|---|", *_default_rows(recipes), "",
         "With `use_peft` TRL means `lora_dropout: 0.05` and `lora_target_modules: [q_proj, v_proj]` "
         "(PEFT's default for most families); here dropout is 0 and every linear layer of the blocks has "
         "an adapter.", "",
-        "## Lost", "", "They change the result and have no counterpart; so does every option that stands "
-                       "nowhere on this page.", "", "| theirs | why |", "|---|---|", *grouped(LOST), "",
+        "## Lost", "", "They change the result and have no counterpart. The same holds for options that this "
+                       "page does not list.", "", "| theirs | why |", "|---|---|", *grouped(LOST), "",
         "## Refused", "", "| theirs | belongs to |", "|---|---|", *grouped(OTHER_ALGORITHMS), "",
         "## Not needed here", "", "| theirs | why |", "|---|---|", *grouped(NOT_NEEDED), "",
         "## What else differs", "",
@@ -959,10 +958,10 @@ def page(recipes: dict[str, type]) -> str:
         "no rank or micro-batch counts more because its rows are short.",
         "- Weights that are trained, their gradients and the optimiser stay in fp32 with `bf16: true`; "
         "TRL with `torch_dtype: bfloat16` trains weights in bf16.",
-        "- `vllm_sync_interval` counts optimiser steps; where importance ratios fall towards 0 lower it.",
-        "- A row that cannot be masked with certainty stops the run by file and line (`on_bad_row: skip` "
+        "- `vllm_sync_interval` counts optimiser steps; lower it if importance ratios fall towards 0.",
+        "- A row that cannot be masked with certainty stops the run with file and line (`on_bad_row: skip` "
         "counts it instead).",
-        "- `resume: auto` is the default: the same command goes on. The two newest checkpoints are kept "
+        "- `resume: auto` is the default: the same command continues. The two checkpoints are kept "
         "(`save_total_limit`); TRL keeps all.",
     ]
     return "\n".join(lines) + "\n"

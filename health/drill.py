@@ -1,10 +1,9 @@
-"""Failures on purpose: each file in drills/ breaks a tiny run in one way, and says what should be seen and
-what puts it right. `python -m health drill NAME` shows all three in about a minute; `drill all` prints a
-table.
+"""Deliberate failures: each file in drills/ breaks a tiny run in one way, and states the expected symptom and
+the fix. `python -m health drill NAME` shows all three in about a minute; `drill all` prints a table.
 
-A drill changes options of a healthy run (drills/base), or brings a few lines of Python (`patch`) that run in
-the broken process before the recipe does: nothing in the recipes knows of drills. The rows are made here:
-three letters to be written again, which a tenth of a million weights learn in seconds.
+A drill changes options of a healthy run (drills/base), or adds a few lines of Python (`patch`) that run in
+the broken process before the recipe: the recipes contain nothing about drills. The data are generated here:
+copy three letters, a task that 100,000 weights learn in seconds.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ from run.files import write_atomically
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent.parent / "drills"
-FIXED = "fixed"  # outcomes of fixed runs, for the drills of one call that end in the same run
+FIXED = "fixed"  # cached outcomes of fixed runs, shared by drills with the same fixed run
 
 
 @dataclass
@@ -44,30 +43,30 @@ class Drill:
     why: str  # the mechanism
     theme: str  # its section of docs/stability.md
     sees: dict[str, Any]  # {rule: …, within: steps} or {error: a regular expression}
-    fix: dict[str, Any]  # the options that put it right
+    fix: dict[str, Any]  # the options that fix it
     code: str  # module.name: where it is prevented, or caught
     base: str = "sft"
     options: dict[str, Any] = field(default_factory=dict)
     patch: str = ""
-    keep_patch: bool = False  # the fix is an option; otherwise it is to take the patch out
+    keep_patch: bool = False  # the fix is an option; otherwise the fix is to remove the patch
     processes: int = 1
 
     @property
     def checkpoints(self) -> list[str]:
-        """What it begins from; supervised ones begin from nothing."""
+        """The checkpoints that the drill starts from; SFT drills need none."""
         named = Path(str(self.options.get("base_model", "../checkpoint/final"))).parent.name
         return [] if self.base == "sft" else [named]
 
     @staticmethod
     def read(name: str) -> "Drill":
-        if name not in names():  # its patch is run: nothing from outside of drills/
-            raise ConfigError("drill", name, f"is none; there are {', '.join(names())}")
+        if name not in names():  # its patch is executed: only files in drills/ are allowed
+            raise ConfigError("drill", name, f"is not a drill; there are {', '.join(names())}")
         return Drill(name=name, **yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 @dataclass
 class Outcome:
-    """How a run ended: what the rules said first, all that they said, and an error."""
+    """How a run ended: the first broken rule, all broken rules, and the error, if any."""
 
     code: int
     first: str = ""  # rule
@@ -95,11 +94,11 @@ def names() -> list[str]:
     return sorted(p.stem for p in HERE.glob("*.yaml"))
 
 
-CHECKPOINTS = {"checkpoint": "letters", "wordy_checkpoint": "uneven"}  # that RL drills begin from → its rows
+CHECKPOINTS = {"checkpoint": "letters", "wordy_checkpoint": "uneven"}  # for RL drills: name → its data
 
 
 def prepare(root: Path, checkpoints: Collection[str] = tuple(CHECKPOINTS)) -> None:
-    """Rows, model and base configs in `root`, and these checkpoints: once."""
+    """Create data, model, base configs and these checkpoints in `root`, unless they exist."""
 
     def rows(count: int, seed: int, right: float) -> str:
         rng, lines = random.Random(seed), []
@@ -154,14 +153,14 @@ def _after(words: str, line: str) -> str:
 
 
 def _repeated(line: str, times: int) -> str:
-    """The row with its answer written so often."""
+    """The row with its answer repeated `times` times."""
     row = json.loads(line)
     row["messages"][1]["content"] = " ".join([row["messages"][1]["content"]] * times)
     return json.dumps(row) + "\n"
 
 
 def _child(root: Path, recipe: str, arguments: list[str], patch: str, out: Path) -> None:
-    """The run itself, in a process of its own."""
+    """The body of the child process: run the recipe."""
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.chdir(root)
@@ -176,7 +175,7 @@ def _child(root: Path, recipe: str, arguments: list[str], patch: str, out: Path)
 def run(
     root: Path, base: str, options: dict[str, Any], patch: str = "", processes: int = 1, seed: int = 42
 ) -> Outcome:
-    """A base run with these options changed."""
+    """Run a base config with these options changed and return its outcome."""
     out = Path(options.get("output_dir") or root / "runs" / f"{base}-{time.monotonic_ns()}")
     shutil.rmtree(out, ignore_errors=True)
     options = {"seed": seed, **options, "output_dir": str(out)}
@@ -195,7 +194,7 @@ def run(
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
         with (out / "launch").open("w") as log:
             code = subprocess.run(launch, stdout=log, stderr=log, env=environment).returncode
-        code = 2 if code else 0  # torchrun's own is 1
+        code = 2 if code else 0  # torchrun itself exits with 1
     return outcome(out, code, time.monotonic() - begun)
 
 
@@ -210,15 +209,15 @@ def arguments(root: Path, base: str, options: dict[str, Any]) -> list[str]:
 
 
 def start(root: Path, base: str, options: dict[str, Any], patch: str = "") -> ForkProcess:
-    """A base run with these options in a process of its own, begun; what is in its output_dir stays there.
-    stdout and stderr go to files in output_dir."""
+    """Start a base run with these options in a child process, without emptying its output_dir. stdout and
+    stderr go to files there."""
     return begin(root, recipe_of(base), arguments(root, base, options), Path(options["output_dir"]), patch)
 
 
 def begin(root: Path, recipe: str, given: list[str], out: Path, patch: str = "") -> ForkProcess:
-    """A recipe with this command line in a process of its own, begun in `root`; stdout and stderr go to files
-    in `out`."""
-    for name in ("sft", "grpo", "ebft"):  # imported here once, for all that are forked
+    """Start a recipe with this command line in a child process, in `root`; stdout and stderr go to files in
+    `out`."""
+    for name in ("sft", "grpo", "ebft"):  # imported once, before forking
         importlib.import_module(name)
     out.mkdir(parents=True, exist_ok=True)
     child = multiprocessing.get_context("fork").Process(
@@ -272,7 +271,7 @@ def attempt(name: str, root: Path, seed: int = 42) -> tuple[Drill, Outcome, Outc
                  drill.processes, seed)
     fixed = {**options, **placed(drill.fix)}
     patch = drill.patch if drill.keep_patch else ""
-    # Where the fix is to take the patch out, what is left is the base run, which other drills end in too.
+    # If the fix is to remove the patch, the fixed run is a base run that other drills share.
     key = json.dumps([drill.base, fixed, patch, drill.processes, seed], sort_keys=True)
     known = root / FIXED / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if known.exists():
@@ -282,12 +281,12 @@ def attempt(name: str, root: Path, seed: int = 42) -> tuple[Drill, Outcome, Outc
         after = run(root, drill.base, {**fixed, **out}, patch, drill.processes, seed)
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(known, json.dumps(asdict(after)))
-    write_atomically(runs / f"fixed-{seed}.place", after.place)  # for who draws it
+    write_atomically(runs / f"fixed-{seed}.place", after.place)  # for scripts that plot it
     return drill, broken, after
 
 
 def show(name: str, root: Path) -> bool:
-    """`drill NAME`: what breaks, what is seen, what fixes it, and that it does."""
+    """`drill NAME`: print what breaks, the symptom and the fix; returns whether both are as expected."""
     drill = Drill.read(name)
     prepare(root, drill.checkpoints)
     print(f"{name}: {drill.breaks}\n  why    {drill.why}")
@@ -310,7 +309,7 @@ def show(name: str, root: Path) -> bool:
 
 
 def in_parallel(work: Callable[..., T], wanted: Sequence[tuple], jobs: int) -> Iterator[tuple[tuple, T]]:
-    """(arguments, `work(*arguments)`) as they are done, in `jobs` processes of one thread each."""
+    """Yield (arguments, `work(*arguments)`) as they finish, from `jobs` processes of one thread each."""
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     results: Any = context.Queue()
@@ -319,7 +318,7 @@ def in_parallel(work: Callable[..., T], wanted: Sequence[tuple], jobs: int) -> I
         for arguments in jobs:
             try:
                 results.put((arguments, work(*arguments)))
-            except Exception as error:  # told to the parent, which would wait for ever
+            except Exception as error:  # sent to the parent, which would wait forever
                 results.put((arguments, error))
 
     workers = [context.Process(target=share, args=(wanted[k::jobs],)) for k in range(jobs)]
@@ -333,14 +332,14 @@ def in_parallel(work: Callable[..., T], wanted: Sequence[tuple], jobs: int) -> I
             yield arguments, result
     finally:
         for worker in workers:
-            worker.terminate()  # none has anything left to do, unless an error ended this early
+            worker.terminate()  # all have finished, unless an error ended this early
             worker.join()
 
 
 def show_all(
     root: Path, chosen: list[str] | None = None, seeds: tuple[int, ...] = (42,), jobs: int = 2
 ) -> bool:
-    """`drill all`: a line for each, `jobs` at a time."""
+    """`drill all`: print one line per drill, running `jobs` at a time."""
     chosen = chosen or names()
     prepare(root, {checkpoint for name in chosen for checkpoint in Drill.read(name).checkpoints})
     shutil.rmtree(root / FIXED, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""What a step that went wrong tells: which module, in which direction, on which rows, on which rank.
+"""Locates the origin of a NaN or Inf: which module, which direction, which rows, which rank.
 
-Every step is checked for values that are not finite before the optimiser touches a weight. At the first one
-the step is run again with hooks from the same batches and the same random state, and what is found is written
-to output_dir/incidents/step-N; `python -m health replay DIR` runs that again in one CPU process (reference
-page: NaN and Inf Handling).
+Every step is checked for non-finite values before the optimiser changes a weight. If there is one, the step
+is rerun with hooks from the same batches and random state, and the findings are written to
+output_dir/incidents/step-N; `python -m health replay DIR` reruns that in one CPU process (reference page:
+NaN and Inf Handling).
 """
 
 import functools
@@ -38,11 +38,11 @@ from run.log import log
 @dataclass
 class ForensicOptions:
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """When a loss or a gradient is NaN or infinite: stop the run, or leave the step out and go on."""
+    """When a loss or a gradient is NaN or infinite: stop the run, or skip the step and continue."""
     max_skipped_steps: int = 3
     """on_nonfinite: skip: stop after N skipped steps."""
     detect_anomaly: bool = False
-    """Let autograd look for NaN in every backward pass and name the operation: several times slower."""
+    """Let autograd check every backward pass for NaN and name the operation: several times slower."""
 
     def check(self) -> None:
         check_at_least_one(self, "max_skipped_steps")
@@ -54,13 +54,13 @@ class NonFinite(BallastError):
 
 @dataclass
 class Fault:
-    """Where a value that is not finite was born."""
+    """Where a non-finite value originated."""
 
     direction: Literal["forward", "loss", "backward", "parameter", "unseen"]
     module: str = ""
     tensor: str = ""
-    value: str = ""  # NaN or Inf, how many of how many
-    given: str = ""  # the range of what the module was given
+    value: str = ""  # counts, as in '3 NaN, 1 Inf of 512'
+    given: str = ""  # the range of the module's input
     places: list[int] = field(default_factory=list)  # tokens of the flat batch
     notes: list[str] = field(default_factory=list)
     rank: int = 0
@@ -69,12 +69,12 @@ class Fault:
 
     def line(self) -> str:
         what = {
-            "forward": f"the forward pass of {self.module} makes it ({self.tensor}: {self.value})",
-            "loss": f"the loss makes it, from hidden states that are finite ({self.value})",
-            "backward": f"the backward pass of {self.module} makes it ({self.tensor}: {self.value})",
-            "parameter": f"the backward pass of {self.module} makes it in the gradient of its {self.tensor} "
-            f"({self.value})",
-            "unseen": "a second run of the same step was finite: a race, or a fault of the hardware",
+            "forward": f"the forward pass of {self.module} is the source ({self.tensor}: {self.value})",
+            "loss": f"the loss is the source, from finite hidden states ({self.value})",
+            "backward": f"the backward pass of {self.module} is the source ({self.tensor}: {self.value})",
+            "parameter": f"the backward pass of {self.module} is the source, in the gradient of its "
+            f"{self.tensor} ({self.value})",
+            "unseen": "a rerun of the same step was finite: a race condition or a hardware fault",
         }[self.direction]
         rows = ", ".join(f"{r['name']} tokens {r['first']}–{r['last']}" for r in self.rows[:4])
         more = " …" if len(self.rows) > 4 else ""
@@ -86,7 +86,7 @@ ORDER = ("forward", "loss", "backward", "parameter", "unseen")  # the first of a
 
 
 def not_finite(tensor: Tensor) -> Tensor:
-    """Flags of the values that are NaN or infinite, of this process's part."""
+    """Mask of the NaN and infinite values in this process's shard."""
     tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return ~torch.isfinite(tensor.detach())
 
@@ -100,7 +100,7 @@ def described(tensor: Tensor) -> str:
 
 
 def span(tensor: Tensor) -> str:
-    """The range of the finite values, and what is not finite."""
+    """The range of the finite values, and the counts of the others."""
     tensor = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().float()
     finite = tensor[torch.isfinite(tensor)]
     if not finite.numel():
@@ -114,7 +114,7 @@ def in_fp8(module: nn.Module) -> bool:
 
 
 def zero_tiles(x: Tensor, what: str) -> list[str]:
-    """A note where 1 × 128 tiles of `x` hold nothing but zeros."""
+    """A note if some 1 × 128 tiles of `x` are all zero."""
     x = x.detach().reshape(-1, x.shape[-1])
     padded = nn.functional.pad(x, (0, -x.shape[-1] % FP8_BLOCK))
     tiles = padded.view(len(x), -1, FP8_BLOCK).abs().amax(-1)
@@ -124,20 +124,20 @@ def zero_tiles(x: Tensor, what: str) -> list[str]:
 
 
 class Probe:
-    """Hooks on every module for one forward and backward pass: the first output that is not finite, and the
-    first gradient, in the order in which they were computed.
+    """Hooks on every module for one forward and backward pass that record the first non-finite output and the
+    first non-finite gradient, in order of computation.
 
-    Each tensor that a module is given becomes a view of its own, so that the gradient which the module sends
-    back is seen apart from what others send to the same tensor.
+    Each input of a module becomes a separate view, so that the module's contribution to the gradient is seen
+    apart from the contributions of other users of the same tensor.
     """
 
     def __init__(self, model: Transformer):
         self.model = model
         self.forward_fault: Fault | None = None
         self.backward_fault: Fault | None = None
-        self.batch: dict[str, Any] = {}  # what hidden_states was given
-        self.hidden: Tensor | None = None  # what it gave
-        self.gradient: Tensor | None = None  # what came back to it
+        self.batch: dict[str, Any] = {}  # arguments of hidden_states
+        self.hidden: Tensor | None = None  # its result
+        self.gradient: Tensor | None = None  # the gradient of its result
         self._names = {module: name for name, module in model.named_modules()}
         self._handles: list[Any] = []
         self._arrived: dict[nn.Module, Tensor] = {}  # gradients of the outputs of FP8 layers
@@ -214,7 +214,7 @@ class Probe:
     def _born(self, module: nn.Module, inputs: list[Tensor], output: Tensor) -> Fault:
         name = self._names[module]
         bad = [x for x in inputs if not_finite(x).any()]
-        if bad:  # it was not finite already: made between the modules, by the arithmetic of what holds them
+        if bad:  # the input was already non-finite: produced between modules, by their parent
             holder = name.rpartition(".")[0].removesuffix(".layers").removesuffix("layers")
             return self._fault("forward", holder or "the model", f"what it gives to {name}", bad[0])
         fault = self._fault("forward", name, "output", output)
@@ -239,17 +239,17 @@ class Probe:
 
 @dataclass
 class Suspect:
-    """One micro-batch of a step, and what its documents are called."""
+    """One micro-batch of a step, and the names of its documents."""
 
     batch: Any
     names: Sequence[str]  # of the documents, in order
-    given: Callable[[], dict[str, Tensor]]  # what the loss takes besides the model, by document
+    given: Callable[[], dict[str, Tensor]]  # the loss's inputs besides the model, by document
     random: dict[str, Tensor]
 
 
 class Forensics:
-    """Finds where a number that is not finite comes from. The loop tells it each micro-batch before its
-    forward pass (`remember`), and asks before the update whether all is finite (`healthy`)."""
+    """Finds the origin of a non-finite number. The loop registers each micro-batch before its forward pass
+    (`remember`), and asks before the update whether everything is finite (`healthy`)."""
 
     def __init__(self, model: Transformer, config: Any, world: World, tokenizer: Any):
         self.model, self.config, self.world, self.tokenizer = model, config, world, tokenizer
@@ -261,8 +261,8 @@ class Forensics:
         self, batch: Any, names: Sequence[str], given: Callable[[], dict[str, Tensor]] = dict
     ) -> None:
         """Keep a micro-batch, with the random state before its forward pass, until the step is judged.
-        `given()` is what its loss takes beside the model, by document [B] or [B, T]: asked for where
-        something is wrong with it."""
+        `given()` returns the loss's inputs besides the model, by document [B] or [B, T]; it is called only
+        if the step is faulty."""
         self.suspects.append(Suspect(batch, names, given, random_state()))
 
     def metrics(self) -> dict[str, float]:
@@ -272,10 +272,10 @@ class Forensics:
         self, step: int, losses: Sequence[Tensor], norm: Tensor,
         loss_of: Callable[[Any], Tensor | tuple[Tensor, Any]],
     ) -> bool:
-        """Whether the update of this step (counted from 1) may be made; a collective. `loss_of(batch)` gives
-        the loss that a micro-batch's backward pass began with, alone or before its statistics: it is computed
-        again, with every module watched, only where something is not finite. NonFinite where the run has to
-        end. Gradients of a step that is left out are dropped."""
+        """Whether the update of this step (counted from 1) may be made. A collective. `loss_of(batch)` is
+        a micro-batch's loss, alone or before its statistics; called, with hooks on every module, only
+        if something is not finite. Raises NonFinite if the run has to end. Gradients of a skipped step are
+        dropped."""
         suspects, self.suspects = self.suspects, []
         sane = math.isfinite(norm.item()) and all(math.isfinite(x) for x in map(float, losses))
         if dist.all_reduce([float(not sane)], self.world)[0] == 0:
@@ -289,9 +289,9 @@ class Forensics:
         directory = Path(self.config.output_dir) / "incidents" / f"step-{step}"
         values = f"loss {sum(map(float, losses)):.4g}, gradient norm {norm.item():.4g}"
         self._write(directory, step, values, fault, suspect, probe)
-        message = f"step {step} is not finite ({values}): {fault.line()}; all of it in {directory}"
+        message = f"step {step} is not finite ({values}): {fault.line()}; details in {directory}"
         if self.config.on_nonfinite == "skip" and self.skipped <= self.config.max_skipped_steps:
-            log.warning("%s; the step is left out, %d of at most %d", message, self.skipped,
+            log.warning("%s; the step is skipped, %d of at most %d", message, self.skipped,
                         self.config.max_skipped_steps)
             return False
         if self.config.on_nonfinite == "skip":
@@ -299,7 +299,7 @@ class Forensics:
         raise NonFinite(f"{message}; {advice(fault, self.config)}")
 
     def _search(self, suspects: list[Suspect]) -> tuple[Fault, Suspect | None, Probe | None]:
-        """Every rank runs its micro-batches again, in step, until one of them shows the fault."""
+        """Every rank reruns its micro-batches, in lockstep, until one of them shows the fault."""
         for number, suspect in enumerate(suspects):
             fault, probe = self._again(suspect, 1.0)
             faults = dist.gather(None if fault is None else asdict(fault), self.world)
@@ -335,7 +335,7 @@ class Forensics:
         return bad_parameter(self.model), probe
 
     def _in_loss(self, suspect: Suspect, probe: Probe, loss: Tensor) -> Fault:
-        """Finite hidden states, and a loss or its gradient that is not."""
+        """The fault if the hidden states are finite, but the loss or its gradient is not."""
         fault = probe.backward_fault or Fault("loss", "the loss")
         fault.value = f"loss {loss.item():.4g}" + (f"; {fault.value}" if fault.value else "")
         for name, values in suspect.given().items():
@@ -360,8 +360,8 @@ class Forensics:
         return fault
 
     def _whose(self, suspect: Suspect) -> int:
-        """The rank whose part of a reduced gradient is not finite, by halving: the others' losses count
-        nothing meanwhile."""
+        """The rank whose contribution to a reduced gradient is not finite, by bisection: the other ranks'
+        losses get weight 0."""
         low, high = 0, self.world.size
         while high - low > 1:
             middle = (low + high) // 2
@@ -378,7 +378,7 @@ class Forensics:
         self, directory: Path, step: int, values: str, fault: Fault, suspect: Suspect | None,
         probe: Probe | None,
     ) -> None:
-        """The incident on disk: report, batch, random state, config, text, and the weights that made it."""
+        """Write the incident: report, batch, random state, config, text, and the weights of the step."""
         with saving.appearing(directory, self.world) as aside:
             if self.world.rank == fault.rank and suspect is not None and probe is not None:
                 write_tensors(batch_tensors(probe), aside / "batch.safetensors")
@@ -401,7 +401,7 @@ class Forensics:
                 (aside / "config.yaml").write_text(
                     yaml.safe_dump(values_of, sort_keys=False, allow_unicode=True), encoding="utf-8"
                 )
-            if self.skipped == 1:  # of the first incident only: a model can be large
+            if self.skipped == 1:  # only for the first incident: a model can be large
                 if self.model.adapter:
                     save_adapter(self.model, aside / "model", main=self.world.main)
                 else:
@@ -409,7 +409,7 @@ class Forensics:
 
 
 def random_state() -> dict[str, Tensor]:
-    """What dropout draws from, as tensors."""
+    """The states of dropout's random generators, as tensors."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -484,7 +484,7 @@ def rows_of(places: list[int], owner: list[str], ids: list[int]) -> list[dict]:
 
 
 def batch_tensors(probe: Probe) -> dict[str, Tensor]:
-    """What the model was given and what came back to it, for replay."""
+    """The model's inputs and the gradient of its hidden states, for replay."""
     tensors: dict[str, Tensor] = {}
     for name in ("input_ids", "position_ids", "document_ids"):
         if probe.batch.get(name) is not None:
@@ -499,7 +499,7 @@ def batch_tensors(probe: Probe) -> dict[str, Tensor]:
 
 
 def advice(fault: Fault, config: Any) -> str:
-    """What to do, with the options' values of now."""
+    """What to do, with the options' current values."""
     rate = f"learning_rate is {config.learning_rate:g}"
     precision = "bf16 is true: try false to see if precision is the cause" if config.bf16 else ""
     fp8 = "fp8 is true: try false" if getattr(config, "fp8", False) else ""
@@ -522,12 +522,12 @@ def advice(fault: Fault, config: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Again, on one CPU process
+# Replay in one CPU process
 # ------------------------------------------------------------------------------------------------------------
 
 
 def _read_incident(directory: Path) -> tuple[dict, Any, dict[str, Tensor], dict[str, Tensor], Path]:
-    """(report, config, batch, random state, folder of the model that began the step)."""
+    """(report, config, batch, random state, folder of the step's initial weights)."""
     try:
         report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
         batch = load_file(directory / "batch.safetensors")
@@ -552,8 +552,8 @@ def _read_incident(directory: Path) -> tuple[dict, Any, dict[str, Tensor], dict[
 
 
 def replay(directory: Path) -> bool:
-    """Run an incident's micro-batch again and print what is found; whether it is the same. ConfigError for a
-    directory that holds no incident, or one that was changed so that it cannot be run."""
+    """Rerun an incident's micro-batch and print the finding; returns whether it is the same. Raises
+    ConfigError if the directory holds no incident, or one that was changed so that it cannot be run."""
     try:
         return _replay(*_read_incident(directory))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:

@@ -1,9 +1,9 @@
-"""What a run will need of a GPU's memory, before anything but config.json is downloaded; what to change when
-it is too much; and, when it ran out, what was alive (reference page: OOM Debugging).
+"""Estimates the GPU memory of a run from config.json alone, advises what to change if it is too much, and
+lists the live tensors after an out-of-memory error (reference page: OOM Debugging).
 
-Weights, gradients and optimiser states are counted on a model without storage. What a layer keeps for the
-backward pass is measured: a few narrow blocks of the same kind run here, and since every tensor that is kept
-is tokens × a width, measured at four widths and two lengths, a linear model fits the rest.
+Weights, gradients and optimiser states are counted on a model without storage. The activations that a layer
+keeps for the backward pass are measured on a few narrow blocks of the same kind: every kept tensor is tokens
+× a width, so measured at four widths and two lengths, a linear model fits the rest.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from numerics import losses
 from run.config import ConfigError, resolve_checkpoint
 from run.log import log
 
-# Dense bf16 peak in TFLOP/s, from the vendors' data sheets: what MFU is a share of.
+# Dense bf16 peak in TFLOP/s, from the vendors' data sheets: MFU is relative to it.
 PEAK_TFLOPS = {
     "H200": 989,
     "H100": 989,
@@ -55,19 +55,19 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def gib(count: int) -> str:
-    """Bytes as a reader takes them in: 1.3 GiB, 4.0 MiB."""
+    """Bytes in a readable unit: 1.30 GiB, 4.0 MiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def report_weights(model: nn.Module) -> None:
-    """Log what this process's weights take."""
+    """Log the memory of this process's weights."""
     stored = weight_bytes(model)
     each = stored / model.count_parameters()  # type: ignore[operator]
     log.info("memory of a process: weights %s, %.2f bytes per parameter of the model", gib(stored), each)
 
 
 def report_optimizers(optimizers: list, name: str, device: torch.device) -> None:
-    """Log what the optimisers' states take, and the peak of the first step."""
+    """Log the memory of the optimiser states, and the peak of the first step."""
     log.info(
         "memory of a process: optimiser %s (%s), peak %.2f GiB after the first step",
         gib(optimizer_bytes(optimizers)), name, peak_memory(device)["memory/max_alloc"],
@@ -97,7 +97,7 @@ def _local_bytes(tensor: torch.Tensor) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of the device in bf16 where it is known."""
+    """Peak bf16 FLOP/s of the device, or None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -112,24 +112,24 @@ class Estimate:
     gradients: int
     optimizer: int
     activations: int
-    working: int  # what the backward pass of a block makes on the way
+    working: int  # temporary tensors of a block's backward pass
     loss: int  # the chunk of logits, and the gradient of the head
     cache: int  # keys and values of the embedded rollout engine
     copies: int  # the frozen reference or feature network
-    naive_logits: int  # what a tokens × vocabulary matrix would take in fp32, with its gradient
+    naive_logits: int  # for comparison: all logits in fp32, with their gradient
     tokens: int  # in one forward pass
-    accumulating: bool  # gradients of earlier micro-batches are there in the forward pass
+    accumulating: bool  # gradients of earlier micro-batches exist during the forward pass
 
     @property
     def peak(self) -> int:
-        """While the backward pass runs, or while completions are sampled."""
+        """The maximum over the backward pass and sampling."""
         early = self.activations + max(self.loss, self.working)
         training = early + self.gradients if self.accumulating else max(early, self.gradients + self.working)
         return self.weights + self.optimizer + self.copies + max(training, self.cache)
 
 
 def tokens_of(config: Any) -> tuple[int, int]:
-    """(tokens in one forward pass of one process at most, rows of the head that the loss reads)."""
+    """(maximum tokens in one forward pass of one process, tokens whose logits the loss needs)."""
     rows = config.micro_batch_size
     if getattr(config, "mode", None) == "strided":
         blocks = max(1, (config.sequence_len - config.context_length) // config.stride)
@@ -150,7 +150,7 @@ def length_of(config: Any) -> int:
 
 
 def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
-    """`config` is a recipe's; `processes` share the weights (FSDP2), or hsdp_shard_size of them do."""
+    """Estimate for a recipe's `config`; `processes`, or hsdp_shard_size of them, share weights (FSDP2)."""
     with torch.device("meta"):
         model = Transformer(arch)
         if config.adapter:
@@ -176,14 +176,14 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
     else:
         kept = tokens * arch.num_layers * layer
     kept += tokens * 2 * D * element  # the embedding, and the last norm's output
-    if config.bf16 and processes == 1:  # the weights of the products, once more in bf16
+    if config.bf16 and processes == 1:  # a bf16 copy of the matrices
         kept += sum(2 * p.numel() for p in model.parameters() if p.dim() >= 2 and p.element_size() == 4)
     chunk = min(judged, max(losses.TOKENS_PER_CHUNK, losses.LOGITS_PER_CHUNK // V))
     loss = chunk * V * (element + 4) + judged * D * element
     if any(n in ("lm_head.weight", "embed_tokens.weight") for n, _ in trained):
         loss += V * D * 4  # the head's gradient is made here, in fp32
     gathered = 0
-    if shards > 1:  # FSDP gathers a block, and the next one, in the precision of the products
+    if shards > 1:  # FSDP gathers a block and the next one in the compute dtype
         block = max(sum(p.numel() for p in b.parameters()) for b in model.layers)
         gathered = element * (2 * block + V * D * (1 if arch.tied else 2))
     copies, cache = 0, 0
@@ -206,20 +206,20 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
     )
 
 
-MOST_ROWS = 512  # that are sampled at once, however much memory there is
+MOST_ROWS = 512  # maximum sequences sampled at once, however much memory there is
 
 
 def sampled_bytes(arch: Architecture, config: Any, length: int) -> int:
-    """Bytes that a sequence of so many tokens takes while it is sampled: keys and values, and its logits."""
+    """Bytes that one sequence of `length` tokens needs while it is sampled: keys, values and logits."""
     element = 2 if config.bf16 else 4
     kept = length * arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim * element
     return kept + 4 * 4 * arch.vocab_size  # logits, log-probs, probabilities and clocks in fp32
 
 
 def left_for_sampling(arch: Architecture, config: Any, total: int, processes: int = 1) -> float:
-    """Bytes that weights, copies, gradients and optimiser will leave of nine tenths of a GPU with `total`.
-    Reckoned and not measured: the draws depend on how many sequences are sampled at once, and a resumed run
-    must find the same number."""
+    """Bytes left for sampling: 90 % of the GPU's `total` minus weights, copies, gradients and optimiser.
+    Estimated, not measured: the draws depend on how many sequences are sampled at once, so a resumed run
+    must get the same number."""
     e = estimate(arch, config, processes)
     return 0.9 * total - e.weights - e.copies - e.optimizer - e.gradients
 
@@ -232,7 +232,7 @@ def rollout_rows(arch: Architecture, config: Any, length: int, left: float) -> i
 
 
 def layer_bytes(arch: Architecture, config: Any, length: int) -> tuple[int, int]:
-    """Bytes a token that the widest kind of layer keeps for the backward pass, and that backward works on."""
+    """Bytes per token of the largest kind of layer: (kept for the backward pass, temporary during it)."""
     experts = any(arch.expert_layers)
     F = arch.expert_size if experts else arch.intermediate_size
     wide = (arch.hidden_size, F, arch.num_heads, arch.num_kv_heads)
@@ -242,7 +242,7 @@ def layer_bytes(arch: Architecture, config: Any, length: int) -> tuple[int, int]
     for i, width in enumerate(wide):
         more = tuple(2 * w if i == k else w for k, w in enumerate(base))
         kept += (_per_token(arch, config, more) - start) / base[i] * (width - base[i])
-    # Where attention keeps its scores (a soft cap), each token keeps as many as its document is long.
+    # If attention keeps its scores (soft cap), each token keeps one per token of its document.
     scores = (_per_token(arch, config, base, length=61) - start) / (61 - 29) / base[2]
     kept += scores * arch.num_heads * (length - 29)
     element = 2 if config.bf16 else 4
@@ -251,13 +251,13 @@ def layer_bytes(arch: Architecture, config: Any, length: int) -> tuple[int, int]
 
 
 def _per_token(arch: Architecture, config: Any, widths: tuple[int, ...], length: int = 29) -> float:
-    # Lengths that no weight has as a side: what autograd keeps of weights is told by its shape.
+    # No weight has a side of this length: weights that autograd saves are recognised by their shape.
     two, four = (_kept(arch, config, widths, n, length) for n in (2, 4))
     return (four - two) / (2 * length)
 
 
 def _kept(arch: Architecture, config: Any, widths: tuple[int, ...], documents: int, length: int) -> int:
-    """Bytes that autograd keeps of one block's forward pass, weights left out."""
+    """Bytes that autograd saves in one block's forward pass, excluding weights."""
     D, F, heads, kv = widths
     which = next((i for i, has in enumerate(arch.expert_layers) if has), 0)
     narrow = dataclasses.replace(
@@ -281,7 +281,7 @@ def _kept(arch: Architecture, config: Any, widths: tuple[int, ...], documents: i
     seen: dict[int, tuple[int, Tensor]] = {}
     if config.bf16:
         model.to(torch.bfloat16)
-    # Only of what is alive: an address that was given back would be some activation's.
+    # Only live storages: an activation could reuse a freed address.
     ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
     cast = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters() if p.dim() == 2}
 
@@ -300,7 +300,7 @@ def _kept(arch: Architecture, config: Any, widths: tuple[int, ...], documents: i
     ours |= {t.untyped_storage().data_ptr() for pair in tables.values() for t in pair}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = block(x, Pass(tables, packed, None, False))
-    del out  # it held what was kept until here
+    del out  # it kept the saved tensors alive
     return sum(size for size, _ in seen.values())
 
 
@@ -310,8 +310,8 @@ def _kept(arch: Architecture, config: Any, widths: tuple[int, ...], documents: i
 
 
 def ladder(arch: Architecture, config: Any, processes: int = 1) -> list[tuple[str, int]]:
-    """(what to change, bytes that the whole change so far saves), from least to most disruptive; a rung that
-    saves nothing is left out. Each is taken together with those before it."""
+    """(change, bytes saved together with all changes before it), from least to most disruptive; changes that
+    save nothing are omitted."""
     now = copy.copy(config)
     before = estimate(arch, now, processes).peak
     steps: list[tuple[str, int]] = []
@@ -381,16 +381,16 @@ def table(arch: Architecture, config: Any, processes: int = 1) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# When it ran out
+# After an out-of-memory error
 # ------------------------------------------------------------------------------------------------------------
 
 
 def largest_tensors(count: int = 8) -> list[str]:
-    """The largest tensors that are alive, by shape, with how many there are of each."""
+    """The largest live tensors by shape, with their number."""
     sizes: dict[tuple, list[int]] = {}
     seen: set[int] = set()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some objects warn when they are asked what they are
+        warnings.simplefilter("ignore")  # some objects warn on isinstance
         objects = [it for it in gc.get_objects() if isinstance(it, Tensor)]
     for it in objects:
         try:
@@ -413,10 +413,10 @@ def largest_tensors(count: int = 8) -> list[str]:
 
 
 def what_to_change(error: BaseException, config: Any) -> str:
-    """The end of a run that is out of memory: the largest tensors and a snapshot are logged; what to change,
-    with the values of now, is returned."""
+    """Handle an out-of-memory error: log the largest tensors and a snapshot; return the advised changes, with
+    the current values."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    with contextlib.suppress(Exception):  # looking must not end in the next error
+    with contextlib.suppress(Exception):  # the diagnosis must not raise another error
         for line in largest_tensors():
             log.info("alive: %s", line)
         if torch.cuda.is_available() and getattr(config, "output_dir", None):

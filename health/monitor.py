@@ -1,5 +1,5 @@
-"""What a run tells about itself: one line per step, metrics.jsonl, TensorBoard, wandb, run.log, verdicts
-(rules.py) and clear endings; and the commands that judge, explain and redraw a finished run.
+"""A run's output: one console line per step, metrics.jsonl, TensorBoard, wandb, run.log, the verdicts of
+rules.py, and how the run ended.
 """
 
 import importlib.metadata
@@ -36,19 +36,19 @@ class LogOptions:
     wandb_entity: str | None = None
     """Weights & Biases team."""
     wandb_name: str | None = None
-    """Name of the run there."""
+    """Name of the Weights & Biases run."""
     wandb_run_id: str | None = None
-    """Id of the run there; a resumed run goes on under the same id."""
+    """Id of the Weights & Biases run; a resumed run continues under the same id."""
     profiler_steps: list[int] = field(default_factory=list)
     """Steps to record with the PyTorch profiler, into output_dir/profile."""
     report: bool = True
-    """At the end write output_dir/report.html: verdict, every metric with its healthy band, samples, config,
-    where the run has 10 steps or more."""
+    """Write output_dir/report.html at the end of a run of 10 steps or more: verdict, every metric with its
+    healthy band, samples, config."""
     health: bool = True
-    """Judge every step by the rules of rules.py, and say when one is broken or well again."""
+    """Judge every step by the rules of rules.py, and report when a rule is broken or recovers."""
     health_rules: dict = field(default_factory=dict)
-    """Other ranges, by rule: {entropy_collapse: off, grad_norm_high: {high: 20, window: 10}}. Of a rule low,
-    high, window (steps in a row), after (steps before it may speak) and severity can be set."""
+    """Changes by rule: {entropy_collapse: off, grad_norm_high: {high: 20, window: 10}}. A rule's low, high,
+    window (consecutive steps), after (steps before it applies) and severity can be set."""
     on_unhealthy: str | dict[str, str] = "warn"
     """When a rule is broken: warn, stop, or checkpoint_and_stop; or by severity: {critical: stop}."""
 
@@ -77,7 +77,7 @@ class Unhealthy(BallastError):
 # Metrics as they are made
 # ------------------------------------------------------------------------------------------------------------
 
-# Metric → its name on the console's line, and its format. The name must not read as another metric's.
+# Metric → its name on the console's line, and its format. The name must not suggest another metric.
 FORMATS = {
     "train/loss": ("loss", ".4f"), "eval/loss": ("eval", ".4f"), "train/grad_norm": ("norm", ".3f"),
     "train/learning_rate": ("lr", ".2e"), "reward": ("reward", ".3f"), "entropy": ("entropy", ".3f"),
@@ -94,7 +94,7 @@ FORMATS = {
 
 
 def made_by() -> str:
-    """The code that runs: version, commit, whether the tree has changes of its own, and torch."""
+    """The running code: version, commit, whether the tree has local changes, torch, Python."""
     try:
         version = importlib.metadata.version("ballast")
     except importlib.metadata.PackageNotFoundError:
@@ -108,17 +108,17 @@ def made_by() -> str:
 
 
 class MetricLogger:
-    """Console, output_dir/metrics.jsonl, TensorBoard and wandb, from one dict a step. Only the main rank
-    writes."""
+    """Writes one dict per step to console, output_dir/metrics.jsonl, TensorBoard and wandb; only on the main
+    rank."""
 
-    running: ClassVar[list["MetricLogger"]] = []  # for a run that ends in an error to close
+    running: ClassVar[list["MetricLogger"]] = []  # loggers to close if the run ends in an error
 
     def __init__(self, config: Any, output_dir: Path, *, main: bool, first_step: int, total_steps: int):
         self.main, self.output_dir = main, output_dir
         self.running.append(self)
         self.reporting = main and config.report and total_steps >= 10  # fewer points show nothing
         self.doctor: Doctor | None = None
-        self.action = "warn"  # what the rules ask for: to go on, checkpoint_and_stop, or stop
+        self.action = "warn"  # what the rules ask for: warn (continue), checkpoint_and_stop, or stop
         self.why = ""
         self.bar: tqdm | None = None
         self.wandb: Any = None
@@ -138,7 +138,7 @@ class MetricLogger:
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         write_atomically(output_dir / "config.yaml", f"# {made_by()}\n{text}")
         if config.wandb_project:
-            import wandb  # a run without it does not wait for it
+            import wandb  # slow to import: only if it is used
 
             self.wandb = wandb.init(
                 project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_name,
@@ -157,8 +157,8 @@ class MetricLogger:
                 log.warning("unhealthy since before the checkpoint: %s", self.doctor.status)
 
     def observe(self, step: int, metrics: dict[str, float], rows: Callable[[], str] | None = None) -> None:
-        """Judge a step that is done. What changes is said; what on_unhealthy asks for stands in `action`, for
-        the next collective to tell every rank. `rows` names the batch, where a rule asks for it."""
+        """Judge a finished step and log changes of state. The action that on_unhealthy asks for is kept in
+        `action`, for the next collective to tell every rank. `rows` names the batch if a rule needs it."""
         if self.doctor is None:
             return
         actions = self.doctor.config["on_unhealthy"]
@@ -173,8 +173,8 @@ class MetricLogger:
             self.bar.set_postfix_str(self.doctor.status)
 
     def stopping(self, signal: int | None, step: int, world: dist.World) -> bool:
-        """Whether any rank has had a signal, or the rules ask to save and stop. A collective. Raises
-        Unhealthy where the rules say to stop at once."""
+        """Whether any rank received a signal, or the rules ask to save and stop. A collective. Raises
+        Unhealthy if the rules ask to stop at once."""
         asked = [signal is not None or self.action == "checkpoint_and_stop", self.action == "stop"]
         save_and_stop, stop_at_once = dist.all_reduce([float(it) for it in asked], world)
         if stop_at_once:
@@ -183,11 +183,11 @@ class MetricLogger:
         return save_and_stop > 0
 
     def stopped(self, step: int, world: dist.World) -> None:
-        """The end of a run that was stopped and saved. Raises Unhealthy where the rules asked for it."""
+        """End a run that was saved and stopped. Raises Unhealthy if the rules asked for it."""
         why = dist.from_main(lambda: self.why, world)
         if why:
             raise Unhealthy(f"step {step}: saved and stopped by on_unhealthy: {why}")
-        log.info("stopped by a signal after step %d; the same command goes on from here", step)
+        log.info("stopped by a signal after step %d; the same command continues from here", step)
         dist.finish()
 
     def advance(self) -> None:
@@ -213,8 +213,7 @@ class MetricLogger:
         log.info("step %*d/%d  %s", len(str(self.total_steps)), step, self.total_steps, "  ".join(shown))
 
     def close(self, failed: bool = False) -> None:
-        """Close the files, and say in a line what the rules have found; `failed` where the run ends in an
-        error."""
+        """Close the files and log the rules' findings in one line; `failed` if the run ends in an error."""
         with suppress(ValueError):  # closed already
             self.running.remove(self)
         if not self.main:
@@ -245,11 +244,11 @@ class Meter:
 
     def __init__(self, world: dist.World):
         self.world = world
-        self.parts: dict[str, list] = {}  # of the step under way, on this rank
+        self.parts: dict[str, list] = {}  # of the current step, on this rank
         self.sums: dict[str, float] = {}  # of finished steps, over all ranks
 
     def add(self, **values: float | torch.Tensor) -> None:
-        """A micro-batch's. Tensors are not looked at before the step ends: that would wait for the device."""
+        """Add a micro-batch's values. Tensors are not read before the step ends: that blocks the host."""
         for name, value in values.items():
             self.parts.setdefault(name, []).append(value)
 
@@ -259,8 +258,8 @@ class Meter:
     def end_step(
         self, dropped: Sequence[str] = (), *, seconds: Callable[[], float], **same: float
     ) -> dict[str, float]:
-        """The step's sums over ranks, those that are `dropped` as 0, with its time and what is the `same` on
-        every rank already. A collective."""
+        """The step's sums over ranks, with those in `dropped` set to 0, its time, and the values that are
+        already the `same` on every rank. A collective."""
         own = {name: float(sum(map(float, values))) for name, values in self.parts.items()}
         own |= dict.fromkeys(dropped, 0.0)
         sums = dict(zip(own, dist.all_reduce(list(own.values()), self.world), strict=True))
@@ -276,7 +275,7 @@ class Meter:
 
 
 def say_saved(final: Path) -> None:
-    """Where the model is, and the command that talks to it."""
+    """Log where the model is saved, and the command to chat with it."""
     installed = Path(sys.argv[0]).name.startswith("ballast-")
     log.info("saved               %s", final)
     log.info(
@@ -286,7 +285,7 @@ def say_saved(final: Path) -> None:
 
 
 def evaluation_lines(before: dict[str, float] | None, after: dict[str, float] | None) -> list[str]:
-    """At the end of a run: every held-out metric, first and last."""
+    """Lines for the end of a run: the first and last value of every held-out metric."""
     after = after or before or {}
     return [
         f"{name.removeprefix('eval/'):<20}{first:8.4f} → {after[name]:.4f}"
@@ -309,7 +308,7 @@ def profiled(step: int, options: LogOptions, output_dir: Path, rank: int, device
         yield
     directory = output_dir / "profile"
     directory.mkdir(parents=True, exist_ok=True)
-    # The ending is what TensorBoard's profiler page looks for; chrome://tracing and Perfetto do not mind.
+    # TensorBoard's profiler page expects this suffix; chrome://tracing and Perfetto accept any.
     profiler.export_chrome_trace(str(directory / f"step-{step}-rank-{rank}.pt.trace.json"))
     if device.type == "cuda":
         torch.cuda.memory._dump_snapshot(str(directory / f"memory-step-{step}-rank-{rank}.pickle"))

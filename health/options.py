@@ -1,4 +1,4 @@
-"""docs/configs.md, from the recipes' own options."""
+"""Generates docs/configs.md from the recipes' options."""
 
 import dataclasses
 import inspect
@@ -8,8 +8,7 @@ from run.config import FIRST, default_of, meanings_of, type_name, yaml_of
 
 
 def options_page(recipes: dict[str, type]) -> str:
-    """Every option of these recipes' configs, by the dataclass that holds it, in the order of --help, as
-    Markdown."""
+    """Every option of these recipes' configs as Markdown, by dataclass, in the order of --help."""
     owners: dict[type, list[str]] = {}  # dataclass → recipes
     for name, config_class in recipes.items():
         for part in config_class.__mro__:
@@ -17,9 +16,9 @@ def options_page(recipes: dict[str, type]) -> str:
                 owners.setdefault(part, []).append(name)
     lines = [
         "# Options", "",
-        "Made from the dataclasses by `python -m health options > docs/configs.md`; a test compares. A flat "
-        "YAML file sets them, `key=value` on the command line overrides it. `--help` of a recipe prints its "
-        "own.",
+        "Generated from the dataclasses by `python -m health options > docs/configs.md`; a test checks that "
+        "it is current. A flat YAML file sets options; `key=value` on the command line overrides it. "
+        "A recipe's `--help` prints its own options.",
         "", f"Most runs set some of these: {', '.join(f'`{name}`' for name in FIRST)}.",
     ]
     for part, names in owners.items():

@@ -29,8 +29,8 @@ from run.config import ConfigError, read_yaml_file
 
 
 def read_history(path: Path) -> tuple[list[dict], dict]:
-    """(one dict a logged step, config) of a run directory, a metrics.jsonl, a trainer_state.json (TRL,
-    axolotl) or a table exported from wandb (.csv, .jsonl). ConfigError for anything else."""
+    """(one dict per logged step, config) of a run directory, a metrics.jsonl, a trainer_state.json (TRL,
+    axolotl) or a table exported from wandb (.csv, .jsonl). Raises ConfigError for anything else."""
     if path.is_dir():
         path = next((path / n for n in ("metrics.jsonl", "trainer_state.json") if (path / n).exists()), path)
     if not path.is_file():
@@ -54,11 +54,11 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
         raise ConfigError(str(path), None, "must hold a list of logged steps")
     history = []
     rewarded = any(isinstance(r, dict) and any(str(k).endswith("reward") for k in r) for r in rows)
-    if rewarded and not samples(config):  # another trainer's: its metrics say what it does
+    if rewarded and not samples(config):  # another trainer's run: its metrics show that it is RL
         config["reward_funcs"] = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ConfigError(f"{path}:{number}", None, "is no object")
+            raise ConfigError(f"{path}:{number}", None, "is not a JSON object")
         metrics: dict[str, float] = {}
         for name, value in row.items():
             try:
@@ -72,7 +72,7 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
         names = [name for name in ("step", "_step", "Step", "global_step") if name in metrics]
         step = metrics.pop(names[0]) if names else number
         if not abs(step) < 2**53:
-            raise ConfigError(f"{path}:{number}", None, f"has step {step}, which is none")
+            raise ConfigError(f"{path}:{number}", None, f"has the invalid step {step}")
         history.append({"step": int(step), **metrics})
     if not history:
         raise ConfigError(str(path), None, "holds no metrics")
@@ -80,13 +80,13 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
 
 
 def judge(history: list[dict], config: dict) -> tuple[Doctor, list[Verdict]]:
-    """The verdicts that a run with these metrics would have had."""
-    # How long it was meant to be is unknown, and with it the schedule.
+    """The Doctor and verdicts for a run with these metrics."""
+    # The planned length is unknown, and so is the schedule.
     known = {k: v for k, v in config.items() if k != "lr_scheduler"}
     try:
         doctor = Doctor(known, total_steps=history[-1]["step"])
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError("config.yaml", None, f"holds an option of another kind ({error})") from None
+        raise ConfigError("config.yaml", None, f"holds an option of the wrong type ({error})") from None
     verdicts = []
     for row in of_training(history):
         metrics = {k: v for k, v in row.items() if k != "step" and not k.startswith("health/")}
@@ -95,7 +95,7 @@ def judge(history: list[dict], config: dict) -> tuple[Doctor, list[Verdict]]:
 
 
 def ended_in(directory: Path) -> str | None:
-    """The error that a run ended in, by the end of its log; None where it came to its end or has gone on."""
+    """The error at the end of a run's log; None if the run finished or was continued."""
     try:
         with (directory / "run.log").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
@@ -122,7 +122,7 @@ FIRST = (
     "ebft/cfm_unwhitened", "ebft/pairwise_cosine", "ebft/reward", "trained_token_share", "tokens_per_second",
     "step_time", "memory/max_alloc",
 )
-HEALTHY = {  # the page's own ranges, where no rule draws one
+HEALTHY = {  # the reference page's ranges, which take precedence over the rules'
     "train/grad_norm": (0.1, 10.0), "entropy": (0.05, 0.5), "kl": (0.0, 0.5),
     "frac_reward_zero_std": (0.0, 0.8), "clip_ratio/region_mean": (0.0, 0.1),
     "completions/clipped_ratio": (0.0, 0.3), "sampling/sampling_logp_difference/mean": (0.0, 0.1),
@@ -134,7 +134,7 @@ SILENT = ("health/", "num_tokens", "epoch", "step_time/", "skipped_micro_batches
 
 @dataclass
 class RunPage:
-    """What a report says of one run."""
+    """The contents of the report on one run."""
 
     name: str
     path: Path
@@ -144,7 +144,7 @@ class RunPage:
     verdicts: list[Verdict]
     incidents: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
-    error: str | None = None  # that it ended in
+    error: str | None = None  # the error that ended the run
 
     @property
     def steps(self) -> int:
@@ -156,7 +156,7 @@ class RunPage:
 
     @property
     def summary(self) -> str:
-        """Its error, incidents, and the rules that spoke."""
+        """The run's error, incidents and broken rules."""
         many = "s" * (len(self.incidents) > 1)
         parts = ["ended in an error"] * bool(self.error)
         parts += [f"{len(self.incidents)} incident{many}"] * bool(self.incidents)
@@ -210,7 +210,7 @@ def read_run(path: Path) -> RunPage:
 
 def draw(metric: str, pages: list[RunPage]) -> str:
     """The metric of every run as one SVG, with its healthy band."""
-    import matplotlib  # slow to import, and needed here alone
+    import matplotlib  # slow to import, and needed only here
     from matplotlib import pyplot
 
     matplotlib.use("Agg")
@@ -240,7 +240,7 @@ def draw(metric: str, pages: list[RunPage]) -> str:
                      color="#8fb996", alpha=0.22, lw=0)
         axis.set_ylim((min(values) * 0.8 if positive else bottom), (max(values) * 1.25 if positive else top))
     middle, most = (max(values) + min(values)) / 2, max(abs(v) for v in values)
-    if most and max(values) - min(values) < 1e-3 * most:  # the last digits of what hardly moves are no news
+    if most and max(values) - min(values) < 1e-3 * most:  # do not magnify the last digits of a constant
         axis.set_ylim(middle - 1e-2 * most, middle + 1e-2 * most)
     axis.set_title(metric, fontsize=9, loc="left")
     axis.tick_params(labelsize=7)
@@ -252,7 +252,7 @@ def draw(metric: str, pages: list[RunPage]) -> str:
 
 
 def band(metric: str, config: dict) -> tuple[float | None, float | None]:
-    """The healthy range of a metric: the page's, else what its rules allow."""
+    """The healthy range of a metric: the reference page's, else the one its rules allow."""
     if metric == "train/grad_norm" and samples(config):
         return 0.001, 1.0
     if metric in HEALTHY:
@@ -305,7 +305,7 @@ pre{background:#f6f6f4;padding:.7rem;overflow-x:auto;font-size:12px;white-space:
 {% for row in i.rows %}<pre>{{ row.name }} tokens {{ row.first }}–{{ row.last }}
 {{ row.text }}</pre>{% endfor %}{% endfor %}
 {% endfor %}
-<h2>Metrics</h2><p>Green: the healthy range. Dotted: where a rule spoke.</p>
+<h2>Metrics</h2><p>Green: the healthy range. Dotted: where a rule was broken.</p>
 <div class="grid">{% for svg in drawings %}<div>{{ svg|safe }}</div>{% endfor %}</div>
 {% for p in pages %}{% if p.samples %}<h2>{{ p.name }}: samples of the last batch</h2><table>
 <tr><th>prompt</th><th>completion</th><th>rewards</th><th>advantage</th></tr>
@@ -320,7 +320,7 @@ pre{background:#f6f6f4;padding:.7rem;overflow-x:auto;font-size:12px;white-space:
 
 
 def environment() -> str:
-    import torch  # a page about a finished run needs it here alone
+    import torch  # slow to import, and needed only here
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return (
@@ -338,7 +338,7 @@ def render(paths: list[Path]) -> str:
 
 
 def write(paths: list[Path], out: Path) -> Path:
-    """The page as a file. ConfigError for what is no run."""
+    """Write the page to a file. Raises ConfigError if a path is not a run."""
     text = render(paths)
     try:
         out.write_text(text, encoding="utf-8")

@@ -1,5 +1,5 @@
-"""What is unhealthy, why, and what to do about it: the reference page's tables, and what they leave out, as
-data (RULES), and the doctor that reads a run's metrics by them.
+"""Health rules as data (RULES): the symptoms, causes and remedies of the reference page's tables, and further
+ones; and the Doctor, which applies them to a run's metrics.
 """
 
 import collections
@@ -20,10 +20,10 @@ from run.config import ConfigError
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to be ill. `low`, `high`, `window`, `after` and `severity` can be set under `health_rules`."""
+    """One health rule. `low`, `high`, `window`, `after` and `severity` can be set under `health_rules`."""
 
     name: str
-    metrics: tuple[str, ...]  # the first that a run has is read; a * stands for any name
+    metrics: tuple[str, ...]  # the first one that a run logs is read; * matches any name
     check: str  # one of CHECKS
     says: str  # what it means, in the verdict
     cause: str
@@ -34,10 +34,10 @@ class Rule:
     high: float | None = None
     plus: str | None = None  # an option whose value is added to `high`
     window: int = 1  # observations: steps of a live run, lines of a finished one
-    after: int = 0  # observations before it may speak
+    after: int = 0  # observations before the rule applies
     severity: Literal["warning", "critical"] = "warning"
     guard: str | None = None  # one of GUARDS: does the rule apply to this config?
-    unless: str | None = None  # a rule that explains this one, for as long as it is ill
+    unless: str | None = None  # the rule is silent while this one, which explains it, is broken
 
 
 _CORRECTION: tuple[str, str, tuple[str, ...]] = (
@@ -68,7 +68,7 @@ RULES: tuple[Rule, ...] = (
         "a malformed or very long row, or a learning rate that is too high",
         (("sample_packing", "set it to false for a while and see which batches do it", (0, 0)),
          ("learning_rate", "divide it by 2 to 5, or warm up longer"),
-         ("bf16", "try false to see if precision is it", (0, 0))),
+         ("bf16", "try false to see if precision is the cause", (0, 0))),
         low=2.0, high=8.0, window=30, after=20, guard="supervised",
     ),
     Rule(
@@ -101,7 +101,7 @@ RULES: tuple[Rule, ...] = (
         high=100.0, window=1, after=5, severity="critical", guard="supervised",
     ),
     Rule(
-        "grad_norm_vanishing", ("train/grad_norm",), "outside", "gradients are close to nothing",
+        "grad_norm_vanishing", ("train/grad_norm",), "outside", "gradients are close to zero",
         "hardly any token is trained, or the loss is already zero",
         (("datasets", "see the mask: python data.py inspect"),
         ("num_epochs", "the rows may be known by heart")),
@@ -110,14 +110,14 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "learning_rate_off_schedule", ("schedule/ratio",), "outside",
         "the learning rate is not the schedule's",
-        "something else than the schedule sets it: an edited loop, a second scheduler, a wrong resume",
+        "something other than the schedule sets it: an edited loop, a second scheduler, a wrong resume",
         (("lr_scheduler", "let dist.learning_rate alone set it"),),
         low=0.999, high=1.001, window=2, severity="critical",
     ),
     Rule(
         "loss_mis_scaled", ("train/loss_consistency",), "outside",
-        "what is differentiated is not the mean over the step's tokens that is reported",
-        "micro-batches are averaged each for itself, or divided by the wrong count (an edited loop)",
+        "the differentiated loss is not the reported mean over the step's tokens",
+        "micro-batches are averaged separately, or divided by the wrong count (an edited loop)",
         (("gradient_accumulation_steps", "divide each micro-batch's sum by the tokens of the whole step"),),
         low=0.999, high=1.001, window=3, severity="critical", guard="supervised",
     ),
@@ -190,7 +190,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "kl_drifting", ("kl",), "outside", "the policy drifts away from where it began",
-        "long training without a hold, or a learning rate on the high side",
+        "long training without a KL penalty, or a rather high learning rate",
         (("beta", "raise it"), ("learning_rate", "halve it")), high=0.5, window=10,
     ),
     Rule(
@@ -201,13 +201,13 @@ RULES: tuple[Rule, ...] = (
         (("vllm_server_base_url", "start the server there with `python grpo.py serve`, which sets them"),
          ("vllm_sync_interval", "lower it: sync more often", (0, 1)),
         ("vllm_dtype", "the same as the trainer's"),
-         ("temperature", "one for sampler and trainer")),
+         ("temperature", "the same for sampler and trainer")),
         high=0.1, window=5,
     ),
     Rule(
         "off_policy", ("sampling/sampling_logp_difference/mean",), "outside",
         "the sampler's weights are far from the trainer's",
-        "the server has not had the weights for many updates, or has other ones",
+        "the server has not received weights for many updates, or has the wrong ones",
         (("vllm_sync_interval", "lower it: sync more often", (0, 1)),
          ("off_policy_mask_threshold", "0.5 leaves stale samples out", (1e-9, 0.5)),
          _CORRECTION),
@@ -215,7 +215,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(  # The page's table says to raise vllm_sync_interval here, its text to lower it: lower is right.
         "ratio_vanishing", ("sampling/importance_sampling_ratio/min",), "outside",
-        "the data are stale: some samples are all but impossible under the policy of now",
+        "the data are stale: some samples are almost impossible under the current policy",
         "the policy has moved away from the weights that sampled",
         (("vllm_sync_interval", "lower it: sync more often", (0, 1)),
          ("off_policy_mask_threshold", "0.5 leaves stale samples out", (1e-9, 0.5)),
@@ -225,7 +225,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(  # The smallest ratio and the mean difference can both be fine where a product over 8,192 is not.
         "correction_wastes_samples", ("sampling/importance_sampling_ratio/effective_share",), "outside",
-        "the sampler correction leaves few samples with any weight: they count as far fewer (Σw)²/(n·Σw²)",
+        "the sampler correction concentrates the weight on few samples: effective share (Σw)²/(n·Σw²)",
         "small differences between sampler and trainer multiply up over long completions, or old weights",
         (_CORRECTION, ("vllm_dtype", "the same as the trainer's makes the difference smaller"),
          ("vllm_sync_interval", "lower it: sync more often", (0, 1))),
@@ -300,7 +300,7 @@ RULES: tuple[Rule, ...] = (
         "nonfinite_activations", ("nonfinite_hidden_states",), "outside",
         "hidden states that are not finite were replaced",
         "an overflow in the forward pass; see run.log for the module and the rows",
-        (("bf16", "try false to see if precision is it", (0, 0)), ("fp8", "try false", (0, 0)),
+        (("bf16", "try false to see if precision is the cause", (0, 0)), ("fp8", "try false", (0, 0)),
         ("learning_rate", "halve it")),
         high=0.0, severity="critical",
     ),
@@ -308,7 +308,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "alignment_low", ("ebft/alignment_cosine",), "outside",
         "samples have little to do with the true completions",
-        "the policy is far from the data, or the features do not tell them",
+        "the policy is far from the data, or the features do not distinguish them",
         (("temperature", "lower it"), ("feature_layers", "deeper layers see more of the meaning"),
          ("ce_coef", "0.03 to 0.1 helps at the start", (0.03, math.inf))),
         low=0.3, window=20, after=20,
@@ -321,7 +321,7 @@ RULES: tuple[Rule, ...] = (
         ("ce_coef", "0.03 to 0.1 holds the language", (0.03, math.inf))),
         low=0.95, window=10, after=20, severity="critical",
     ),
-    Rule(  # Of whitened features that are independent it is 0 by construction: read entropy there.
+    Rule(  # For independent whitened features it is 0 by construction: watch the entropy instead.
         "samples_alike", ("ebft/diversity",), "outside",
         "the samples of a prompt are all alike: mode collapse",
         "alignment outweighs the penalty on likeness, or the temperature leaves no choice",
@@ -339,8 +339,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "feature_distance_high", ("ebft/cfm_unwhitened",), "outside",
-        "the features' distance is beyond all range",
-        "features that are not normalised, or another network than the starting one", (("embed_method", ""),),
+        "the feature distance is out of range",
+        "features are not normalised, or the feature network is not the initial one", (("embed_method", ""),),
         high=10.0, window=3, severity="critical",
     ),
     Rule(
@@ -380,7 +380,7 @@ RULES: tuple[Rule, ...] = (
         "rows are made slower than the model trains on them",
         (("dataset_prepared_path", "prepare rows once, on a fast disk"),), high=0.5, window=10, after=5,
     ),
-    Rule(  # Each value is ten steps apart (dist.race).
+    Rule(  # Values are ten steps apart (dist.race).
         "slow_rank", ("ranks/slowness",), "outside", "one rank's device is slower than the others'",
         "every step waits for it (ranks/slowest in the metrics is its number): a hot or throttled GPU, "
         "another process on it, or a weaker machine",
@@ -417,7 +417,7 @@ GUARDS: dict[str, Callable[[dict], Any]] = {
     ),
 }
 
-ALIASES: dict[str, str] = {  # what other trainers, and versions before 0.3, call the same
+ALIASES: dict[str, str] = {  # names in other trainers and in versions before 0.3
     "loss": "train/loss", "eval_loss": "eval/loss", "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
 }
@@ -499,7 +499,7 @@ def _check_rising(rule: Rule, seen: "Series") -> str | None:
 
 
 def _check_creep(rule: Rule, seen: "Series") -> str | None:
-    """Four quarters of the window, each above the one before, and the whole by `high`."""
+    """Each quarter of the window is above the one before, and the last above the first by factor `high`."""
     last = seen.last(rule.window)
     if len(last) < rule.window:
         return None
@@ -535,7 +535,7 @@ class Series:
         self.count = 0
         self.progress = 0.0  # of the run, 0 to 1
         self.least = math.inf
-        self.lowest, self.highest = math.inf, -math.inf  # of medians of ten
+        self.lowest, self.highest = math.inf, -math.inf  # medians of ten values
 
     def add(self, value: float, progress: float) -> None:
         self.values.append(value)
@@ -561,7 +561,7 @@ class Verdict:
     metric: str
     ill: bool
     found: str = ""  # the figures
-    rows: str = ""  # of the batch that did it
+    rows: str = ""  # the batch that caused it
 
     def line(self, config: dict) -> str:
         if not self.ill:
@@ -592,7 +592,8 @@ def _with_value(option: str, config: dict) -> str:
 
 
 def rules_of(config: dict, rules: Sequence[Rule] = RULES) -> list[Rule]:
-    """The rules that apply to a config, with its own ranges. ConfigError for what is no rule or no range."""
+    """The rules that apply to a config, with its own ranges. Raises ConfigError for an unknown rule or an
+    invalid setting."""
     own = config.get("health_rules") or {}
     if not isinstance(own, dict):
         raise ConfigError("health_rules", own, "must be {rule: {high: …}} or {rule: off}")
@@ -615,7 +616,7 @@ def rules_of(config: dict, rules: Sequence[Rule] = RULES) -> list[Rule]:
                     and (key in ("low", "high") or (isinstance(value, int) and value >= (key == "window")))
                 )
                 if not right:
-                    raise ConfigError(f"health_rules.{name}.{key}", value, "is not a value that it can have")
+                    raise ConfigError(f"health_rules.{name}.{key}", value, "is not a valid value")
     found = []
     for rule in rules:
         change = own.get(rule.name, {})
@@ -627,11 +628,11 @@ def rules_of(config: dict, rules: Sequence[Rule] = RULES) -> list[Rule]:
     return found
 
 
-MEASURED = re.compile(r"time|second|memory|mfu|data_share|^ranks/")  # of a clock or of the process
+MEASURED = re.compile(r"time|second|memory|mfu|data_share|^ranks/")  # depend on the machine or the process
 
 
 class Doctor:
-    """Watches the metrics of a run, step by step, and speaks when a rule's state changes."""
+    """Watches the metrics of a run, step by step, and reports each change of a rule's state."""
 
     def __init__(self, config: dict, total_steps: int = 0):
         self.config, self.total_steps = config, total_steps
@@ -640,7 +641,7 @@ class Doctor:
         self.series: dict[str, Series] = {}
         self.ill: dict[tuple[str, str], int] = {}  # (rule, metric) → observations since it was last seen ill
         self.ever: dict[str, Verdict] = {}  # the first verdict of every rule that has spoken
-        self.readers: dict[str, list[Rule]] = {}  # metric → what reads it
+        self.readers: dict[str, list[Rule]] = {}  # metric → the rules that read it
 
     def observe(
         self, step: int, metrics: dict[str, float], rows: Callable[[], str] | None = None
@@ -674,16 +675,16 @@ class Doctor:
                     self.ill[key] = 0
                 elif key in self.ill:
                     self.ill[key] += 1
-                    if self.ill[key] >= max(3, rule.window):  # not back and forth at the edge of a range
+                    if self.ill[key] >= max(3, rule.window):  # avoids flapping at the edge of a range
                         del self.ill[key]
                         verdicts.append(Verdict(rule, step, name, False))
-        # The gravest first, and among equals the order of the table.
+        # The most severe first, then in the order of the table.
         order = {rule.name: index for index, rule in enumerate(self.rules)}
         return sorted(verdicts, key=lambda v: (not v.ill, v.rule.severity != "critical", order[v.rule.name]))
 
     def recall(self, rows: Iterable[dict]) -> None:
-        """What a run that goes on had logged before: windows, best values and what is ill are as they were,
-        except of what belongs to the process (MEASURED)."""
+        """Restore the state of a resumed run from its logged metrics: windows, best values and broken rules,
+        except for metrics that depend on the process (MEASURED)."""
         for row in of_training(rows):
             kept = {ALIASES.get(str(k), str(k)): v for k, v in row.items() if not MEASURED.search(k)}
             self.observe(row["step"], kept)

@@ -1,7 +1,7 @@
-"""The loss and the log-probabilities from hidden states and the head, without logits in memory: a chunk of
-them at a time, and their gradient while they are in cache. Each has a plain-torch form, which is the
-reference; where a Triton kernel stands beside it, the public function takes that on a GPU (`KERNELS`
-overrides, as in kernels.py)."""
+"""Loss and log-probabilities from hidden states and the head, without storing all logits: they are computed
+one chunk at a time, and the gradient while the chunk is in cache. Each function has a plain-torch reference;
+if there is a Triton kernel too, the public function uses it on a GPU (`KERNELS` overrides, as in
+kernels.py)."""
 
 # Triton kernels are typed by Triton's compiler, not by Python's rules:
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportIndexIssue=false
@@ -26,13 +26,13 @@ def _cross_entropy_kernel(
     logits_ptr, labels_ptr, nll_ptr, V, softcap,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One program a row of logits [c, V]: its NLL, and with GRADIENT its logits replaced by d NLL / d logits.
-    Two passes over the row where torch makes seven."""
+    """One program per row of logits [c, V]: computes its NLL, and with GRADIENT replaces the logits by
+    d NLL / d logits. Two passes over the row instead of torch's seven."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     top = float("-inf")
     total = 0.0
-    chosen = 0.0  # taken on the way: read after the last reduction, another warp might have replaced it
+    chosen = 0.0  # read in the loop: after the last reduction another warp might have overwritten it
     for start in range(0, V, BLOCK):
         offs_v = start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + row * V + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
@@ -69,9 +69,8 @@ def _add_gradients(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of NLLs. The gradients are made in the forward pass, where each chunk's probabilities are at hand:
-    the logits are computed once, not a second time in backward, and only the upstream scalar multiplies them
-    later."""
+    """Sum of NLLs. Gradients are computed in the forward pass, while each chunk's probabilities exist: the
+    logits are computed only once, and backward only multiplies by the upstream scalar."""
 
     @staticmethod
     def forward(
@@ -136,7 +135,7 @@ def linear_cross_entropy(
     hidden [N, D], weight [V, D], labels [N] with −100 where a token is not trained: such rows cost nothing.
     Returns a scalar in fp32 (fp64 for fp64 input). Exact to the naive computation in value and gradient; peak
     memory is one chunk of logits and one [V, D] gradient. `softcap` is Gemma 2's final soft cap; `chunk`
-    tokens are taken at a time. Backward may be called once.
+    tokens are processed at a time. Backward may be called once.
     """
     weight = weight.to(hidden.dtype)
     trained = labels != -100
@@ -150,8 +149,7 @@ def linear_cross_entropy(
 
 @dataclass
 class TokenStatistics:
-    """What one forward pass over the vocabulary tells about each token [N], under the tempered
-    distribution."""
+    """Statistics of each token [N] under the tempered distribution, from one pass over the vocabulary."""
 
     logprobs: Tensor  # of the label; 0 on rows that are not trained
     entropy: Tensor  # −Σ p log p, nats
@@ -175,7 +173,7 @@ def _chunk_logits(
 
 
 def _logits_buffer(x: Tensor, weight: Tensor, chunk: int) -> Tensor:
-    """Room for the logits of a chunk, used by all: fresh memory of that size costs more than the
+    """A buffer for one chunk's logits, reused by all chunks: allocating it anew costs more than the
     arithmetic."""
     return torch.empty(min(chunk, x.shape[0]), weight.shape[0], dtype=x.dtype, device=x.device)
 
@@ -184,11 +182,11 @@ def _partial_statistics_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, softcap: float | None, chunk: int
 ) -> Tensor:
     """Over the rows of `weight` [V, D]: per token the maximal logit, Σ e^(z−max), Σ z·e^(z−max), the label's
-    logit (−inf where the label is none of these rows) and the index of the maximum: [N, 5]. Parts of a
-    vocabulary can be merged."""
+    logit (−inf if the label is not among these rows) and the index of the maximum: [N, 5]. The results of
+    several parts of a vocabulary can be merged."""
     parts = []
     buffer = _logits_buffer(hidden, weight, chunk)
-    # On a CPU a few rows at a time, which stay in cache from one pass over them to the next.
+    # On a CPU process a few rows at a time, so that they stay in cache between passes.
     few = chunk if hidden.is_cuda else max(1, 2**19 // weight.shape[0])
     for begin in range(0, hidden.shape[0], chunk):
         chunk_logits, _ = _chunk_logits(hidden[begin : begin + chunk], weight, temperature, softcap, buffer)
@@ -260,15 +258,15 @@ def _partial_statistics_kernel(
 def _partial_statistics(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, softcap: float | None, chunk: int
 ) -> Tensor:
-    """As the reference, [parts, N, 5]: the kernel leaves one part a split of the vocabulary."""
+    """As the reference, but [parts, N, 5]: the kernel returns one part per split of the vocabulary."""
     if not use_triton(hidden) or hidden.dtype == torch.float64 or hidden.shape[0] == 0:
         return _partial_statistics_reference(hidden, weight, labels, temperature, softcap, chunk)[None]
     N, D = hidden.shape
     V = weight.shape[0]
     assert V < 2**24, "indices are kept in fp32"
-    # In fp32 no tensor core holds the logits, and larger tiles would not fit the registers.
+    # fp32 products do not use tensor cores, and larger tiles would not fit into the registers.
     block_n, block_v, block_d = (64, 64, 64) if hidden.dtype.itemsize == 2 else (64, 32, 32)
-    # Enough programs for a GPU also when there are few tokens
+    # Enough programs to fill a GPU even with few tokens
     splits = max(1, min(16, 256 // -(-N // block_n)))
     per_split = -(-V // (splits * block_v)) * block_v
     splits = -(-V // per_split)
@@ -283,7 +281,7 @@ def _partial_statistics(
 
 
 def _merge_statistics(parts: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """parts [P, N, 5] over P pieces of the vocabulary, the piece p beginning at offsets[p]: (log-sum-exp,
+    """parts [P, N, 5] over P pieces of the vocabulary, piece p starting at offsets[p]: (log-sum-exp,
     entropy, the label's logit, argmax), each [N]."""
     top, total, weighted, chosen, index = parts.unbind(-1)
     highest = top.amax(0)
@@ -380,9 +378,9 @@ def linear_logprobs(
     temperature), without ever holding [N, V] logits; differentiable in hidden and weight (a frozen weight
     gets no dense gradient).
 
-    hidden [N, D], weight [V, D], labels [N] with −100 on rows that cost nothing and come back as zeros. With
-    `group` the vocabulary is sharded: `weight` are this rank's rows, from row `offset` on; every rank gets
-    the whole result. Statistics are in fp32 (fp64 for fp64 input) and finite for logits of any size.
+    hidden [N, D], weight [V, D], labels [N]; rows with −100 cost nothing and return zeros. With
+    `group` the vocabulary is sharded: `weight` are this rank's rows, starting at row `offset`; every rank
+    gets the complete result. Statistics are in fp32 (fp64 for fp64 input) and finite for logits of any size.
     """
     weight = weight.to(hidden.dtype)
     N = hidden.shape[0]

@@ -1,6 +1,6 @@
-"""Numbers of 8 and 4 bits: FP8 products with a master weight, frozen weights in NF4 or int8, AdamW with
-8-bit state. Each has a plain-torch form, which is the reference; where a Triton kernel stands beside it, the
-public function takes that on a GPU (`KERNELS` overrides, as in kernels.py)."""
+"""8-bit and 4-bit numerics: FP8 products with a master weight, frozen weights in NF4 or int8, AdamW with
+8-bit state. Each function has a plain-torch reference; if there is a Triton kernel too, the public function
+uses it on a GPU (`KERNELS` overrides, as in kernels.py)."""
 
 # Triton kernels are typed by Triton's compiler, not by Python's rules:
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportIndexIssue=false
@@ -25,7 +25,7 @@ SMALLEST_NORMAL = 2.0**-126  # a denormal scale would be flushed to 0, and 0/0 i
 
 
 def _use_fp8_triton(x: Tensor) -> bool:
-    """e4m3 exists in Triton from sm_89 on; an A100 takes the torch form, which is slow there but right."""
+    """e4m3 exists in Triton from sm_89 on; an A100 uses the torch form, which is slow there but correct."""
     return use_triton(x) and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9))
 
 
@@ -43,8 +43,8 @@ def quantize_fp8_reference(x: Tensor, power_of_two: bool = False) -> tuple[Tenso
     """Quantise x [M, N] to e4m3 with one fp32 scale per 1×128 tile: (q [M, N], scale [M, ⌈N/128⌉]), q·scale ≈
     x.
 
-    An all-zero tile gets scale 1. NaN and ±Inf become NaN, their tile's scale stays finite and fits the other
-    elements: the fault shows where it is, and only there. Source: DeepSeek-V3, arXiv 2412.19437, §3.3.2.
+    An all-zero tile gets scale 1. NaN and ±Inf become NaN; their tile's scale is that of the finite
+    elements, so that the fault stays local. Source: DeepSeek-V3, arXiv 2412.19437, §3.3.2.
     """
     M, N = x.shape
     padded = F.pad(x.float(), (0, -N % FP8_BLOCK)).view(M, -1, FP8_BLOCK)
@@ -80,7 +80,7 @@ def _quantize_fp8_kernel(
     x_ptr, q_ptr, scale_ptr, M, N, stride_m, stride_n, scale_columns,
     WHOLE_BLOCK: tl.constexpr, POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """One program a [ROWS, 128] piece: a scale a row, or (WHOLE_BLOCK, ROWS = 128) one for the piece."""
+    """One program per [ROWS, 128] tile: one scale per row, or with WHOLE_BLOCK (ROWS = 128) one per tile."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (row[:, None] < M) & (column[None, :] < N)
@@ -157,9 +157,9 @@ def _fp8_matmul_kernel(
     B_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):
-    """c = (a·a_scale) @ (b·b_scale)ᵀ. Each 128 of K is one tensor-core product whose fp32 result is scaled
-    and added in fp32 registers: the promotion that keeps FP8's short accumulators from losing small terms
-    (DeepSeek-V3, §3.3.2)."""
+    """c = (a·a_scale) @ (b·b_scale)ᵀ. Every 128 elements of K are one tensor-core product; its fp32 result is
+    scaled and added in fp32 registers: the promotion that keeps FP8's short accumulators from losing small
+    terms (DeepSeek-V3, §3.3.2)."""
     # Programs that share columns of b run close together in time, so b stays in the L2 cache.
     program, m_blocks, n_blocks = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = program // (GROUP * n_blocks)
@@ -277,7 +277,7 @@ NF4_CODE = (
 
 @functools.cache
 def nf4_code(device: torch.device) -> Tensor:
-    """The 16 values [16] on a device, copied there once and not in every product."""
+    """The 16 values of NF4 [16] on a device, copied there once instead of in every product."""
     return torch.tensor(NF4_CODE, device=device)
 
 
@@ -295,15 +295,15 @@ def dynamic_code(signed: bool, device: torch.device | str = "cpu") -> Tensor:
 
 
 def nearest_code(x: Tensor, code: Tensor) -> Tensor:
-    """Index of the nearest value of an ascending code, as uint8; halfway goes down."""
+    """Index of the nearest value of an ascending code, as uint8; ties go to the lower one."""
     return torch.bucketize(x, (code[:-1] + code[1:]) / 2).to(torch.uint8)
 
 
 def quantize_blockwise(
     x: Tensor, code: Tensor, block: int = NESTED_BLOCK, signed_scale: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x of any shape, flattened, to (codes uint8 in x's shape, absmax fp32 [⌈n/block⌉]). A block of zeros has
-    absmax 0."""
+    """Quantise x of any shape in flat blocks: (codes uint8 in x's shape, absmax fp32 [⌈n/block⌉]). A block of
+    zeros has absmax 0."""
     flat = x.float().flatten()
     blocks = F.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))[:, 0]
@@ -313,7 +313,7 @@ def quantize_blockwise(
 
 
 def dequantize_blockwise(q: Tensor, absmax: Tensor, code: Tensor, block: int = NESTED_BLOCK) -> Tensor:
-    """The fp32 values that `quantize_blockwise` stands for."""
+    """The fp32 values that the codes of `quantize_blockwise` represent."""
     return code[q.int()] * absmax.repeat_interleave(block)[: q.numel()].view(q.shape)
 
 
@@ -423,7 +423,7 @@ def _int8_matmul_kernel(
     x_ptr, q_ptr, scale_ptr, y_ptr, M, N, K,
     INPUT_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """As _nf4_matmul_kernel for q int8 [N, K] with a scale a row."""
+    """As _nf4_matmul_kernel, for q int8 [N, K] with one scale per row."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if INPUT_GRADIENT:
         offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -477,7 +477,7 @@ def _frozen_product(kind: str, x: Tensor, stored: tuple[Tensor, ...], input_grad
     N, K = stored[0].shape[0], stored[0].shape[1] * (2 if kind == "nf4" else 1)
     M, x = x.shape[0], x.contiguous()
     y = torch.empty(M, K if input_gradient else N, dtype=x.dtype, device=x.device)
-    # In fp32 no tensor core holds the sums, and larger tiles would not fit the registers.
+    # fp32 products do not use tensor cores, and larger tiles would not fit into the registers.
     block_m = block_n = block_k = 64 if x.dtype.itemsize == 2 else 32
     columns = -(-K // block_k) if input_gradient else -(-N // block_n)
     how = dict(INPUT_GRADIENT=input_gradient, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
@@ -491,8 +491,7 @@ def _frozen_product(kind: str, x: Tensor, stored: tuple[Tensor, ...], input_grad
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """A linear layer whose weight is stored in few bits and not trained: no dense copy of it outlives a
-    pass."""
+    """A linear layer with a frozen quantised weight: no dense copy of it outlives a pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, kind: str, *stored: Tensor) -> Tensor:
@@ -502,7 +501,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple:
-        stored = ctx.saved_tensors  # once: a recomputed tensor can be unpacked only once
+        stored = ctx.saved_tensors  # read once: a recomputed tensor can be unpacked only once
         return (
             _frozen_product(ctx.kind, gradients[0], stored, input_gradient=True),
             None,
@@ -547,7 +546,7 @@ def _slices(count: int) -> Iterator[slice]:
 
 
 def _blocks(elements: slice) -> slice:
-    """The blocks of 256 of a slice, which begins at one."""
+    """The blocks of 256 elements that a slice covers; the slice begins at a block."""
     return slice(elements.start // NESTED_BLOCK, -(-elements.stop // NESTED_BLOCK))
 
 
@@ -594,7 +593,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @classmethod
     def _pack(cls, x: Tensor, name: str, device: torch.device | None = None):
-        """The moment x [...] as it is kept on `device` (unset: where x is): fp32, or (codes, absmax)."""
+        """The moment x [...] in its stored form on `device` (default: x's own): fp32, or (codes, absmax)."""
         device = device or x.device
         if x.numel() < 4096:
             return x.to(device, torch.float32)
@@ -611,8 +610,8 @@ class AdamW8bit(torch.optim.Optimizer):
         if isinstance(packed, Tensor):
             packed.view(-1)[elements] = values
             return
-        # The signed code has 1 but not −1: scaled by the extreme value itself, sign and all, that value is
-        # kept exactly, and quantising the dequantised moments gives the same codes.
+        # The signed code has 1 but not −1: scaling by the signed extreme value stores that value exactly, and
+        # quantising the dequantised moments gives the same codes.
         code = dynamic_code(name == "exp_avg", values.device)
         codes, absmax = quantize_blockwise(values, code, signed_scale=True)
         packed[0].view(-1)[elements], packed[1][_blocks(elements)] = codes, absmax
@@ -625,7 +624,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return dequantize_blockwise(codes, absmax, dynamic_code(name == "exp_avg", codes.device))
 
     def _dequantized(self, packed, name: str) -> Tensor:
-        """The whole moment in fp32, in host memory: a save must not need what 8 bits have saved."""
+        """The whole moment in fp32, in host memory: saving must not use the GPU memory that 8 bits freed."""
         first = packed if isinstance(packed, Tensor) else packed[0]
         moment = torch.empty(first.shape, device="cpu")
         for elements in _slices(first.numel()):

@@ -1,5 +1,5 @@
-"""Blocks: many short continuations that branch off the prefixes of a document. Where they begin, how all are
-sampled at once, how they are written down and read back, and the one pass that trains on them.
+"""Blocks: many short continuations that branch off the prefixes of a document. This module places them,
+samples all of them at once, records them and reads them back, and lays out the one pass that trains on them.
 
 N tokens of a micro-batch, G tokens of a block, n samples of each.
 """
@@ -39,7 +39,7 @@ class BlockOptions:
     context_length: int = 8
     """Tokens of a document before its first block."""
     min_completion_prefix: int = 0
-    """Where a row has a prompt: so many tokens of the answer stand before its first block."""
+    """If a row has a prompt: answer tokens before its first block."""
     generate_max_len: int = 8
     """Tokens of a block."""
 
@@ -54,24 +54,24 @@ class Document:
 
     ids: list[int]
     anchors: list[int]  # block b continues ids[:anchors[b]]; its truth is the next generate_max_len tokens
-    counted: list[bool]  # which tokens the cross-entropy is over
+    counted: list[bool]  # tokens that the cross-entropy includes
     name: str
     recorded: tuple[Tensor, Tensor] | None = None  # of a replay: samples and log-probs [blocks, n, G]
-    source: int = 0  # which data set it is of
+    source: int = 0  # index of its data set
 
     @functools.cached_property
     def trained_tokens(self) -> int:
-        return sum(self.counted[1:])  # nothing stands before the first
+        return sum(self.counted[1:])  # the first token has no prediction
 
 
 def block_anchors(length: int, offset: int, generate_max_len: int, stride: int) -> list[int]:
-    """a_b = offset + b · stride, for the ⌊(length − generate_max_len − offset)/stride⌋ + 1 blocks that have
-    their whole truth in the document; none where it is too short."""
+    """a_b = offset + b · stride, for the ⌊(length − generate_max_len − offset)/stride⌋ + 1 blocks whose true
+    tokens all lie in the document; none if it is too short."""
     return list(range(offset, length - generate_max_len + 1, stride)) if offset > 0 else []
 
 
 def read_document(dataset: Dataset, row: int, config: BlockOptions) -> Document:
-    """Where the row has a prompt (untrained tokens at its beginning), blocks begin after it."""
+    """Read one row. If it begins with a prompt (untrained tokens), blocks begin after the prompt."""
     tokens, labels = dataset.row(row)
     trained = labels != IGNORE
     prompt = int(trained.argmax()) if trained.any() and not trained[0] else 0
@@ -85,7 +85,7 @@ def read_document(dataset: Dataset, row: int, config: BlockOptions) -> Document:
 class DocumentData:
     documents: list[Document]
     held_out: list[Document]
-    order: PromptOrder  # of documents; its size is a step's
+    order: PromptOrder  # of documents; one batch is one step
     replayed: bool
     total_steps: int
     steps_per_epoch: int
@@ -101,9 +101,9 @@ class DocumentData:
 def read_documents(
     config: Any, tokenizer: Tokenizer, directory: Path, cache: Path, vocab_size: int, world: World
 ) -> DocumentData:
-    """The documents that are trained on, or a replay of them, and those that are held out. `cache` keeps the
-    encoded rows unless the config names another place; `vocab_size` bounds the ids of a replay. ConfigError
-    where the documents are too few for a step."""
+    """Read the training documents, or a replay of them, and the held-out ones. `cache` stores the encoded
+    rows unless the config names another place; `vocab_size` bounds the ids of a replay. Raises ConfigError if
+    there are too few documents for a step."""
     cache = Path(config.dataset_prepared_path or cache)
 
     def read(specs: list[dict], held_out: bool | None) -> tuple[list[Document], int, str]:
@@ -134,7 +134,7 @@ def read_documents(
         raise ConfigError(
             key, getattr(config, key),
             f"and generate_max_len {config.generate_max_len} leave {len(documents)} documents with a block, "
-            f"a step takes {a_step}",
+            f"but a step needs {a_step}",
         )
     weights = weights_of(config.datasets) or [1.0]
     order = PromptOrder([d.source for d in documents], a_step, config.seed, weights)
@@ -158,7 +158,7 @@ def packed(documents: list[Document], device: torch.device) -> tuple[Tensor, Ten
 
 class BlockCache:
     """Keys and values of packed documents, stored once, and of R continuations that branch off them: row r
-    goes on after the first `prefixes[r]` tokens of document `documents[r]`, `steps` tokens at most.
+    continues the first `prefixes[r]` tokens of document `documents[r]` by at most `steps` tokens.
 
     `document_ids` [1, N] are those of the packed row, counted from 0; its keys are shared by every row.
     """
@@ -175,7 +175,7 @@ class BlockCache:
         shape = (R, arch.num_kv_heads, steps, arch.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(arch.num_layers)]
-        self.shared: list[tuple[Tensor, Tensor]] = []  # [K, N, E] a layer
+        self.shared: list[tuple[Tensor, Tensor]] = []  # [K, N, E] per layer
         self.length = 0  # 0 before the documents' own pass, then 1 + tokens of the continuations
 
     def next_positions(self) -> Tensor:
@@ -188,8 +188,8 @@ class BlockCache:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, context: Pass, window: int | None, *, scale: float,
         softcap: float | None = None,
     ) -> Tensor:
-        """As KVCache.attend. One softmax over the documents' keys, one product for all rows, and a row's
-        own."""
+        """Like KVCache.attend: one softmax over the shared keys of the documents (one product for all rows)
+        and the row's own keys."""
         if self.length == 0:
             self.shared.append((k[0].transpose(0, 1).contiguous(), v[0].transpose(0, 1).contiguous()))
             return kernels.attention(
@@ -227,8 +227,8 @@ def sample_blocks(
     model: Transformer, documents: list[Document], n: int, length: int, temperature: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """`n` samples of `length` tokens for every block, all of them a token a step: (tokens, log-probs) [R,
-    length], rows in the order document, block, sample. The documents' keys and values are made once."""
+    """Draw `n` samples of `length` tokens per block in parallel, one token per step: (tokens, log-probs) [R,
+    length], rows in the order document, block, sample. The documents' keys and values are computed once."""
     device = model.device
     ids, which, starts = packed(documents, device)
     rows = [(i, a) for i, d in enumerate(documents) for a in d.anchors for _ in range(n)]
@@ -289,7 +289,7 @@ def read_blocks(path: str, directory: Path, n: int, G: int, vocab_size: int) -> 
             row.get(k) for k in ("document_ids", "anchors", "counted", "block_ids", "sampling_logprobs")
         )
         need(isinstance(ids, list) and bool(ids), "document_ids must be a non-empty list of token ids")
-        need(isinstance(counted, list) and len(counted) == len(ids), "counted must have an entry a token")
+        need(isinstance(counted, list) and len(counted) == len(ids), "counted must have one entry per token")
         need(
             isinstance(anchors, list) and bool(anchors)
             and all(type(a) is int and 0 < a <= len(ids) - G for a in anchors),
@@ -342,7 +342,7 @@ class BlockPass:
                 for _ in range(m):
                     own = list(range(len(ids), len(ids) + G))
                     block_rows.append(own)
-                    # The first token is predicted by the prefix's last, each other one by the one before it.
+                    # The prefix's last token predicts the first token, and each token predicts the next.
                     sources.append([start + a - 1, *own[:-1]])
                     ids += given[row]
                     row += 1

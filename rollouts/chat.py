@@ -2,36 +2,45 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
-from checkpoints.adapters import adapter_token_rows, apply_lora, load_adapter, read_adapter_options
-from checkpoints.weights import load_pretrained, read_json
-from model import Transformer
+from checkpoints.adapters import (
+    adapter_base,
+    adapter_token_rows,
+    apply_lora,
+    load_adapter,
+    read_adapter_options,
+)
+from checkpoints.weights import load_pretrained
+from model import Transformer, block_linears
 from rollouts.generation import generate
-from run.config import resolve_checkpoint
+from run.config import CheckpointError, DataError, resolve_checkpoint
+from text.templates import BadRow
 from text.tokenizer import Tokenizer
 
 
 def load_for_inference(directory: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Transformer, str]:
-    """A checkpoint, or a PEFT adapter on top of the base that it names; and the folder of the tokenizer."""
-    if (Path(directory) / "adapter_config.json").exists():
-        base = read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path") or ""
-        rows = adapter_token_rows(directory)
-        model = load_pretrained(base, dtype=dtype, device=device, vocab_size=max(rows, default=-1) + 1)
-        apply_lora(model, read_adapter_options(directory, base), dtype, rows)
-        load_adapter(model, directory)
-        has_tokenizer = (Path(directory) / "tokenizer.json").exists()
-        return model.eval(), directory if has_tokenizer else str(resolve_checkpoint(base))
+    """Load a checkpoint, or a PEFT adapter on its base model; also returns the folder of the tokenizer."""
     path = resolve_checkpoint(directory)
-    return load_pretrained(str(path), dtype=dtype, device=device), str(path)
+    if not (path / "adapter_config.json").exists():
+        return load_pretrained(str(path), dtype=dtype, device=device), str(path)
+    name, revision = adapter_base(path)
+    if not name:
+        problem = "base_model_name_or_path is missing: which model does this adapter belong to?"
+        raise CheckpointError(f"{path / 'adapter_config.json'}: {problem}")
+    base = resolve_checkpoint(name, revision, path)
+    rows = adapter_token_rows(path)
+    model = load_pretrained(str(base), dtype=dtype, device=device, vocab_size=max(rows, default=-1) + 1)
+    apply_lora(model, read_adapter_options(path, name, block_linears(model)), dtype, rows)
+    load_adapter(model, path)
+    return model.eval(), str(path if (path / "tokenizer.json").exists() else base)
 
 
 def chat(argv: list[str]) -> None:
-    """The command itself; `argv` are the arguments behind its name."""
+    """Run the command; `argv` are the arguments after its name."""
     parser = argparse.ArgumentParser(
-        prog="model.py chat", description="Talk to a checkpoint; /new begins again, an empty line ends."
+        prog="model.py chat", description="Talk to a checkpoint; /new starts over, an empty line quits."
     )
     parser.add_argument("directory", help="a Hugging Face folder, a PEFT adapter or a hub id")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default 0.7)")
@@ -59,7 +68,16 @@ def chat(argv: list[str]) -> None:
             messages = list(begin)
             continue
         messages.append({"role": "user", "content": text})
-        prompt = tokenizer.encode_prompt(messages)
+        try:
+            prompt = tokenizer.encode_prompt(messages)
+        except BadRow as error:
+            remedy = "chat needs a chat template"
+            raise DataError(tokenizer_directory, None, str(error), remedy) from None
+        if max(prompt) >= model.arch.vocab_size:
+            raise CheckpointError(
+                f"{tokenizer_directory}: the tokenizer gives id {max(prompt)}, the model has "
+                f"{model.arch.vocab_size} rows: they do not belong together"
+            )
         room = arguments.max_new_tokens if not limit else min(arguments.max_new_tokens, limit - len(prompt))
         if room < 1:
             print(f"The conversation has filled the model's {limit} positions; start again.")
@@ -72,7 +90,7 @@ def chat(argv: list[str]) -> None:
 
 
 def _stream_reply(model: Transformer, tokenizer: Tokenizer, prompt: list[int], **how) -> str:
-    """Print an answer while it is written. Ctrl-C ends it."""
+    """Print an answer while it is generated. Ctrl-C stops it."""
     ids: list[int] = []
     shown = ""
 

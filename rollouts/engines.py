@@ -1,4 +1,4 @@
-"""Rollouts: prompts in, completions with the log-probabilities that they were drawn from out.
+"""Rollouts: from prompts to completions with the log-probabilities of the sampled tokens.
 
 Three engines make them. Embedded: our own `generate`, in this process, on policy by construction. vLLM: one
 or several servers over HTTP, token ids in and out, which get the trainer's weights every vllm_sync_interval
@@ -38,21 +38,21 @@ class EmbeddedEngine:
     def __init__(self, model: Transformer, options: Any, tokenizer: Tokenizer, world: World):
         self.model, self.options, self.world = model, options, world
         self.stop_ids = tokenizer.stop_ids
-        self._left: float | None = None  # bytes for sampling, once they were asked for
+        self._left: float | None = None  # bytes left for sampling, once known
         self._fewest = memory.MOST_ROWS
 
     def generate(
         self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], temperature: float | None = None,
         limits: list[int] | None = None, on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """`n` completions of each prompt, the same on every rank. `limits` are most tokens by prompt. A
-        collective; `on_group(prompt, completions)` is called on rank 0."""
+        """`n` completions of each prompt, the same on every rank. `limits`: maximum number of tokens for each
+        prompt. A collective; `on_group(prompt, completions)` is called on rank 0."""
         world = self.world
         limits = limits or [self.options.max_completion_length] * len(prompts)
         own_prompts = list(range(world.rank, len(prompts), world.size))
         at_once = max(1, self._rows(max(map(len, prompts)) + max(limits)) // n)
         most = math.ceil(len(prompts) / world.size)
-        rounds = math.ceil(most / at_once)  # as many on every rank: each is a collective
+        rounds = math.ceil(most / at_once)  # the same number on every rank: each is a collective
         drawn = random.Random(repr((seed, world.rank))).getrandbits(62)
         generator = torch.Generator(world.device).manual_seed(drawn)
         completions: dict[int, list[Completion]] = {}
@@ -83,7 +83,7 @@ class EmbeddedEngine:
         return groups
 
     def _rows(self, length: int) -> int:
-        """Sequences of this length that are sampled at once."""
+        """Number of sequences of this length to sample at once."""
         if self.options.rollout_batch_size is not None:
             return self.options.rollout_batch_size
         if self.world.device.type != "cuda":
@@ -113,7 +113,7 @@ class EmbeddedEngine:
 def make_engine(
     model: Transformer, options: Any, tokenizer: Tokenizer, world: World, prompts: Sequence[Prompt]
 ) -> Engine:
-    """What samples for this config; a replay's evaluations are sampled in this process."""
+    """The engine that this config asks for; evaluations of a replay are sampled in this process."""
     if options.rollout_engine == "vllm":
         return VllmEngine(model, options, tokenizer, world, prompts)
     return EmbeddedEngine(model, options, tokenizer, world)
@@ -123,7 +123,7 @@ def as_rollouts(
     groups: list[list[Completion]], prompts: Sequence[Prompt], indices: Sequence[int], step: int,
     engine: Engine, stop_ids: Sequence[int],
 ) -> list[Rollout]:
-    """The completions of each prompt, in a row."""
+    """One rollout per completion; those of a prompt are adjacent."""
     stops, rollouts = set(stop_ids), []
     for prompt, index, group in zip(prompts, indices, groups, strict=True):
         for c in group:
@@ -149,9 +149,9 @@ class RolloutQueue:
         prefetch: Callable[[int], None], *, asynchronous: bool, prefetched: list[Rollout] | None = None,
     ):
         self.engine, self.sample, self.prefetch, self.asynchronous = engine, sample, prefetch, asynchronous
-        self.prefetched = prefetched  # the next batch, where it was collected early, for a checkpoint
+        self.prefetched = prefetched  # the next batch, if it was collected early for a checkpoint
         self.under_way = False  # whether the engine samples the next batch
-        self.seconds = 0.0  # that the last `next` spent on weights
+        self.seconds = 0.0  # spent on sending weights in the last `next`
         self.metrics: dict[str, float] = {}  # of that sync
 
     def next(self, number: int, step: int, last: bool) -> list[Rollout]:

@@ -26,10 +26,11 @@ def play(
     *, step: int, seed: tuple[int, ...], options: Any, tokenizer: Tokenizer, world: World,
     temperature: float | None = None,
 ) -> list[Rollout]:
-    """Multi-turn rollouts: the policy answers, the environment replies, until it is done or there is no room.
+    """Multi-turn rollouts: the policy answers, the environment replies, until it ends or the length limit is
+    reached.
 
-    What the environment says is read but not trained on (mask 0). Its rewards add up under the name
-    `environment`. It runs on rank 0 only: what it says is the same for all. A collective.
+    Tokens of the environment are context and not trained on (mask 0). Its rewards are summed under the name
+    `environment`. It runs on rank 0 only, which sends its replies to all ranks. A collective.
     """
     played = [(p, i) for p, i in zip(prompts, indices, strict=True) for _ in range(n)]
     rollouts = [
@@ -58,7 +59,7 @@ def play(
         rooms = [options.max_completion_length - len(rollouts[i].completion_ids) for i in active]
         texts = [rollouts[i].prompt_ids + rollouts[i].completion_ids for i in active]
         shared = turn == 0 and all(texts[k : k + n] == [texts[k]] * n for k in range(0, len(texts), n))
-        if shared:  # nothing was said yet that differs: one prefill for the completions of a prompt
+        if shared:  # the texts of a prompt do not differ yet: one prefill serves its completions
             groups = engine.generate(
                 texts[::n], n, seed=(*seed, turn), temperature=temperature, limits=rooms[::n]
             )
@@ -110,8 +111,7 @@ def play(
 
 
 def _said_ids(observation: Any, prompt: Prompt, history: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """An environment's words as token ids: ids as they are, text as text, messages through the chat
-    template."""
+    """An observation as token ids: ids are kept, text is tokenised, messages go through the chat template."""
     if isinstance(observation, str):
         return tokenizer.encode(observation)
     if isinstance(observation, list) and observation and all(type(i) is int for i in observation):
@@ -132,5 +132,5 @@ def _said_ids(observation: Any, prompt: Prompt, history: list[dict], tokenizer: 
             "environment: this chat template changes earlier turns; return text or token ids, not messages"
         )
     raise BallastError(
-        f"environment: said {observation!r}; it must be text, token ids, messages or None ({prompt.name})"
+        f"environment: returned {observation!r}; it must be text, token ids, messages or None ({prompt.name})"
     )

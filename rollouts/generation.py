@@ -16,7 +16,7 @@ from model import KVCache, Transformer, forward_only
 
 @dataclass
 class Generation:
-    """What `generate` made, one list entry per sequence; G sequences of a prompt stand in a row."""
+    """The result of `generate`, one list entry per sequence; the G sequences of a prompt are adjacent."""
 
     completion_ids: list[list[int]]
     logprobs: list[list[float]]  # of each sampled token under the distribution that it was drawn from
@@ -42,16 +42,16 @@ def sampling_logprobs(
     if top_p < 1:
         probabilities = logprobs.softmax(-1)
         ordered = probabilities.sort(dim=-1, descending=True).values
-        before = ordered.cumsum(-1) - ordered  # mass of the better tokens: below top_p a token stays
+        before = ordered.cumsum(-1) - ordered  # mass of likelier tokens: below top_p a token is kept
         smallest = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
         logprobs = logprobs.masked_fill(probabilities < smallest, -torch.inf)
     return logprobs.log_softmax(-1) if min_p > 0 or top_k > 0 or top_p < 1 else logprobs
 
 
 def sample(logprobs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token a row [B] from log-probabilities [B, V]: the one whose exponential clock, of rate π, rings
-    first (Gumbel-max). A cumulative sum would be another pass, and has no deterministic form on GPUs. A token
-    of probability 0 is never drawn."""
+    """Sample one token per row [B] from log-probabilities [B, V]: the token whose exponential clock with rate
+    π rings first (Gumbel-max). A cumulative sum would need another pass and is not deterministic on GPUs. A
+    token of probability 0 is never drawn."""
     clocks = torch.empty_like(logprobs).exponential_(generator=generator)
     clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)
     return (logprobs.exp() / clocks).argmax(-1)
@@ -89,8 +89,8 @@ def generate(
     device, G = model.device, num_return_sequences
     was_training = model.training
     model.eval()
-    # Rope that stretches with the sequence changes every earlier hidden state with each token, past its
-    # limit: no cache can hold them, so there each step is a whole forward pass.
+    # Beyond its limit, dynamic rope changes every earlier hidden state with each new token: a cache would be
+    # stale, so each step there is a full forward pass.
     limit = min((r.max_positions for r in model.arch.ropes.values() if r.kind == "dynamic"), default=math.inf)
 
     def prefill(sequences: list[list[int]]) -> tuple[Tensor, KVCache]:
@@ -115,7 +115,7 @@ def generate(
     active = list(range(B))  # the sequence that each row of the cache belongs to
     drawn: list[
         tuple[list[int], list[int], Tensor]
-    ] = []  # a step: rows that count, their sequences, log-probs by row
+    ] = []  # per step: running rows, their sequences, log-probs by row
     for step in range(max_new_tokens):
         if temperature == 0:
             chosen = logits.argmax(-1)

@@ -1,6 +1,6 @@
-"""Weights from this run's GPU to those of vLLM servers: the trainer's end of the protocol of vLLM 0.32
-(vllm/distributed/weight_transfer/nccl_engine.py). One gather serves all servers, and what fails on rank 0 is
-told after the gather, so that no rank is left in a collective.
+"""Sends weights from this run's GPU to vLLM servers: the trainer's side of the protocol of vLLM 0.32
+(vllm/distributed/weight_transfer/nccl_engine.py). One gather serves all servers, and failures on rank 0 are
+raised after the gather, so that no rank is left in a collective.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ from torch import Tensor
 from rollouts.vllm_server import EngineError, Server, ServerLost
 from run.config import ConfigError
 
-BUFFER = 1 << 28  # bytes of tensors that travel together; the servers are told
+BUFFER = 1 << 28  # bytes per broadcast; the servers are told this size
 IN_FLIGHT = 2  # buffers that are being sent at once
 
 
@@ -39,11 +39,11 @@ def refuse_nccl(options: Any, device: torch.device) -> None:
 
 
 class NcclTransfer:
-    """Groups of this process (rank 0 of each) with the workers of each server (ranks 1 and up). Used on rank
-    0 of the trainer alone: `begin`, `send` and `finish` for each sync."""
+    """NCCL groups, one per server: this process (rank 0) and the server's workers (ranks 1 and up). Used only
+    on rank 0 of the trainer: `begin`, `send` and `finish` for each sync."""
 
     def __init__(self, device: torch.device, address: str | None, timeout: float):
-        """`address`: under which the servers reach this host; unset: this host's own on the way to them.
+        """`address`: where the servers reach this host; unset: the address that this host uses towards them.
         `timeout`: seconds for a server's workers to join, and for a buffer to arrive."""
         self.device, self.address, self.timeout = device, address, timeout
         self.groups: dict[str, Any] = {}  # communicators by server
@@ -55,8 +55,8 @@ class NcclTransfer:
         self, servers: Sequence[Server], shapes: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype,
         version: Callable[[Server], bool],
     ) -> None:
-        """Every server starts to receive tensors of these names and shapes. `version` tells whether a server
-        still has what it was sent: one that has not was restarted, and its workers join anew.
+        """Make every server ready to receive tensors of these names and shapes. `version(server)` is false if
+        the server no longer has weights of this run: it was restarted, and its workers join again.
 
         Raises ServerLost and EngineError.
         """
@@ -75,15 +75,15 @@ class NcclTransfer:
             try:
                 server.ask("POST", "/start_weight_update", {})
             except (ServerLost, EngineError):
-                self._drop(server.url)  # whatever state it is in, the next attempt begins from none
+                self._drop(server.url)  # its state is unknown: the next attempt joins again
                 raise
             body = {"update_info": update}
             self.receiving[server.url] = _in_background(server.ask, "POST", "/update_weights", body)
 
     def send(self, tensors: Iterable[tuple[str, Tensor]]) -> int:
-        """Broadcast tensors, as `begin` announced them, to all servers; bytes. All of `tensors` is read
-        whatever fails, as other ranks gather them with this one."""
-        count, sent = 0, []  # of what is on its way: the buffer, and an event after its last broadcast
+        """Broadcast the tensors announced in `begin` to all servers; returns their bytes. `tensors` is read
+        to its end even after a failure, because the other ranks gather them together with this one."""
+        count, sent = 0, []  # sent: buffers in flight, each with an event after its last broadcast
         tensors = iter(tensors)
         with contextlib.suppress(_AllLost):
             for buffer in packed(tensors, self.device):
@@ -104,7 +104,7 @@ class NcclTransfer:
         return count
 
     def finish(self) -> None:
-        """The servers go on with what they received. Raises what went wrong since `begin`."""
+        """Let the servers continue with the weights they received. Raises the first failure since `begin`."""
         for server in self.servers:
             if server.url in self.failures:
                 continue
@@ -122,10 +122,10 @@ class NcclTransfer:
     # -- the parts -------------------------------------------------------------------------------------------
 
     def _join(self, server: Server) -> Any:
-        """A group with the workers of a server. Both sides wait for each other, hence the threads: where the
-        server refuses, nobody will ever come."""
+        """Form a group with the workers of a server. Each side blocks until the other joins, hence the
+        threads: if the server refuses, this side would wait for ever."""
         for path in ("/finish_weight_update", "/shutdown_weight_transfer_engine"):
-            with contextlib.suppress(ServerLost, EngineError):  # what an earlier run left there, or nothing
+            with contextlib.suppress(ServerLost, EngineError):  # clears the state of an earlier run, if any
                 server.ask("POST", path, {})
         workers = int(server.ask("GET", "/get_world_size")["world_size"])
         address = self.address or address_towards(server.url)
@@ -149,7 +149,7 @@ class NcclTransfer:
         return joined.result()
 
     def _living(self) -> list[str]:
-        """Servers that still receive; one whose answer has come already has failed."""
+        """Servers that are still receiving; one that has already answered with an error has failed."""
         for url, answer in self.receiving.items():
             if url not in self.failures and answer.done() and answer.exception() is not None:
                 self._fail(url, answer.exception())
@@ -159,7 +159,7 @@ class NcclTransfer:
         return living
 
     def _stream(self, buffer: Tensor) -> Any:
-        """One of their own: a broadcast that nobody receives must not hold up training."""
+        """A separate stream for broadcasts: one that nobody receives must not block training."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             buffer.record_stream(self.stream)
@@ -186,7 +186,7 @@ class NcclTransfer:
     def _drop(self, url: str) -> None:
         group = self.groups.pop(url, None)
         if group is not None:
-            group.destroy()  # also ends what hangs in it
+            group.destroy()  # also aborts operations that hang in it
 
 
 class _AllLost(Exception):
@@ -196,8 +196,8 @@ class _AllLost(Exception):
 def packed(
     tensors: Iterator[tuple[str, Tensor]], device: torch.device, size: int | None = None
 ) -> Iterator[Tensor]:
-    """Buffers of bytes on `device`: tensors in their order until one makes it more than `size` (unset:
-    BUFFER), as vLLM's workers cut them again."""
+    """Byte buffers on `device`: tensors in order, until one takes the buffer beyond `size` (unset: BUFFER).
+    vLLM's workers split by the same rule."""
     size = BUFFER if size is None else size
     parts: list[Tensor] = []
     count = 0
@@ -219,7 +219,7 @@ def join(address: str, port: int, world_size: int, device: torch.device) -> Any:
 
 
 def address_towards(url: str) -> str:
-    """This host's own address on the way to a server: no packet is sent to learn it."""
+    """The address that this host uses towards a server, found without sending a packet."""
     where = urlparse(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -241,7 +241,7 @@ def _free_port(address: str) -> int:
 
 
 def _in_background(work: Callable[..., Any], *arguments: Any) -> Future:
-    """On a thread that does not keep the process from ending: what it waits for may never come."""
+    """Run `work` on a daemon thread, which does not keep the process alive: it may wait for ever."""
     future: Future = Future()
 
     def run() -> None:

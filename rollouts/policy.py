@@ -44,15 +44,15 @@ class PolicyOptions(RolloutOptions):
     ] = "sequence_mask"
     """Ratio of each token, of the whole completion (the product over its tokens, whose spread grows with its
     length), or the geometric mean over its tokens; truncate clamps it, mask drops what lies outside.
-    geometric_mask drops completions and leaves the others unweighted. Above some hundred tokens take
+    geometric_mask drops completions and leaves the others unweighted. Beyond a few hundred tokens use
     token_truncate or geometric_mask."""
     vllm_importance_sampling_clip_min: float = 0.0
-    """Lower end of that ratio."""
+    """Lower bound of that ratio."""
     vllm_importance_sampling_clip_max: float = 3.0
-    """Upper end of that ratio."""
+    """Upper bound of that ratio."""
     share_prompts: bool | None = None
-    """Send each prompt through the model once for all of its completions in a micro-batch. Unset: on CPUs; on
-    GPUs it takes compiled flex_attention."""
+    """Send each prompt through the model once for all of its completions in a micro-batch. Unset: only on
+    CPUs, as on GPUs it needs compiled flex_attention."""
 
     def check(self) -> None:
         check_ranges(
@@ -105,7 +105,7 @@ class PolicyBatch:
             setattr(rollout, name, row[: len(rollout.completion_ids)])
 
     def stored(self, name: str) -> Tensor | None:
-        """What `keep` kept [B, T], or None."""
+        """The values [B, T] that `keep` stored, or None."""
         rows = [getattr(rollout, name) for rollout in self.rollouts]
         if any(row is None for row in rows):
             return None
@@ -114,19 +114,19 @@ class PolicyBatch:
         return torch.tensor(padded, dtype=torch.float32, device=self.mask.device)
 
     def given(self) -> dict[str, Tensor]:
-        """What the loss takes besides the model: by completion, [B] or [B, T]."""
+        """The tensors that the loss takes besides the model, [B] or [B, T]."""
         stored = {name: self.stored(name) for name in ("old_logprobs", "ref_logprobs")}
         return {"advantages": self.advantages, **{k: v for k, v in stored.items() if v is not None}}
 
     def spread(self, flat: Tensor) -> Tensor:
-        """Values of the written tokens, in order, to [B, T] with zeros elsewhere."""
+        """Place the values of the written tokens, in order, in a [B, T] of zeros."""
         out = torch.zeros(self.mask.numel(), dtype=flat.dtype, device=flat.device)
         return out.index_copy(0, self.places, flat).view_as(self.mask)
 
 
 def collate(rollouts: Sequence[Rollout], device: torch.device, share_prompts: bool = False) -> PolicyBatch:
-    """With `share_prompts` rollouts of one prompt that stand in a row go through the model behind one copy of
-    it."""
+    """Pack rollouts for one forward pass. With `share_prompts`, adjacent rollouts of a prompt share one copy
+    of it."""
     T = max(len(r.completion_ids) for r in rollouts)
     ids: list[int] = []
     documents, sources, targets, places = [], [], [], []
@@ -173,14 +173,14 @@ def hidden_states(model: Transformer, batch: PolicyBatch) -> tuple[Tensor, list[
 
 
 def cannot_share_prompts(model: Transformer) -> str | None:
-    """Why completions of this model cannot stand behind one copy of their prompt, or None."""
+    """Why completions cannot share one copy of their prompt with this model, or None."""
     if any(rope.kind == "dynamic" for rope in model.arch.ropes.values()):
         return "its dynamic rope makes a prompt depend on what follows it"
     return None
 
 
 def can_share_prompts(model: Transformer, wanted: bool | None) -> bool:
-    """Whether to: as asked for, else on CPUs. ConfigError where it is asked for and cannot be."""
+    """Whether to share prompts: as configured, else on CPUs only. ConfigError if requested but impossible."""
     reason = cannot_share_prompts(model)
     if wanted and reason:
         raise ConfigError("share_prompts", True, f"does not work with this model: {reason}; leave it out")
@@ -217,7 +217,7 @@ def sampler_ratio(
     lie outside of the limits [B, T] or [B, 1], the tokens that μ is known for [B, T]).
 
     A token without a usable μ counts as on policy: it must neither poison the sequence nor stop the run. The
-    geometric mean does not grow with length: its limits reject whole completions, those that stay weigh 1.
+    geometric mean does not grow with length: its limits reject whole completions, the others get weight 1.
     """
     known = mask * torch.isfinite(sampling_logprobs)
     difference = torch.where(known > 0, old_logprobs - sampling_logprobs, 0.0)
@@ -232,7 +232,7 @@ def sampler_ratio(
     outside = (ratio < low) | (ratio > high)
     if what == "truncate":
         applied = ratio.clamp(low, high)
-    else:  # where, not a product: ∞ · 0 is NaN
+    else:  # torch.where, not a product: ∞ · 0 is NaN
         applied = torch.where(outside, 0.0, 1.0 if level == "geometric" else ratio)
     return raw, applied, outside, known
 
@@ -264,8 +264,8 @@ class Tally:
         self.high[name] = max(value, self.high.get(name, -math.inf))
 
     def effective_share(self, name: str, weights: Tensor) -> None:
-        """Kish's effective sample size over the sample size, (Σw)²/(n Σw²): the share of the samples that,
-        weighed equally, would tell as much (Kish, Survey Sampling, 1965)."""
+        """Kish's effective sample size over the sample size, (Σw)²/(n Σw²): the share of the samples that
+        would give the same variance with equal weights (Kish, Survey Sampling, 1965)."""
         entry = self.squares.setdefault(name, [0.0, 0.0, 0.0])
         for i, value in enumerate((weights.sum(), weights.square().sum(), weights.numel())):
             entry[i] += float(value)
@@ -294,8 +294,8 @@ class Tally:
 
 @torch.no_grad()
 def tally_policy(tally: Tally, stats: dict[str, Any], batch: PolicyBatch, step: int) -> None:
-    """Add one micro-batch to the policy metrics (reference page: Key Metrics for RL). `stats` is what its
-    loss computed on the way."""
+    """Add one micro-batch to the policy metrics (reference page: Key Metrics for RL). `stats` holds
+    intermediate values of its loss."""
     mask, old, sampled = stats["mask"], stats["old_logprobs"], batch.sampling_logprobs
     tokens, B = mask.sum().item(), mask.shape[0]
     if count := stats["nonfinite_hidden_states"]:
@@ -306,7 +306,7 @@ def tally_policy(tally: Tally, stats: dict[str, Any], batch: PolicyBatch, step: 
         tally.max("nonfinite_hidden_states", float(count))
 
     def masked_mean(name: str, x: Tensor) -> None:
-        if x.shape[1] == 1:  # sequence-level ratio: one value a completion
+        if x.shape[1] == 1:  # sequence-level ratio: one value per completion
             tally.mean(name, x.float().sum().item(), B)
         else:
             tally.mean(name, (x * mask).sum().item(), tokens)
@@ -340,7 +340,7 @@ def tally_policy(tally: Tally, stats: dict[str, Any], batch: PolicyBatch, step: 
             applied.expand_as(mask)[known].sum().item(), count,
         )
         tally.mean("sampling/unknown_logprobs", tokens - count, tokens)
-        # Of the units that are weighed: completions, or tokens. What lies outside is dropped, or clamped.
+        # Over the units that are weighted, completions or tokens: those outside are dropped or clamped.
         units = known if applied.shape == known.shape else known.any(-1, keepdim=True)
         tally.mean(
             "sampling/importance_sampling_ratio/outside_share",
@@ -375,8 +375,8 @@ def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def measures_kl(options: Any, step: int, steps: int) -> bool:
-    """Whether kl is measured on a batch that serves the `steps` optimiser steps from `step` on although beta
-    is 0: with an adapter there is a reference without a second copy, but its pass has a price (kl_steps)."""
+    """Whether to measure kl on a batch for the `steps` optimiser steps from `step` on although beta is 0:
+    with an adapter the reference needs no second copy, but its forward pass takes time (kl_steps)."""
     return bool(options.adapter and options.kl_steps and step % options.kl_steps < steps)
 
 
@@ -393,9 +393,9 @@ def check_sampler(
     engine: Engine, model: Transformer, rollouts: Sequence[Rollout], micro: Sequence[Sequence[Rollout]],
     options: Any, world: World, share_prompts: bool,
 ) -> None:
-    """EngineError where the first batch from a server was drawn from something else than the trainer's
-    weights give: a probe sees some tokens, this all that would be trained. Nothing at later batches, or where
-    the weights have moved since. A collective."""
+    """Raise EngineError if the first batch from a server was not drawn from the trainer's distribution. The
+    probe compares a few tokens, this check all that would be trained. Later batches, and batches older than
+    the current weights, are not checked. A collective."""
     if not isinstance(engine, VllmEngine) or engine.batch_agreed:
         return
     if any(r.weight_version != engine.now or r.step != engine.now for r in rollouts):

@@ -1,4 +1,4 @@
-"""The prompts of a run: those that are trained on, those that are held out, their order; or a replay."""
+"""The prompts of a run: training prompts and their order, or a replay, and held-out prompts."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class PromptData:
     fingerprint: str
 
     def epoch_of(self, batch: int) -> float:
-        """Epochs that are over with this generation batch; 0 for a replay."""
+        """Epochs completed after this generation batch; 0 for a replay."""
         return 0.0 if self.replay else self.order.size * (batch + 1) / self.order.epoch_size
 
 
@@ -45,7 +45,7 @@ def read_prompt_data(
         if not in_replay:
             raise ConfigError(
                 "replay_path", config.replay_path,
-                f"holds {len(replay.rollouts)} rollouts, a batch takes {batch_size}",
+                f"holds {len(replay.rollouts)} rollouts, but a batch needs {batch_size}",
             )
     if config.datasets and (replay is None or config.val_set_size):
         train, read_from = read(config.datasets)

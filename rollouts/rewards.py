@@ -31,7 +31,7 @@ class RewardOptions:
     completions=…, completion_ids=…, **columns) and returning a number, or None where it does not apply, for
     each completion."""
     reward_weights: list[float] | None = None
-    """One weight a function; unset: 1 each."""
+    """One weight per function; unset: 1 each."""
     reward_timeout: float = 300.0
     """Seconds that a reward function may take for a batch."""
     reward_format: str = r"(?s)<think>.*</think>.*<answer>.*</answer>\s*"
@@ -60,12 +60,12 @@ class RewardError(BallastError):
 
 
 def completion_text(completion: str | list[dict]) -> str:
-    """The text of a completion, which is messages where the prompt is."""
+    """The text of a completion, which is a list of messages if the prompt is one."""
     return completion if isinstance(completion, str) else "".join(m.get("content") or "" for m in completion)
 
 
 def exact_match(completions: list, answer: list, **_: Any) -> list[float]:
-    """1 where the completion is the answer, but for white space at its ends."""
+    """1 if the completion equals the answer, ignoring white space at its ends."""
     return [
         float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)
     ]
@@ -83,8 +83,8 @@ def _last_number(text: str) -> float | None:
 
 
 def numeric_match(completions: list, answer: list, **_: Any) -> list[float]:
-    """1 where the completion ends in the answer's number; mathematical forms too where math-verify is
-    installed."""
+    """1 if the last number of the completion is the answer's; also for equivalent mathematical forms if
+    math-verify is installed."""
     try:
         from math_verify import parse, verify  # type: ignore[import-not-found]
     except ImportError:
@@ -94,7 +94,7 @@ def numeric_match(completions: list, answer: list, **_: Any) -> list[float]:
         text, wanted = completion_text(completion), _last_number(str(expected))
         right = wanted is not None and _last_number(text) == wanted
         if not right and parse is not None and verify is not None:
-            # Its timeouts use signals, which threads may not; reward_timeout bounds the whole.
+            # Its timeouts use signals, which fail in threads; reward_timeout limits the whole call.
             forms = [parse(t, parsing_timeout=None) for t in (str(expected), text)]
             right = bool(verify(*forms, timeout_seconds=None))
         scores.append(float(right))
@@ -103,7 +103,7 @@ def numeric_match(completions: list, answer: list, **_: Any) -> list[float]:
 
 def reasoning_gym(completions: list, answer: list, metadata: list, **columns: Any) -> list[float]:
     """reasoning-gym's own verifier of the task that the row came from."""
-    import reasoning_gym as gym  # an extra of its own: .[tiny]
+    import reasoning_gym as gym  # optional dependency: .[tiny]
 
     questions = columns.get("question") or [""] * len(answer)
     scores = []
@@ -139,7 +139,7 @@ def import_reward(name: str, config: Any) -> Callable:
         return built_in[name]
     if "." not in name:
         known = ", ".join(built_in)
-        raise ConfigError("reward_funcs", name, f"is not built in ({known}) and no module.function")
+        raise ConfigError("reward_funcs", name, f"is neither built in ({known}) nor a module.function")
     function = import_attribute("reward_funcs", name, directory)
     if not callable(function):
         raise ConfigError("reward_funcs", name, "is not a function")
@@ -159,7 +159,7 @@ class Scorer:
         self.threads = ThreadPoolExecutor(max(1, 4 * len(self.functions)), thread_name_prefix="reward")
 
     def begin(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> dict[str, Future]:
-        """Start scoring completions `ids`, each with the prompt beside it."""
+        """Start scoring completions `ids`; prompts[i] belongs to ids[i]."""
         arguments = self.arguments(prompts, ids)
         names = [p.name for p in prompts]
         return {
@@ -168,7 +168,7 @@ class Scorer:
         }
 
     def arguments(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> dict[str, list]:
-        """What every reward function gets, by keyword; one entry a completion."""
+        """The keyword arguments of every reward function; one entry per completion."""
         texts = [self.tokenizer.decode(list(i)) for i in ids]
         completions = [
             text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}]
@@ -182,7 +182,7 @@ class Scorer:
                 "completion_ids": [list(i) for i in ids]}
 
     def finish(self, started: dict[str, Future]) -> dict[str, list[float | None]]:
-        """Scores by function. RewardError for one that raises, is late, or returns what is no score."""
+        """Scores by function. RewardError if a function raises, times out or returns no valid scores."""
         deadline, scores = time.monotonic() + self.config.reward_timeout, {}
         for name, future in started.items():
             try:
@@ -237,7 +237,7 @@ class Scorer:
 
     @staticmethod
     def _culprit(run: Callable, arguments: dict, count: int) -> int | None:
-        """The first row on which the function raises alone."""
+        """The first row for which a call with that row alone raises."""
         for i in range(count):
             try:
                 run({key: values[i : i + 1] for key, values in arguments.items()})

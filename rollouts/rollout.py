@@ -27,26 +27,26 @@ class RolloutOptions:
     max_completion_length: int = 256
     """Longest completion, in tokens."""
     temperature: float = 1.0
-    """Of sampling, and of the log-probabilities that are trained: one number for both, or the ratio is off
+    """Temperature of sampling and of the trained log-probabilities; if they differed, ratios would be wrong
     from the start."""
     top_p: float = 1.0
-    """Must stay 1 in training: the sampler would renormalise over the tokens that it keeps, the trainer
+    """Must stay 1 in training: the sampler would renormalise over the tokens that it keeps, the trainer would
     not."""
     top_k: int = 0
     """Must stay 0 in training, for the same reason."""
     min_p: float = 0.0
     """Must stay 0 in training, for the same reason."""
     rollout_batch_size: int | None = None
-    """embedded: at most so many sequences at a time; bounds the key/value cache. Unset: 512, or fewer where
-    the GPU's memory does not hold that many."""
+    """embedded: most sequences sampled at once; bounds the key/value cache. Unset: 512, or fewer if GPU
+    memory does not suffice."""
     replay_path: str | None = None
     """replay: a JSONL file (or a directory of step-N.jsonl) of rollouts instead of sampling."""
     max_turns: int = 8
-    """Multi-turn: at most so many answers in one completion."""
+    """Multi-turn: maximum number of answers in one completion."""
     vllm_server_base_url: list[str] = field(default_factory=lambda: ["http://127.0.0.1:8000"])
     """vLLM servers; prompts are spread over them."""
     vllm_model_name: str | None = None
-    """Name under which they serve the model; unset: base_model. Compared before the first step."""
+    """Name under which the servers serve the model; unset: base_model. Checked before the first step."""
     vllm_sync_interval: int = 1
     """Send weights every N optimiser steps. Smaller is closer to on-policy: lower it when
     importance_sampling_ratio/min falls towards 0."""
@@ -54,18 +54,18 @@ class RolloutOptions:
     """adapter: only the LoRA adapter. file: safetensors through vllm_sync_directory. nccl: GPU to GPU. auto:
     adapter for LoRA, file for servers on this host, else nccl."""
     vllm_sync_directory: str = MEMORY
-    """Where weights for servers are put for a moment: memory of this host, or a shared file system."""
+    """Where weights for servers are stored temporarily: memory of this host, or a shared file system."""
     vllm_sync_address: str | None = None
-    """nccl: the address of this host under which the servers reach it; unset: its own on the way to them."""
+    """nccl: the address at which servers reach this host; unset: the one that this host uses towards them."""
     vllm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the server computes in; auto: bfloat16 with bf16: true, else float32."""
+    """Data type that the server computes in; auto: bfloat16 with bf16: true, else float32."""
     vllm_timeout: float = 600.0
     """Seconds to wait for a server that does not answer; then the run saves and stops."""
     vllm_probe_tolerance: float | None = None
     """Largest mean difference of log-probs between server and trainer after a sync; unset: 1e-3 where both
     are fp32, else 0.1."""
     vllm_allow_missing_servers: bool = False
-    """Go on with the servers that answer where others do not within vllm_timeout."""
+    """Continue with the servers that answer if others do not within vllm_timeout."""
     async_prefetch: bool = False
     """vllm: sample the next batch while this one trains; it is one update more off policy."""
     vllm_python: str | None = None
@@ -78,8 +78,8 @@ class RolloutOptions:
     vllm_tensor_parallel_size: int = 1
     """serve: GPUs per server."""
     log_completions: bool = False
-    """Show a few completions at every logged step, with their rewards or beside their truths, and all of them
-    in wandb."""
+    """Show a few completions at every logged step, with their rewards or true completions, and all of them in
+    wandb."""
 
     def check(self) -> None:
         check_at_least_one(
@@ -117,13 +117,13 @@ class RolloutOptions:
                 if urlparse(url).username or urlparse(url).password:
                     raise ConfigError(
                         "vllm_server_base_url", None,
-                        "holds a user name or password, which would stand in config.yaml and the logs; reach "
+                        "holds a user name or password, which would show in config.yaml and the logs; reach "
                         "the server through an SSH tunnel or a private network instead",
                     )
 
 
 class Engine(Protocol):
-    """What samples: `rollouts.engines.EmbeddedEngine`, or `rollouts.vllm_client.VllmEngine`."""
+    """Samples completions: `rollouts.engines.EmbeddedEngine` or `rollouts.vllm_client.VllmEngine`."""
 
     def generate(
         self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], temperature: float | None = None,
@@ -133,11 +133,12 @@ class Engine(Protocol):
         ...
 
     def sync(self, step: int, due: bool = False) -> dict[str, float]:
-        """Give it the weights of `step`, where it has not the trainer's own; metrics. A collective."""
+        """Send the weights of `step`, unless the engine shares the trainer's; returns metrics. A
+        collective."""
         ...
 
     def version(self, step: int) -> int:
-        """Optimiser steps done by the weights that it samples from."""
+        """Optimiser steps in the weights that the engine samples from."""
         ...
 
 
@@ -167,7 +168,7 @@ class Rollout:
 
 
 def to_json(rollout: Rollout) -> dict[str, Any]:
-    """Without what is unknown, and without what the trainer computed from its weights of the moment."""
+    """JSON without unset fields and without values that the trainer computed from its current weights."""
     of_trainer = {"old_logprobs", "ref_logprobs", "entropies"}
     return {k: v for k, v in vars(rollout).items() if v is not None and k not in of_trainer}
 
@@ -210,7 +211,7 @@ def replay_lines(path: str, directory: Path) -> Iterator[tuple[str, int, str]]:
                     if line.strip():
                         yield str(file), number, line
         except UnicodeDecodeError:
-            raise DataError(str(file), number + 1, "is not UTF-8 text (here or some lines on)") from None
+            raise DataError(str(file), number + 1, "is not UTF-8 text (here or a few lines later)") from None
 
 
 def place_of(rollout: Rollout) -> tuple[str, int]:
@@ -244,7 +245,7 @@ def read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout:
                 file, number, f"sampling_logprobs must have {length} entries, one per completion token"
             )
         if not all(figure(x) for x in logprobs):
-            raise DataError(file, number, "sampling_logprobs holds something that is no number")
+            raise DataError(file, number, "sampling_logprobs holds something that is not a number")
     if truth is not None and not whole(truth):
         raise DataError(file, number, "ground_truth_ids must be a non-empty list of token ids")
     for name, given, count in (
@@ -271,7 +272,7 @@ def read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout:
 
 
 class ReplayEngine:
-    """Rollouts from JSONL: what a run recorded, or what another implementation sampled."""
+    """Rollouts from JSONL, recorded by a run or sampled by another implementation."""
 
     def __init__(self, path: str, directory: Path, options: Any, tokenizer: Tokenizer):
         stops, n = set(tokenizer.stop_ids), options.num_generations
@@ -282,7 +283,7 @@ class ReplayEngine:
             group = self.rollouts[begin : begin + n]
             if len(group) < n or any(r.prompt_ids != group[0].prompt_ids for r in group):
                 raise DataError(
-                    *place_of(group[-1]), f"the {n} completions of a prompt must stand in a row",
+                    *place_of(group[-1]), f"the {n} completions of a prompt must be adjacent",
                     "set num_generations to what the file was made with",
                 )
         if not self.rollouts:
@@ -297,7 +298,7 @@ class ReplayEngine:
 
 
 def show_rollouts(rollouts: list[Rollout], tokenizer: Tokenizer, logger: Any, step: int) -> None:
-    """log_completions: a few on the console, all of them to wandb (JSONL always has them)."""
+    """For log_completions: show a few on the console and send all to wandb (the JSONL always has them)."""
 
     def short(ids: list[int], width: int) -> str:
         text = " ".join(tokenizer.decode(ids, special=True).split())
@@ -313,7 +314,7 @@ def show_rollouts(rollouts: list[Rollout], tokenizer: Tokenizer, logger: Any, st
             r.advantage,
         )
     if logger.main and logger.wandb is not None:
-        import wandb  # a run without it does not wait for it
+        import wandb  # slow to import; only needed here
 
         names = list(rollouts[0].rewards)
         table = wandb.Table(columns=["step", "prompt", "completion", *names, "advantage"])

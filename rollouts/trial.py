@@ -16,7 +16,7 @@ from run.log import Console, log
 
 
 def score_samples(config: Any) -> None:
-    """Print what the functions get, and their scores of `rows` completions: the rows' own answers, sampled
+    """Print the functions' arguments and their scores for `rows` completions: the rows' own answers, sampled
     ones, or the texts in `completions`."""
     log.addHandler(Console(20))
     log.setLevel(20)

@@ -1,4 +1,4 @@
-"""The true completions that EBFT compares with: where a row has them, and conversations of several."""
+"""The true completions that EBFT compares with: one per row, or several in a conversation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from run.config import DataError
 from text.templates import BadRow
 from text.tokenizer import IGNORE, Tokenizer
 
-Truth = tuple[list[int], list[int] | None]  # token ids, and 1 where an answer is (None: everywhere)
+Truth = tuple[list[int], list[int] | None]  # token ids, and a mask: 1 on answers (None: all)
 
 
 def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) -> Truth:
-    """The row's true completion as the policy would have to write it, its end included: `ground_truth`, else
-    the answer that stood in the row, else `answer`. With `remaining_turns` all that follows the prompt."""
+    """The row's true completion as the policy would have to write it, end token included: `ground_truth`,
+    else the answer after the prompt, else `answer`. With `remaining_turns`, all that follows the prompt."""
     candidates = (prompt.columns.get("ground_truth"), prompt.completion, prompt.columns.get("answer"))
     answer = next((c for c in candidates if isinstance(c, str) and c), None)
     remaining = prompt.columns.get("remaining_turns") or []
@@ -52,14 +52,14 @@ def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) ->
         begin_of_last -= 1
     # A generation block may hold white space behind the end of the turn, which the policy never writes
     last = max((i for i in range(begin_of_last, last + 1) if ids[i] in stops), default=last)
-    if ids[:begin] != prompt.ids:  # the template writes past turns in another way than the one to come
+    if ids[:begin] != prompt.ids:  # the template renders past turns differently from the next one
         begin = begin_of_last
     mask = [int(label != IGNORE) for label in labels[begin : last + 1]]
     return ids[begin : last + 1], mask if remaining else None
 
 
 def questions_of(remaining: list[dict], name: str = "") -> list[list[dict]]:
-    """What is said before each of the answers that `remaining_turns` holds. DataError names the row."""
+    """The messages before each answer in `remaining_turns`. Raises DataError that names the row."""
     questions, question = [], []
     for message in remaining:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
@@ -77,7 +77,7 @@ def questions_of(remaining: list[dict], name: str = "") -> list[list[dict]]:
 
 
 class Conversation:
-    """The other side of a multi-turn row: its own next question, whatever the policy said."""
+    """The environment of a multi-turn row: asks the row's next question, whatever the policy answered."""
 
     def reset(self, prompt: Any, remaining_turns: Sequence[dict] = (), **columns: Any) -> None:
         self.questions = questions_of(list(remaining_turns))
@@ -87,7 +87,7 @@ class Conversation:
 
 
 def true_rollout(rollout: Rollout) -> Rollout:
-    """The true completion in the place of the sampled one."""
+    """A rollout with the true completion in place of the sampled one."""
     assert rollout.ground_truth_ids is not None
     mask = rollout.ground_truth_mask
     return Rollout(rollout.prompt_ids, rollout.ground_truth_ids, completion_mask=mask, row=rollout.row)

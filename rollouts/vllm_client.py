@@ -1,6 +1,5 @@
-"""The client of vLLM servers: requests that are retried or refused, answers that are validated completely,
-and weights that are put into a running server, with a probe that shows whether they arrived. The server's
-end: vllm_worker.py.
+"""The client of vLLM servers: sends requests with retries, validates answers completely, and loads weights
+into running servers, with a probe that verifies that they arrived. The server's side: vllm_worker.py.
 """
 
 import concurrent.futures
@@ -48,8 +47,8 @@ from text.tokenizer import Tokenizer
 
 
 class VllmEngine:
-    """vLLM servers. Rank 0 alone talks to them; what it learns is told to all ranks, and what needs all ranks
-    (gathering sharded weights) is done by all, at one place: no collective ever runs on a thread."""
+    """Samples from vLLM servers. Only rank 0 talks to them and broadcasts the results; work that needs all
+    ranks (gathering sharded weights) is done at one point: no collective ever runs on a thread."""
 
     def __init__(
         self, model: Transformer, options: Any, tokenizer: Tokenizer, world: World, prompts: Sequence[Prompt]
@@ -79,8 +78,8 @@ class VllmEngine:
         self._transfer = NcclTransfer(world.device, options.vllm_sync_address, options.vllm_timeout)
         self._held: dict[
             str, dict[str, dict[str, int]]
-        ] = {}  # by server: sums of what was sent and held last
-        self._versions: set[str] = set()  # that this run has given to servers
+        ] = {}  # by server: bit sums last sent and last held
+        self._versions: set[str] = set()  # versions that this run has set on servers
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if world.main else None
         threads = THREADS_PER_SERVER * len(self.servers)
         self._requests = ThreadPoolExecutor(threads, thread_name_prefix="vllm") if world.main else None
@@ -90,17 +89,17 @@ class VllmEngine:
         self.batch_agreed = False  # whether a whole batch was compared (policy.check_sampler)
         self._wait_until_healthy()
         room = dist.from_main(self._meet, world)
-        # Also where there are few, short prompts; beyond 128 tokens, which are a block of a prefix cache
+        # Repeated, so that few, short prompts suffice: it must exceed 128 tokens, one block of a prefix cache
         text = [token for p in prompts[:16] for token in p.ids] * 160
         self.probe = text[: 160 if room is None else max(1, min(160, room - PROBE_ANSWER))]
-        # What the trainer gave the probe at the first sync and the last: where it moved, the server must too
+        # The trainer's log-probs of the probe at the first and last sync: the server's must move with them
         self._earlier: dict[str, torch.Tensor] = {}
         self._floor = math.inf  # smallest difference of a probe so far
 
     # -- before the first step -------------------------------------------------------------------------------
 
     def _meet(self) -> int | None:
-        """Compare every server's model with the config's. The most tokens that all take."""
+        """Compare every server's model with the config's. Returns the longest length that all accept."""
         rooms = []
         for server in self.servers:
             served = server.models()
@@ -122,19 +121,19 @@ class VllmEngine:
         return min(rooms, default=None)
 
     def _wait_until_healthy(self) -> None:
-        """Every rank goes on with the same servers. A collective."""
+        """Wait for the servers; every rank continues with the same ones. A collective."""
         living = dist.from_main(self._living, self.world, long=True)
         self.servers = [server for server in self.servers if server.url in living]
 
     def _living(self) -> list[str]:
-        """The servers that answer, once all do, or those that do after vllm_timeout where that is allowed."""
+        """Wait until all servers answer; after vllm_timeout return those that do, if that is allowed."""
         deadline, pause = time.monotonic() + self.options.vllm_timeout, 0.5
         told = False
         while lost := [server.url for server in self.servers if not server.healthy()]:
             if time.monotonic() > deadline:
                 living = [server for server in self.servers if server.url not in lost]
                 if living and self.options.vllm_allow_missing_servers:
-                    log.warning("%s: no answer for %g s (vllm_timeout); the run goes on with %s",
+                    log.warning("%s: no answer for %g s (vllm_timeout); the run continues with %s",
                                 ", ".join(lost), self.options.vllm_timeout,
                                 ", ".join(server.url for server in living))
                     return [server.url for server in living]
@@ -155,8 +154,8 @@ class VllmEngine:
         self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], temperature: float | None = None,
         limits: list[int] | None = None, on_group: Callable[[int, list[Completion]], None] | None = None,
     ) -> list[list[Completion]]:
-        """As EmbeddedEngine.generate. A server that was lost is waited for, gets the weights again, and the
-        batch is asked for again. A collective."""
+        """Like EmbeddedEngine.generate. After a server is lost, wait for it, send the weights again and
+        repeat the batch. A collective."""
         job = (prompts, n, seed, temperature, limits, on_group)
         return self._until_done(lambda: self._attempt(*job), job)
 
@@ -170,7 +169,7 @@ class VllmEngine:
             self._pending = self._thread.submit(self._attempt, *self._job)
 
     def collect(self, step: int) -> list[list[Completion]]:
-        """What `prefetch` began; `step` are the optimiser steps done by now. A collective."""
+        """The result of `prefetch`; `step`: optimiser steps done by now. A collective."""
         self.now = step
         job, pending = self._job, self._pending
         self._pending = None
@@ -194,13 +193,13 @@ class VllmEngine:
                 return self._attempt(*job)
 
     def _attempt(self, prompts, n, seed, temperature, limits, on_group) -> tuple[str, Any]:
-        """("ok", groups), or ("stale", reason) where a server was lost, or has other weights than were sent;
-        EngineError where trying again is no use."""
+        """("ok", groups), or ("stale", reason) if a server was lost or has other weights than were sent.
+        Raises EngineError if a retry cannot help."""
         limits = limits or [self.options.max_completion_length] * len(prompts)
         temperature = self.options.temperature if temperature is None else temperature
         groups: list[list[Completion]] = [[] for _ in prompts]
-        different = n if temperature > 0 else 1  # greedy completions are one, and vLLM refuses several
-        over = threading.Event()  # this attempt: what still arrives belongs to nobody
+        different = n if temperature > 0 else 1  # greedy completions are identical, and vLLM refuses n > 1
+        over = threading.Event()  # set when the attempt ends: later answers are ignored
 
         def one(i: int) -> None:
             server = self.servers[i % len(self.servers)]
@@ -232,7 +231,8 @@ class VllmEngine:
         return "ok", groups
 
     def _end(self, asked: list[Future]) -> None:
-        """No request outlives its attempt: it would hold blocks of old weights, and report to the next."""
+        """End the requests of an attempt: they would hold blocks of old weights, and report to the next
+        one."""
         if running := [one for one in asked if not one.done() and not one.cancel()]:
             for server in self.servers:
                 with contextlib.suppress(ServerLost, EngineError):
@@ -242,8 +242,8 @@ class VllmEngine:
     def _body(
         self, prompt: list[int], n: int, limit: int, temperature: float, seed: int | None
     ) -> dict[str, Any]:
-        """A request that leaves nothing to the server's defaults. The salt keeps keys and values that other
-        weights made out of it."""
+        """A request that leaves nothing to the server's defaults. The salt excludes cached keys and values of
+        other weights."""
         return {
             "model": self.adapter or self.name, "prompt": prompt, "n": n, "max_tokens": limit,
             "temperature": temperature, **NEUTRAL, "logprobs": 0, "return_token_ids": True,
@@ -269,7 +269,7 @@ class VllmEngine:
     # -- weights ---------------------------------------------------------------------------------------------
 
     def sync(self, step: int, due: bool = False) -> dict[str, float]:
-        """Send the weights of `step` if the interval asks for it (or `due`), and prove it. A collective."""
+        """Send the weights of `step` if the interval asks for it (or `due`), and verify it. A collective."""
         self.now = step
         if self.sent == step:
             return {}
@@ -305,8 +305,8 @@ class VllmEngine:
                     server.abort()
                     time.sleep(0.1)
                 else:
-                    log.warning("%s: requests of others hold its prefix cache, which could not be emptied; "
-                                "this run does not read what they left", server.url)
+                    log.warning("%s: requests of other clients kept the prefix cache from being emptied; "
+                                "this run does not read their entries", server.url)
                 server.set_version(self._version_name())
             self._versions.add(self._version_name())
 
@@ -341,7 +341,7 @@ class VllmEngine:
         return self._server_dtype() == torch.float32 and not self.options.bf16
 
     def tolerance(self) -> float:
-        """Mean difference of log-probs between server and trainer that passes."""
+        """Largest accepted mean difference of log-probs between server and trainer."""
         if self.options.vllm_probe_tolerance is not None:
             return self.options.vllm_probe_tolerance
         return 1e-3 if self._both_exact() else 0.1
@@ -374,9 +374,9 @@ class VllmEngine:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _compare_held(self, server: Server, answers: list, sent: dict[str, int], step: int) -> None:
-        """EngineError where the server's layers do not hold what was sent. Where one of its workers holds all
-        of a layer, joined but unchanged, both have the same sum of bits; where it once had not (tensor
-        parallelism, another dtype, quantised), a layer that changed here must have changed there."""
+        """Raise EngineError if the server's layers do not hold what was sent. If one worker holds a whole
+        layer (fused but otherwise unchanged), both sums of bits are equal. If they differed before (tensor
+        parallelism, another dtype, quantisation), a layer that changed here must have changed there."""
         held: dict[str, int] = defaultdict(int)
         for worker in answers:
             for name, bits in worker["held"].items():
@@ -400,8 +400,8 @@ class VllmEngine:
         return server.remote_call("ballast_load_weights", str(folder))
 
     def _send_adapter(self, step: int) -> int:
-        """The adapter under a new name (a cached prefix of the old one can then never be taken for its own),
-        and the old one dropped."""
+        """Load the adapter under a new name, so that no cached prefix of the old one can be reused, and
+        unload the old one."""
         name, before = f"policy-{self.run_id}-{step}", self.adapter
         folder = self._folder(name)
         save_adapter(self.model, folder, main=self.world.main, for_vllm=True)
@@ -458,7 +458,7 @@ class VllmEngine:
         self.model.train(training)
         allowed = self.tolerance()
 
-        def judge() -> float:  # on one rank: at the edge of a bound two might not agree
+        def judge() -> float:  # on one rank: near a bound, two ranks might disagree
             pairs = zip(scored, sampled, strict=True)
             worst = max(self._judge(server, ours, own, allowed, step) for server, own in pairs)
             self._floor = min(self._floor, worst)
@@ -471,7 +471,7 @@ class VllmEngine:
             what = (
                 "both in fp32"
                 if self._both_exact()
-                else "of precision: a constant offset of the sampling ratios"
+                else "due to precision: a constant offset of the sampling ratios"
             )
             log.info("probe: server and trainer differ by %.2g in log-prob, %s", worst, what)
         return worst
@@ -479,8 +479,8 @@ class VllmEngine:
     def _judge(
         self, server: tuple, ours: torch.Tensor, own: torch.Tensor, allowed: float, step: int
     ) -> float:
-        """Mean |difference| of one server's probe (as `_ask_probe` has it) from the trainer's log-probs
-        `ours`. EngineError where it is too large, or that from `own`, of the tokens that it sampled."""
+        """Mean |difference| between one server's probe (an entry of `_ask_probe`) and the trainer's log-probs
+        `ours`. Raises EngineError if it is too large, or if that of the sampled tokens to `own` is."""
         url, prompt, _, drawn = server
         theirs = torch.tensor(prompt)
         gap = (theirs - ours).abs().mean().item()
@@ -496,7 +496,7 @@ class VllmEngine:
             if moved > 4 * self._floor and gap > moved / 2:
                 raise EngineError(
                     f"{where} the probe differs by {gap:.2g} in mean log-prob from the trainer's, whose "
-                    f"own moved by {moved:.2g} since the {since}: the server has not all of the weights; "
+                    f"own moved by {moved:.2g} since the {since}: the server lacks some of the weights; "
                     "start it with `python grpo.py serve`"
                 )
         off, most = (torch.tensor(drawn) - own).abs().mean().item(), max(allowed, 4 * gap)
@@ -519,9 +519,9 @@ class VllmEngine:
         ).logprobs.float().cpu()
 
     def _ask_probe(self) -> list[tuple[str, list[float], list[int], list[float]]]:
-        """By server: its address, log-probs of the probe, and tokens that it sampled after the probe with the
-        run's own settings, with their log-probs. It samples twice, so that the probe comes from its prefix
-        cache."""
+        """For each server: address, log-probs of the probe, and tokens sampled after the probe with the run's
+        own settings, with their log-probs. It samples twice, so that the second time the probe comes from the
+        prefix cache."""
         answers = []
         for server in self.servers:
             scored = self._score(server)
@@ -546,5 +546,5 @@ class VllmEngine:
             ]
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise EngineError(
-                f"{server.url}: scored the probe in a form that is not understood: {error!r}"
+                f"{server.url}: scored the probe in an unknown format: {error!r}"
             ) from None

@@ -1,5 +1,4 @@
-"""One vLLM server by HTTP: what may be asked of it, what an answer must look like, and the command that
-starts it."""
+"""One vLLM server over HTTP: its requests, the validation of its answers, and the command that starts it."""
 
 import importlib.util
 import math
@@ -18,12 +17,12 @@ from run.config import BallastError, ConfigError, resolve_checkpoint
 
 
 class EngineError(BallastError):
-    """A rollout engine that cannot go on: the line names the server, the step and the remedy."""
+    """A rollout engine that cannot continue: the line names the server, the step and the remedy."""
 
 
 @dataclass
 class Completion:
-    """What a sampler wrote after a prompt."""
+    """A completion that was sampled for a prompt."""
 
     ids: list[int]
     logprobs: list[float | None]  # of each token under the distribution that it was drawn from; None: unknown
@@ -48,11 +47,11 @@ class ServerLost(Exception):
 
 
 class StaleServer(Exception):
-    """A server whose weights are not the ones that were sent last: it was restarted, or somebody else's."""
+    """A server whose weights are not the ones that were sent last: it was restarted or is shared."""
 
 
 class Server:
-    """One vLLM server, by HTTP. Routes under development mode carry the weights."""
+    """One vLLM server over HTTP. Weights go through the routes of development mode."""
 
     def __init__(self, url: str, timeout: float):
         self.url = url.rstrip("/")
@@ -96,11 +95,11 @@ class Server:
         return {str(e["id"]): e for e in answer["data"] if isinstance(e, dict) and "id" in e}
 
     def abort(self) -> None:
-        """End all that is in flight: its blocks would keep the prefix cache from being emptied."""
+        """Abort all requests in flight: their blocks would keep the prefix cache from being emptied."""
         self.ask("POST", "/abort_requests", {})
 
     def reset_prefix_cache(self) -> bool:
-        """Whether it is empty now: a server answers 200 also where requests hold blocks."""
+        """Whether the cache is empty now: a server answers 200 even if requests hold blocks."""
         answer = self.ask("POST", "/reset_prefix_cache")
         return not (isinstance(answer, dict) and answer.get("success") is False)
 
@@ -117,7 +116,7 @@ class Server:
 
 
 def sync_method(options: Any) -> str:
-    """What vllm_sync_method: auto means: what is written to memory of this host can be read here only."""
+    """The method that vllm_sync_method: auto selects. Files in this host's memory are local to it."""
     if options.vllm_sync_method != "auto":
         return options.vllm_sync_method
     hosts = {urlparse(url).hostname for url in options.vllm_server_base_url}
@@ -127,13 +126,13 @@ def sync_method(options: Any) -> str:
 
 
 def compare_received(sent: dict[str, list[int]], worker: Any, url: str, step: int) -> None:
-    """EngineError where a worker of the server has not received what was sent, tensor by tensor, or has
-    parameters that no tensor went to. `worker` is what ballast_load_weights answered."""
+    """Raise EngineError if a worker of the server did not receive every tensor as it was sent, or has
+    parameters that got no tensor. `worker` is the answer of ballast_load_weights."""
     where = f"{url}: in the sync of step {step}"
     try:
         received, missing = worker["received"], worker["missing"]
     except (TypeError, KeyError):
-        raise EngineError(f"{where} its worker answered in a form that is not understood; start it with "
+        raise EngineError(f"{where} its worker answered in an unknown format; start it with "
                           "`python grpo.py serve` of this version") from None
     wrong = sorted(name for name in sent.keys() | received.keys() if sent.get(name) != received.get(name))
     if wrong:
@@ -150,8 +149,7 @@ def compare_received(sent: dict[str, list[int]], worker: Any, url: str, step: in
 def read_completions(
     answer: Any, n: int, limit: int, url: str, prompt: list[int] | None = None, vocab_size: int | None = None
 ) -> list[Completion]:
-    """The completions in a server's answer. EngineError where it is not what was asked for: never trained
-    on."""
+    """The completions in a server's answer. Raises EngineError if the answer does not match the request."""
     beyond = math.inf if vocab_size is None else vocab_size
     try:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
@@ -168,7 +166,7 @@ def read_completions(
             if len(logprobs) != len(ids):
                 raise EngineError(f"{url}: {len(ids)} tokens with {len(logprobs)} log-probs")
             if prompt is not None and choice.get("prompt_token_ids") not in (None, prompt):
-                raise EngineError(f"{url}: answered another prompt than it was asked")
+                raise EngineError(f"{url}: answered a prompt other than the requested one")
             usable = [x if x is not None and math.isfinite(x) and x > -9999.0 else None for x in logprobs]
             completions.append(Completion(ids, usable, reason))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -176,7 +174,7 @@ def read_completions(
     if len(completions) != n:
         raise EngineError(f"{url}: {len(completions)} completions, asked for {n}")
     known = [x is not None for completion in completions for x in completion.logprobs]
-    if len(known) >= 8 and not any(known):  # one is vLLM's own way of saying −∞; all of them are a fault
+    if len(known) >= 8 and not any(known):  # one may be vLLM's encoding of −∞; all of them are a fault
         raise EngineError(
             f"{url}: {len(known)} tokens and not one usable log-prob; start it with `python grpo.py serve`"
         )
@@ -184,7 +182,7 @@ def read_completions(
 
 
 def server_dtype(options: Any) -> str:
-    """What the server computes in; auto: what the trainer does."""
+    """The data type that the server computes in; auto: the trainer's."""
     if options.vllm_dtype != "auto":
         return options.vllm_dtype
     return "bfloat16" if options.bf16 else "float32"
@@ -195,7 +193,7 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
     where = urlparse(url)
     gpu = torch.cuda.is_available()
     dtype = server_dtype(options)
-    # The worker extension alone goes on the server's path: our module names (kernels, data) are others' too.
+    # Only the worker extension goes on the server's path: module names such as kernels and data could clash.
     folder = Path(options.output_dir).resolve() / "server"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(Path(__file__).resolve().parent / "vllm_worker.py", folder / "vllm_worker.py")
@@ -218,7 +216,7 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
     method = sync_method(options)
     if method == "adapter":
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        most = max(options.lora_r, len(options.tokens) + len(options.special_tokens) + 2)  # a rank a new row
+        most = max(options.lora_r, len(options.tokens) + len(options.special_tokens) + 2)  # 1 per new row
         most = most if options.tokens or options.special_tokens else options.lora_r
         rank = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= most), most)
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
@@ -229,13 +227,13 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
             command += ["--weight-transfer-config", '{"backend": "nccl"}']
     else:
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
-        # A request with a seed whose prompt is read in two parts ends vLLM's engine on CPUs.
+        # On CPUs, a request with a seed whose prompt is prefilled in two chunks crashes vLLM's engine.
         command += ["--enforce-eager", "--no-enable-chunked-prefill"]
     return environment, command
 
 
 def serve(config: Any) -> None:
-    """Start the vLLM server that a config needs, in this process's place."""
+    """Replace this process by the vLLM server that a config needs."""
     try:
         directory = Path(config.config_directory)
         model = resolve_checkpoint(config.base_model, config.base_model_revision, directory).resolve()

@@ -28,13 +28,13 @@ def read_tensors(directory: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def checksum(tensor: torch.Tensor) -> list[int]:
-    """[sum of the elements' bits, shape …]: another by a single changed bit."""
+    """[sum of the elements' bits, shape …]: a single changed bit changes it."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return [int(tensor.contiguous().view(bits).sum(dtype=torch.int64)), *tensor.shape]
 
 
 def group_of(name: str) -> str:
-    """The layer that a parameter is of, under Hugging Face's names as under vLLM's."""
+    """The layer of a parameter, by Hugging Face's or vLLM's names."""
     index = next((piece for piece in name.split(".") if piece.isdigit()), None)
     return "the rest" if index is None else f"layer {index}"
 
@@ -44,8 +44,8 @@ class WeightReceiver:
 
     def ballast_load_weights(self, directory: str) -> dict:
         """Load every tensor of directory/*.safetensors. `received`: the checksum of each by name; `missing`:
-        parameters of the model that no tensor went to; `held`: by layer, the sum of the bits that the model
-        then has."""
+        parameters of the model that got no tensor; `held`: by layer, the sum of the bits of the loaded
+        parameters."""
         received: dict[str, list[int]] = {}
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -55,7 +55,7 @@ class WeightReceiver:
 
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         if torch.cuda.is_available():
-            # As vLLM's own engines load: the layouts that were made after the first load are made again.
+            # Like vLLM's own engines: layouts derived after the first load are rebuilt.
             from vllm.config import set_current_vllm_config  # pyright: ignore[reportMissingImports]
             from vllm.model_executor.model_loader import reload  # pyright: ignore[reportMissingImports]
 

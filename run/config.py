@@ -35,7 +35,7 @@ import yaml
 
 
 def check_interval(options: Any, steps: str, per_epoch: str) -> None:
-    """ConfigError unless the option `steps` is a count or a share of the run and stands alone."""
+    """ConfigError unless the option `steps` is a count or a fraction of the run, and `per_epoch` is unset."""
     every = getattr(options, steps)
     if every is not None and not (0 < every < 1 or (every >= 1 and every == int(every))):
         raise ConfigError(steps, every, "must be a number of steps, or a share of the run below 1")
@@ -49,14 +49,14 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def run_command(work: Callable[[], int | None]) -> NoReturn:
-    """A command that is no training run: its exit code, or one line and 2 for what the user can fix."""
+    """Run a command other than training and exit with its code; user errors: one line, exit code 2."""
     try:
         sys.exit(work())
     except BallastError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's own flush fails at its end
+    except BrokenPipeError:  # the reader closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter's flush at exit fails
         sys.exit(0)
 
 
@@ -69,15 +69,15 @@ class BallastError(Exception):
 
 
 def one_line(text: str, longest: int = 1000) -> str:
-    """`text` as a terminal may show it: line ends, control characters and lone surrogates of a user's data
-    are escaped, and what is very long loses its middle."""
+    """`text` made safe for a terminal: line ends, control characters and lone surrogates are escaped, and
+    very long text loses its middle."""
     if len(text) > longest:
         text = f"{text[: longest * 2 // 3]} … {text[-longest // 3 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: Any) -> str:
-    """repr(value), but never long: a few levels deep, a few entries of each."""
+    """A short repr(value): a few levels deep, a few entries per level."""
     return _SHORT.repr(value)
 
 
@@ -118,8 +118,8 @@ def _parser(config_class: type) -> jsonargparse.ArgumentParser:
 
 
 def read_yaml_file(path: Path, key: str) -> Any:
-    """What a YAML file holds. ConfigError where it cannot be read (`key` names the option that asked for it),
-    or is no YAML, with the line."""
+    """The contents of a YAML file. Raises ConfigError if it cannot be read (`key` names the option that
+    refers to it), or, with the line, if it is not valid YAML."""
     try:
         return load_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
@@ -132,7 +132,7 @@ def read_yaml_file(path: Path, key: str) -> Any:
 
 
 def read_options(path: Path, key: str = "--config") -> dict:
-    """The `key: value` lines of a YAML file. Raises as `read_yaml_file`, and where it holds anything else."""
+    """The `key: value` lines of a YAML file. Raises like `read_yaml_file`, and if it holds other values."""
     values = read_yaml_file(path, key)
     if values is None:
         return {}
@@ -145,9 +145,9 @@ MOST_NODES = 100_000  # in a YAML file, with every alias written out
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """yaml.safe_load for a file that may be hostile. ConfigError where aliases make it huge, or where it is
-    nested beyond measure; yaml.YAMLError, or ValueError for a number that is none, where it is no YAML."""
-    sizes: dict[int, int] = {}  # of a node, by its identity; 0 while it is being counted
+    """yaml.safe_load for a file that may be hostile. Raises ConfigError if aliases make it huge or it is
+    nested too deeply; yaml.YAMLError, or ValueError for a malformed number, if it is not valid YAML."""
+    sizes: dict[int, int] = {}  # size by id(node); 0 while it is being counted
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
@@ -165,7 +165,7 @@ def load_yaml(text: str, name: str) -> Any:
         if root is None:
             return None
         if size(root) > MOST_NODES:
-            raise ConfigError(name, None, f"has more than {MOST_NODES:,} values: no config has")
+            raise ConfigError(name, None, f"has more than {MOST_NODES:,} values: too many for a config")
         return loader.construct_document(root)
     except RecursionError:
         raise ConfigError(name, None, "is nested too deeply") from None
@@ -190,8 +190,8 @@ def _checker(config_class: type) -> jsonargparse.ArgumentParser:
 
 
 def _checked(config_class: type, hints: dict[str, Any], values: dict[str, tuple[Any, str]]) -> dict[str, Any]:
-    """option → value as its type, from option → (value, where it was set). ConfigError for the first that
-    cannot be."""
+    """Convert option → (value, where it was set) to option → value of the option's type. Raises ConfigError
+    for the first value that does not fit."""
     parser = _checker(config_class)
     given = {key: value for key, (value, _) in values.items()}
     if all(value is not None for value in given.values()):  # all in one go, which is ten times as fast
@@ -205,7 +205,7 @@ _UNFIT = (jsonargparse.ArgumentError, TypeError, ValueError, KeyError, Attribute
 
 
 def _check(parser: jsonargparse.ArgumentParser, name: str, typehint: Any, value: Any, where: str) -> Any:
-    """`value` as the type of option `name`; ConfigError where it cannot be."""
+    """`value` converted to the type of option `name`. Raises ConfigError if it does not fit."""
     try:
         if value is None and type(None) not in typing.get_args(typehint):
             raise TypeError
@@ -215,8 +215,8 @@ def _check(parser: jsonargparse.ArgumentParser, name: str, typehint: Any, value:
 
 
 def _given(argv: list[str], names: set[str]) -> tuple[dict[str, tuple[Any, str]], Path]:
-    """What a command line sets, option → (value, where it was set); and the folder of its YAML file. `names`
-    are the options: a key like option.entry sets one entry of a dict."""
+    """Parse a command line: option → (value, where it was set), and the folder of its YAML file. `names` are
+    the known options; a key such as option.entry sets one entry of a dict."""
     values: dict[str, tuple[Any, str]] = {}
     directory = Path.cwd()
     position = 0
@@ -297,7 +297,7 @@ def parse_config(
     return config
 
 
-# What most runs set, in the order in which one thinks of it.
+# Options that most runs set, in the order in which users decide on them.
 FIRST = (
     "mode", "base_model", "datasets", "val_set_size", "test_datasets", "reward_funcs", "num_generations",
     "max_completion_length", "sequence_len", "sample_packing", "adapter", "micro_batch_size",
@@ -306,20 +306,20 @@ FIRST = (
 
 
 def option_groups(config_class: type) -> list[tuple[str, list[dataclasses.Field]]]:
-    """(title, options) of a config: what most runs set, then by the dataclass that holds them, the recipe's
-    own before what it shares."""
+    """(title, options) groups of a config: those that most runs set, then the rest by dataclass, the recipe's
+    own before shared ones."""
     fields = {f.name: f for f in dataclasses.fields(config_class) if f.init and f.name != "config_directory"}
     groups = [("What most runs set", [fields.pop(name) for name in FIRST if name in fields])]
     for part in config_class.__mro__:
         own = [fields.pop(name) for name in inspect.get_annotations(part) if name in fields]
         if own:
-            title = "Of this recipe alone" if part is config_class else part.__name__.removesuffix("Options")
+            title = "Only in this recipe" if part is config_class else part.__name__.removesuffix("Options")
             groups.append((title, own))
     return groups
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """dataclasses.MISSING where it must be set."""
+    """The default of an option; dataclasses.MISSING if it must be set."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -350,8 +350,8 @@ def help_text(config_class: type, description: str) -> str:
 
 
 def config_of(config_class: type[Config], values: dict[str, tuple[Any, str]]) -> Config:
-    """The config of option → (value, where it was set). Raises ConfigError for a value of the wrong type, or
-    what the class refuses."""
+    """The config from option → (value, where it was set). Raises ConfigError for a value of the wrong type or
+    one that the class refuses."""
     checked = _checked(config_class, typing.get_type_hints(config_class), values)
     return config_class(**{key: _plain(value) for key, value in checked.items()})
 
@@ -367,8 +367,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_every_part(options: Any) -> None:
-    """The check that stands in each dataclass that a config is made of, whatever recipe it belongs to. Raises
-    ConfigError."""
+    """Run the `check` of every dataclass that a config inherits. Raises ConfigError."""
     for part in reversed(type(options).__mro__):
         if "check" in vars(part):
             part.check(options)
@@ -411,14 +410,14 @@ def check_ranges(options: Any, *ranges: tuple[str, float, float]) -> None:
 
 
 def import_attribute(key: str, name: str, directory: str | Path) -> Any:
-    """What `name`, module.attribute, stands for in `directory` (of the config) or an installed package.
+    """Import `name` (module.attribute) from `directory` (of the config) or an installed package.
 
-    A file of `directory` is loaded by its path, under a name of its own: it may be called as one of our
-    modules is. Raises ConfigError that names `key`, the path that was searched and the command that tests it.
+    A file in `directory` is loaded by its path under a unique name, so it may have the name of one of our
+    modules. Raises ConfigError that names `key`, the path that was searched and the command that tests it.
     """
     module, _, attribute = name.rpartition(".")
     path = Path(directory).resolve() / (module.replace(".", "/") + ".py")
-    if str(path.parent) not in sys.path:  # last: for what the file itself imports from beside it
+    if str(path.parent) not in sys.path:  # last: lets the file import from its own folder
         sys.path.append(str(path.parent))
     try:
         return getattr(_load_file(path) if path.is_file() else importlib.import_module(module), attribute)
@@ -432,7 +431,7 @@ def import_attribute(key: str, name: str, directory: str | Path) -> Any:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """The module in this file, made once."""
+    """Load the module in this file, once."""
     name = f"ballast_user.{hashlib.sha256(str(path).encode()).hexdigest()[:8]}.{path.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the lock on an output directory."""
+"""Atomic writes of files, and the lock on an output directory."""
 
 import fcntl
 import logging
@@ -13,8 +13,8 @@ _claimed: dict[Path, int] = {}  # directories that this process holds, with thei
 
 
 def claim(output_dir: Path) -> None:
-    """Make the directory, and keep every other run out of it while this process lives: two would write over
-    each other's checkpoints. ConfigError where another run is in it, or where nothing can be written."""
+    """Create the directory and lock it while this process lives: two runs would overwrite each other's
+    checkpoints. Raises ConfigError if another run uses it, or it cannot be written."""
     output_dir = output_dir.resolve()
     if output_dir in _claimed:
         return
@@ -33,7 +33,7 @@ def claim(output_dir: Path) -> None:
         raise ConfigError("output_dir", str(output_dir), remedy) from None
     except OSError as error:  # a network file system without locks
         logging.getLogger("ballast").warning(
-            "output_dir cannot be locked (%s): see to it that no other run uses it", error.strerror
+            "output_dir cannot be locked (%s): make sure that no other run uses it", error.strerror
         )
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -41,7 +41,7 @@ def claim(output_dir: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file is either the old one or the whole new one, also after a power cut."""
+    """Replace the file atomically: even after a power cut it holds either the old text or the new."""
     aside = path.with_name(f".{path.name}.tmp")
     with aside.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""What a run prints, and run.log."""
+"""Console output of a run, and run.log."""
 
 import logging
 import os
@@ -14,8 +14,8 @@ log = logging.getLogger("ballast")
 
 
 def start_log(output_dir: Path, main: bool) -> None:
-    """Everything printed goes to run.log too. LOG_LEVEL=DEBUG shows more on the console; the file always has
-    it."""
+    """Write log lines to the console and to run.log. LOG_LEVEL=DEBUG shows more on the console; the file
+    always has everything."""
     name = os.environ.get("LOG_LEVEL", "INFO").upper()
     level = logging.getLevelNamesMapping().get(name)
     if level is None:

@@ -1,5 +1,5 @@
-"""What every recipe does around its loop: begin, resume, end a step, end a run. Plain functions that a loop
-calls and that never call it."""
+"""The code around the loop that all recipes share: begin, resume, end a step, end a run. Plain functions that
+the loop calls; none calls back."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ from text.tokenizer import Tokenizer
 
 @dataclass
 class Run:
-    """What exists from the beginning of a run to its end."""
+    """State that lives as long as the run."""
 
     config: Any
     world: dist.World
@@ -51,10 +51,10 @@ class Run:
 
     def __post_init__(self):
         self.output_dir = Path(self.config.output_dir)
-        self.directory = Path(self.config.config_directory)  # that paths of the config are relative to
+        self.directory = Path(self.config.config_directory)  # base of relative paths in the config
         self.changed: dict[str, tuple[Any, Any]] = {}  # option → (the checkpoint's, ours)
-        self.state: dict[str, Any] = {}  # what a checkpoint keeps beside weights and optimiser, as JSON
-        self.seconds = dist.Timer()  # since the beginning, once
+        self.state: dict[str, Any] = {}  # stored in a checkpoint besides weights and optimiser, as JSON
+        self.seconds = dist.Timer()  # since the start; read once
         self.resume_from: Path | None = None
         self.checkpointer: Checkpointer
         self.logger: MetricLogger
@@ -73,7 +73,7 @@ def refuse_adapter_as_base(config: Any, checkpoint: Path) -> None:
 
 
 def begin(config: Any) -> Run:
-    """Processes, run.log, seeds, signals; base_model on this disk, its architecture and tokenizer."""
+    """Set up processes, run.log, seeds and signals; fetch base_model, read its architecture and tokenizer."""
     output_dir, directory = Path(config.output_dir), Path(config.config_directory)
     world = dist.init(config)
     start_log(output_dir, world.main)
@@ -139,7 +139,8 @@ def identity_of(run: Run, **more: Any) -> dict[str, Any]:
         "chat template": (tokenizer.template, sorted(tokenizer.templates.items())),
     }
     if not getattr(config, "random_init", False):
-        named["weights of base_model"] = dist.from_main(lambda: weights_fingerprint(run.checkpoint), run.world)
+        weights = dist.from_main(lambda: weights_fingerprint(run.checkpoint), run.world)
+        named["weights of base_model"] = weights
     hashes = {name: sha256(repr(value).encode()).hexdigest()[:16] for name, value in named.items()}
     return {**options, **hashes, **more}
 
@@ -167,8 +168,8 @@ def plan(run: Run, total_steps: int, steps_per_epoch: int, **identity: Any) -> N
 
 
 def build(run: Run, rows: int | None = None) -> tuple[Transformer, list[torch.optim.Optimizer]]:
-    """The model that is trained, with `rows` in its vocabulary (unset: those of the checkpoint, and of the
-    tokenizer where it has more), and its optimisers."""
+    """Build the model to train, with `rows` vocabulary rows (unset: the checkpoint's, or the tokenizer's if
+    it has more), and its optimisers."""
     config, tokenizer = run.config, run.tokenizer
     rows = rows or max(run.arch.vocab_size, tokenizer.vocab_size)
     run.arch = resized(run.arch, rows, config.pad_vocab_to_multiple_of)
@@ -257,13 +258,13 @@ def _close(logger: MetricLogger, failed: bool = False) -> None:
         try:
             page = report.write([logger.output_dir], logger.output_dir / "report.html")
             log.info("report              %s", page)
-        except Exception:  # a page that cannot be drawn must not fail a run that is done
+        except Exception:  # an error in the report must not fail a completed run
             log.warning("no report could be written; the traceback is in run.log")
             log.debug("%s", traceback.format_exc())
 
 
 def save_model(run: Run, model: Transformer) -> Path:
-    """output_dir/final, once the last checkpoint is whole."""
+    """Write output_dir/final, once the last checkpoint is complete."""
     run.checkpointer.finish()
     return save_final(model, run.tokenizer, run.config, run.world)
 
@@ -278,33 +279,33 @@ def finish(run: Run, final: Path, summary: Sequence[str] = ()) -> None:
 
 
 def cli(main: Callable[[Any], None], config_class: type, doc: str | None) -> None:
-    """A recipe as a program: its command line, described by the beginning of its docstring."""
+    """Run a recipe from its command line, described by the first paragraph of its docstring."""
     description = " ".join((doc or "").split("\n\n")[0].split())
     start(main, lambda: parse_config(config_class, sys.argv[1:], description=description))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# How a run ends that went wrong
+# How a run ends after an error
 # ------------------------------------------------------------------------------------------------------------
 
-# What a message of torch, NCCL, CUDA, a hub or the system means here: (pattern, cause, what to do). The
-# page's table of errors, without the rows that cannot occur in this code: docs/health.md says why.
+# Known errors of torch, NCCL, CUDA, the hub and the system: (pattern, cause, remedy). This is the reference
+# page's table of errors without the rows that cannot occur in this code (docs/health.md says why).
 ERRORS: tuple[tuple[str, str, str], ...] = (
     (r"timed? ?out.*(recv|send|operation|waiting|collective)|Watchdog caught collective operation timeout",
-     "a process waited longer than gpu_timeout_minutes for the others: one is stuck, or took another path",
+     "a process waited longer than gpu_timeout_minutes for the others: one is stuck or took another branch",
      "look at that rank's machine, disk and server; raise gpu_timeout_minutes if it was only slow"),
     (r"Connection (closed|reset) by peer|Broken pipe|Connection refused.*TCPStore|Socket closed",
      "another process of this run is gone: killed (exit code −9: out of host memory), or ended by an error",
-     "look for the first error above or in dmesg; fewer or smaller rows (sequence_len) if memory was it"),
+     "look for the first error above or in dmesg; fewer or shorter rows (sequence_len) if memory ran out"),
     (r"NCCL.*(abort|error|unhandled)|ncclUnhandled|ncclSystem|ncclRemote|communicator was aborted",
      "the link between GPUs failed, or another process ended first",
      "set NCCL_DEBUG=INFO and look for the first rank that reports; check NCCL_SOCKET_IFNAME and /dev/shm"),
     (r"device-side assert|index out of (range|bounds)",
-     "a token id or index is beyond a table",
+     "a token id or index is out of range",
      "run once on a CPU, or with CUDA_LAUNCH_BLOCKING=1: the row is named there; was it made with another "
      "tokenizer?"),
     (r"CheckpointError|number of tensors saved|different number of tensors",
-     "activation checkpointing recomputed something else than it had saved",
+     "activation checkpointing recomputed tensors that differ from the saved ones",
      "gradient_checkpointing_kwargs: {use_reentrant: true}"),
     (r"returned nan values in its",
      "detect_anomaly found the operation whose gradient is NaN; it is named in the traceback in run.log",
@@ -313,7 +314,7 @@ ERRORS: tuple[tuple[str, str, str], ...] = (
      "the hub's XET storage could not be reached", "export HF_HUB_DISABLE_XET=1 and try again"),
     (r"No space left on device|Disk quota exceeded",
      "the disk is full; the newest whole checkpoint is untouched",
-     "free space, or lower save_total_limit; the same command goes on from there"),
+     "free space, or lower save_total_limit; the same command continues from there"),
     (r"Read-only file system|Permission denied",
      "output_dir cannot be written", "choose another output_dir"),
     (r"triton.*(compil|out of resource|PTX)|out of resource: shared memory",
@@ -326,7 +327,7 @@ ERRORS: tuple[tuple[str, str, str], ...] = (
 
 
 def explain_error(error: BaseException) -> str | None:
-    """Cause and remedy of an error that is not ours, in one line, or None where it is not known."""
+    """Cause and remedy, in one line, of an error of a library or the system; None if it is not known."""
     text = f"{type(error).__name__}: {error}"
     for pattern, cause, remedy in ERRORS:
         if re.search(pattern, text, re.IGNORECASE | re.DOTALL):
@@ -336,19 +337,19 @@ def explain_error(error: BaseException) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the host (torch's CPU allocator raises a plain RuntimeError)."""
+    """Whether a GPU or the host ran out of memory (torch's CPU allocator raises a plain RuntimeError)."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def start(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
-    """Run a recipe. A user's mistake, and an error whose cause is known, end as one line and exit code 2, the
-    traceback in run.log; on several ranks the first to fail prints it."""
+    """Run a recipe. User errors and errors with a known cause end in one line and exit code 2, with the
+    traceback in run.log; of several ranks, the first to fail prints the line."""
     config = None
     try:
         config = parse()
         main(config)
     except KeyboardInterrupt:
-        print("stopped at once; the newest checkpoint is where a resumed run begins", file=sys.stderr)
+        print("stopped at once; a resumed run continues from the newest checkpoint", file=sys.stderr)
         os._exit(130)
     except Exception as error:
         log.debug("%s", traceback.format_exc())

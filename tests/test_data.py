@@ -424,7 +424,7 @@ def test_inspect_warns_of_every_answer_without_a_trained_end_and_of_calls_that_a
         tmp_path / "none", no_calls, CHATML_TOKENS, "<|im_end|>")))
     assert row.lost == ["tool calls"]
     for name, expected in (
-        ("t", f"2 answers in 1 rows have no trained end ({path}:1)"),
+        ("t", f"2 answers in 1 rows do not end with a trained stop token ({path}:1)"),
         ("none", f"the chat template does not show the tool calls of 1 rows (first {path}:1)"),
     ):
         done = run_program(

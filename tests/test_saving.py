@@ -126,7 +126,7 @@ def test_sigterm_saves_exits_cleanly_and_the_same_command_goes_on(
     wait_for_step(process, out, 4)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "the same command goes on" in text
+    assert process.returncode == 0 and "the same command continues" in text
     assert [p.name for p in (out / "checkpoints").glob("step-*")]
     run_ok(WORKER, "plain", "-", *args)
     assert final_bytes(out) == final_bytes(undisturbed(1))

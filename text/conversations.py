@@ -1,5 +1,5 @@
-"""What the columns and messages of a row mean: conversations in the forms that people write them in, their
-tools, reasoning traces and system messages. All functions are pure; BadRow says what is wrong with a row.
+"""Interprets the columns and messages of a row: conversations in the usual formats, their tools, reasoning
+traces and system messages. All functions are pure; BadRow says what is wrong with a row.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ ROLES = {"system", "user", "assistant", "tool", "developer"}
 
 @contextlib.contextmanager
 def readable(kind: str) -> Iterator[None]:
-    """A row of a shape that nobody thought of is a bad row, not the end of the run."""
+    """Turn an error caused by a row of unexpected shape into BadRow, so that it does not end the run."""
     try:
         yield
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
@@ -47,7 +47,7 @@ def check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadRow(f"message {i} must be an object")
-        message = {key: value for key, value in message.items() if value is not None}  # Parquet's gaps
+        message = {key: value for key, value in message.items() if value is not None}  # nulls from Parquet
         if "role" not in message and "from" in message:
             message = _from_sharegpt(message, i)
         role, content = message.get("role"), message.get("content")
@@ -60,7 +60,7 @@ def check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
             and role == "assistant"
             and any(message.get(k) for k in ("tool_calls", *REASONING))
         ):
-            pass  # as APIs write a turn that has nothing but calls
+            pass  # APIs write a turn of tool calls alone without content
         elif not isinstance(content, str):
             raise BadRow(f"message {i}: content must be text, it is {type(content).__name__}")
         if message.get("weight", 1) not in (0, 1):
@@ -72,7 +72,7 @@ def check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
 
 
 def _check_parts(parts: list, i: int) -> None:
-    """Content as a list: of text alone. Images and the like are refused by name."""
+    """Content given as a list may only have text parts; images and other types are refused by name."""
     for part in parts:
         if not isinstance(part, dict):
             raise BadRow(f"message {i}: content has a part that is {type(part).__name__}, not an object")
@@ -114,14 +114,14 @@ def _from_sharegpt(message: dict, i: int) -> dict:
     return {**rest, "role": "assistant", "content": "", "tool_calls": tool_calls}
 
 
-# Columns that mean the row is not for supervised training as it stands, and what to do
+# Columns of data that supervised training cannot use as they are
 PREFERENCES = ("chosen", "rejected")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def refuse_other_data(row: dict, columns: dict) -> None:
-    """BadRow for preference data and for rows with images: trained as plain text they would teach something
-    else. `columns` are the names that the config chose itself."""
+    """Raise BadRow for preference data and for rows with images: as plain text they would teach the wrong
+    thing. `columns` are the names that the config chose."""
     chosen = set(columns.values())
     if all(row.get(name) is not None for name in PREFERENCES) and not chosen & set(PREFERENCES):
         raise BadRow(
@@ -176,8 +176,8 @@ def _tools_of(row: dict) -> list[dict] | None:
 
 
 def without_thinking(row: dict) -> dict:
-    """The row with the reasoning traces of its answers taken out: those of assistant messages and of columns
-    of text. A trace that never ends takes all that follows. BadRow where nothing is left of an answer."""
+    """The row without the reasoning traces in its assistant messages and text columns. An unclosed trace
+    removes everything after it. Raises BadRow if nothing is left of an answer."""
 
     def text(value: str) -> str:
         left = re.sub(r"<think>.*?(</think>\s*|\Z)", "", value, flags=re.DOTALL)
@@ -243,7 +243,7 @@ def with_system(row: dict, system: Any) -> dict:
 
 
 def renamed(row: dict, columns: dict) -> dict:
-    """The row with the file's names of columns, and of what messages hold, changed into ours."""
+    """The row with the file's column names, and the keys of its messages, replaced by ours."""
     plain = {ours: its for ours, its in columns.items() if "." not in ours and its in row}
     row = {k: v for k, v in row.items() if k not in plain.values()} | {
         o: row[its] for o, its in plain.items()
@@ -256,5 +256,5 @@ def renamed(row: dict, columns: dict) -> dict:
 
 
 def text_of(content: Any) -> Any:
-    """Content as text where it is a list of text parts."""
+    """Message content as text; the parts of a list are joined."""
     return "".join(part["text"] for part in content) if isinstance(content, list) else content

@@ -1,4 +1,4 @@
-"""What training would see of a data set, printed, with its faults named: python data.py inspect."""
+"""Prints what training would see of a data set and names its faults: python data.py inspect."""
 
 import hashlib
 import itertools
@@ -26,7 +26,7 @@ from text.tokenizer import IGNORE, Tokenizer
 @dataclass
 class InspectOptions(RowOptions, ScratchOptions):
     base_model: str = ""
-    """Checkpoint whose tokenizer and vocabulary count."""
+    """Checkpoint whose tokenizer and vocabulary are used."""
     base_model_revision: str | None = None
     """Branch, tag or commit of a hub checkpoint."""
     output_dir: str = "outputs"
@@ -41,7 +41,7 @@ def inspect(argv: list[str]) -> int:
     as_json = "--json" in argv
     options = parse_config(
         InspectOptions, [a for a in argv if a != "--json"], ignore_unknown=True,
-        description="Show what training would see. --json prints one object a row.",
+        description="Show what training would see. --json prints one object per row.",
     )
     directory = Path(options.config_directory)
     if not options.base_model:
@@ -71,8 +71,8 @@ def inspect(argv: list[str]) -> int:
 
 
 def turns_without_end(row: Encoded, stop_ids: set[int]) -> int:
-    """Trained stretches of a row, one for each answer, that do not end in a token which ends an answer (white
-    space may follow it in a template's generation block)."""
+    """Number of trained spans of a row (one per answer) that do not end with a stop token (white space may
+    follow it in a template's generation block)."""
     open_turns, stretch = 0, []
     for token, label in zip([*row.input_ids, -1], [*row.labels, IGNORE], strict=True):
         if label != IGNORE:
@@ -169,7 +169,7 @@ def _report(
         warnings.append("every token is trained although the data has prompts: is the loss mask right?")
     if len(used) - len(distinct) > 0.01 * total:
         warnings.append(
-            f"{len(used) - len(distinct)} rows repeat another: they weigh double and hide overfitting"
+            f"{len(used) - len(distinct)} rows repeat another: they count twice and hide overfitting"
         )
     too_long = count["truncated"] + count["dropped"]
     if too_long > 0.05 * total:
@@ -178,8 +178,8 @@ def _report(
         )
     if endless:
         warnings.append(
-            f"{sum(without_end.values())} answers in {len(endless)} rows have no trained end "
-            f"({name(endless)}): the model may not learn to stop there"
+            f"{sum(without_end.values())} answers in {len(endless)} rows do not end with a trained "
+            f"stop token ({name(endless)}): the model may not learn to stop there"
         )
     warnings += what_is_left_out(Dataset.build((0, row) for row in rows).counts)
     if used and lengths.max() > 8 * np.median(lengths) and lengths.max() > 512:

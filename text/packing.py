@@ -33,14 +33,14 @@ class LoopOptions:
     num_epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
-    """Stop after so many optimiser steps, whatever num_epochs says."""
+    """Stop after this many optimiser steps, regardless of num_epochs."""
     eval_steps: int | float | None = None
-    """Evaluate on held-out data every N steps, or below 1 after every such share of the run; with held-out
-    data also at the start and the end."""
+    """Evaluate on held-out data every N steps; a value below 1 is a fraction of the run. Held-out data is
+    also evaluated at the start and the end."""
     evals_per_epoch: int | None = None
-    """Evaluate so often in every epoch, instead of eval_steps."""
+    """Evaluations per epoch, instead of eval_steps."""
     seed: int = 42
-    """Seed of the order of the data, of sampling, dropout and random initialisation."""
+    """Seed for data order, sampling, dropout and random initialisation."""
 
     def check(self) -> None:
         check_at_least_one(self, "micro_batch_size", "gradient_accumulation_steps", "max_steps")
@@ -50,7 +50,7 @@ class LoopOptions:
 
 
 def settle_intervals(config: Any, total_steps: int, steps_per_epoch: int) -> None:
-    """Turn what the config says of evaluating and saving into numbers of steps, in place."""
+    """Convert the config's evaluation and save intervals into numbers of steps, in place."""
 
     def steps(every: int | float | None, times_per_epoch: int | None) -> int | None:
         if times_per_epoch is not None:
@@ -66,7 +66,7 @@ def settle_intervals(config: Any, total_steps: int, steps_per_epoch: int) -> Non
 
 @dataclass
 class Encoded:
-    """A row as training sees it, or why training does not see it."""
+    """An encoded row, or the reason why it is not trained on."""
 
     file: str
     line: int
@@ -74,13 +74,13 @@ class Encoded:
     labels: list[int]
     status: Literal["kept", "truncated", "dropped", "bad", "skipped"] = "kept"
     reason: str = ""
-    unread: list[str] = field(default_factory=list)  # columns that hold something and that nothing reads
-    lost: list[str] = field(default_factory=list)  # what the row has and the chat template does not show
+    unread: list[str] = field(default_factory=list)  # non-empty columns that nothing reads
+    lost: list[str] = field(default_factory=list)  # parts of the row that the chat template does not show
 
 
 def settle(aside: Path, final: Path) -> None:
-    """Give a finished directory its name, unless another run that shares the cache was first: what has that
-    name was made from the same rows."""
+    """Rename a finished directory to its final name. If another run that shares the cache was first, keep its
+    directory, which was made from the same rows."""
     try:
         aside.rename(final)
     except OSError:
@@ -154,7 +154,7 @@ class Dataset:
         return Dataset(arrays, list(names), counts, digest.hexdigest())
 
     def save(self, directory: Path) -> None:
-        """Beside its final place first, so that a kill leaves nothing half-written under that name."""
+        """Write to a temporary name first, so that a kill leaves nothing half-written under the final one."""
         aside = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
         aside.mkdir(parents=True)
         for name in self.ARRAYS:
@@ -227,8 +227,8 @@ class Batch:
 def weighted(
     rows: np.ndarray, source: np.ndarray, weights: Sequence[float], generator: np.random.Generator
 ) -> np.ndarray:
-    """The rows of one epoch, data set after data set: each `weights[source]` times; of a fraction another
-    part in every epoch."""
+    """The rows of one epoch by data set, each repeated `weights[source]` times; a fractional part is a new
+    random subset in every epoch."""
     chosen = [np.zeros(0, np.int64)]
     for number, weight in enumerate(weights):
         of_source = rows[source == number]
@@ -240,11 +240,11 @@ def weighted(
 
 
 class Batches:
-    """The order of training: a pure function of (seed, epoch), so that a step number is the whole position.
+    """The order of training: a pure function of (seed, epoch), so the step number is the full position.
 
     A unit is a row, or a pack of rows. Step s takes units [s·U, (s+1)·U) of the epochs laid end to end, where
-    U = micro_batch_size · gradient_accumulation_steps · world: how U is cut changes nothing but who computes
-    what. `capacity`: the tokens of a pack; None: no packing.
+    U = micro_batch_size · gradient_accumulation_steps · world: how U is split only decides which rank
+    computes what. `capacity`: tokens per pack; None: no packing.
     """
 
     def __init__(
@@ -308,7 +308,7 @@ class Batches:
         """The units of one step. Epochs follow each other without a gap, to the end that `plan` set."""
         first, last = step * self.units_per_step, min((step + 1) * self.units_per_step, self.total_units)
         units: list[list[int]] = []
-        while self._starts[-1] < last:  # an epoch is packed when it is needed, none after the last
+        while self._starts[-1] < last:  # pack an epoch only when a step needs it
             self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
         for number in range(bisect.bisect_right(self._starts, first) - 1, len(self._starts) - 1):
             start = self._starts[number]
@@ -318,7 +318,7 @@ class Batches:
         return units
 
     def epoch_of(self, step: int) -> float:
-        """Epochs that are over after N steps."""
+        """Epochs completed after N steps."""
         unit = min(step * self.units_per_step, self.total_units)
         while self._starts[-1] < unit:
             self._starts.append(self._starts[-1] + len(self.epoch(len(self._starts) - 1)))
@@ -330,7 +330,7 @@ class Batches:
     def micro_batches(
         self, units: list[list[int]], micro_batch_size: int, rank: int, world: int
     ) -> list[Batch]:
-        """This rank's share of the units of one step, cut into micro-batches; as many on every rank."""
+        """This rank's share of the units of one step, cut into micro-batches; equally many per rank."""
         share = micro_batch_size * world
         batches = []
         for begin in range(0, len(units), share):
@@ -341,7 +341,7 @@ class Batches:
         return batches
 
     def trained_tokens(self, units: list[list[int]]) -> int:
-        """Of all ranks: what the loss of the step is divided by."""
+        """Trained tokens over all ranks: the divisor of the step's loss."""
         return sum(self.dataset.trained_tokens(i) for unit in units for i in unit)
 
     def collate(self, units: list[list[int]]) -> Batch:
@@ -371,17 +371,16 @@ class Batches:
 
 
 class PromptOrder:
-    """Which prompts (or documents) a generation batch holds: a function of the seed and the number of the
-    batch alone, so that resuming needs no iterator's state. Epochs follow each other without a gap, each a
-    permutation of every prompt as often as the weight of its data set says (`source`: that of each
-    prompt)."""
+    """The prompts (or documents) of each generation batch: a function of the seed and the batch number alone,
+    so resuming needs no iterator state. Epochs follow each other without a gap. Each is a permutation in
+    which a prompt occurs as often as the weight of its data set says (`source`: data set of each prompt)."""
 
     def __init__(
         self, source: Sequence[int], prompts_a_batch: int, seed: int, weights: Sequence[float] = (1.0,)
     ):
         self.source, self.weights = np.array(source, np.int64), weights
         self.size, self.seed = prompts_a_batch, seed
-        self._order = (-1, np.zeros(0, np.int64))  # the epoch asked for last
+        self._order = (-1, np.zeros(0, np.int64))  # number and order of the last epoch requested
         self.epoch_size = len(self._epoch(0))
         if not self.epoch_size:
             raise DataError("datasets", None, "no row is left to train on", "see `python data.py inspect`")
@@ -394,7 +393,7 @@ class PromptOrder:
         return rows
 
     def batches(self, epochs: float) -> int:
-        """How many batches so many epochs take, the last filled up from the next epoch."""
+        """Number of batches in `epochs` epochs, the last filled up from the next epoch."""
         return max(1, math.ceil(self.epoch_size * epochs / self.size))
 
     def _epoch(self, epoch: int) -> np.ndarray:
@@ -406,7 +405,7 @@ class PromptOrder:
 
 
 def weights_of(specs: list[dict]) -> list[float]:
-    """How many times an epoch holds each row, by data set."""
+    """Weight of each data set: how often an epoch repeats its rows."""
     return [float(spec.get("weight", 1.0)) for spec in specs]
 
 

@@ -1,5 +1,5 @@
-"""Rows on disk: JSONL, JSON, Parquet and text files, data sets of the hub, generated tasks. Each has its file
-and line, and so has what cannot be read.
+"""Reads rows from JSONL, JSON, Parquet and text files, hub data sets and generated tasks. Every row, and
+every error, has its file and line.
 """
 
 import json
@@ -50,7 +50,7 @@ def _read_json(path: Path) -> Iterator[Row | DataError]:
         values = lists[0] if len(lists) == 1 else values
     if not isinstance(values, list):
         raise DataError(
-            str(path), None, "must hold a JSON list of objects", "or use .jsonl with one object a line"
+            str(path), None, "must hold a JSON list of objects", "or use .jsonl with one object per line"
         )
     for number, value in enumerate(values, 1):
         good = isinstance(value, dict)
@@ -76,7 +76,7 @@ READERS = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, "
 
 def _reasoning_gym(spec: dict, name: str) -> Iterator[Row | DataError]:
     try:
-        import reasoning_gym  # an extra of its own: .[tiny]
+        import reasoning_gym  # optional dependency: .[tiny]
     except ImportError:
         raise ConfigError("datasets", spec["path"], "needs the package: pip install -e '.[tiny]'") from None
     try:
@@ -114,12 +114,12 @@ def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] |
             raise ConfigError("datasets", str(folder), f"has subsets: set name to one of {', '.join(names)}")
         subset = usual[0]
     if subset == "default" and subset not in names and not (folder / subset).is_dir():
-        subset = None  # what the hub calls a data set that has no subsets
+        subset = None  # the hub's name for a data set without subsets
     entry = next((e for e in entries if subset in (None, str(e.get("config_name")))), None)
     if entry is None:
         if subset is not None and not (folder / subset).is_dir():
             known = ", ".join(names) or ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
-            raise ConfigError("datasets", subset, f"is no subset of {folder}; there are {known or 'none'}")
+            raise ConfigError("datasets", subset, f"is not a subset of {folder}; there are {known or 'none'}")
         return None
     given = entry["data_files"]
     patterns: dict[str, list[str]] = {}
@@ -127,7 +127,7 @@ def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] |
         part, path = (one.get("split", "train"), one.get("path")) if isinstance(one, dict) else ("train", one)
         patterns.setdefault(str(part), []).extend(path if isinstance(path, list) else [str(path)])
     if split not in patterns:
-        raise ConfigError("datasets", split, f"is no split of {folder}; there are {', '.join(patterns)}")
+        raise ConfigError("datasets", split, f"is not a split of {folder}; there are {', '.join(patterns)}")
     return sorted({file for pattern in patterns[split] for file in folder.glob(pattern) if file.is_file()})
 
 
@@ -186,8 +186,8 @@ def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
 
 
 def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
-    """The rows of one entry of `datasets`, in order; a row that cannot be parsed comes as the error that says
-    so."""
+    """The rows of one entry of `datasets`, in order; a row that cannot be parsed is yielded as a
+    DataError."""
     unknown = set(spec) - DATASET_KEYS
     if unknown:
         raise ConfigError(
@@ -209,7 +209,7 @@ def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
                     yield Row(str(file), 1, {"text": read_text(file)})
                 else:
                     raise DataError(
-                        str(file), None, "has an ending that is not known", f"known: {sorted(READERS)}"
+                        str(file), None, "has an unknown file extension", f"known: {sorted(READERS)}"
                     )
 
         if not cut:

@@ -1,4 +1,4 @@
-"""Chat templates: those that are shipped, and the sandbox in which any is rendered."""
+"""The shipped chat templates, and the sandbox in which all templates are rendered."""
 
 import datetime
 import functools
@@ -36,7 +36,7 @@ PHI_3 = (
     "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-GEMMA = (  # a system message stands before the first question
+GEMMA = (  # the system message is prepended to the first question
     "{{ bos_token }}{% set ns = namespace(before='') %}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{% set ns.before = message['content'] | trim + '\\n\\n' %}"
     "{% elif message['role'] == 'assistant' %}{{ '<start_of_turn>model\\n' }}"
@@ -74,13 +74,13 @@ class _GenerationBlock(jinja2.ext.Extension):
         return f"{begin}{caller()}{end}"
 
 
-MOST_TURNS = 200_000  # of loops, and calls of macros, in one rendering
+MOST_TURNS = 200_000  # loop iterations and macro calls per rendering
 MOST_TEXT = 1 << 24  # characters or elements that one operation may make
-MOST_WIDTH = 10_000  # to which a text may be padded
+MOST_WIDTH = 10_000  # characters to which text may be padded
 
 
 class _Counted(jinja2.visitor.NodeTransformer):
-    """Every turn of a loop and every call of a macro is counted, every joined text measured."""
+    """Counts loop iterations and macro calls, and measures joined text."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         if node.recursive:
@@ -104,8 +104,8 @@ class _Counted(jinja2.visitor.NodeTransformer):
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Templates come with checkpoints and are untrusted: no access to Python objects' insides (jinja2's own
-    sandbox), and no way to fill the memory or to run for ever."""
+    """Templates come with checkpoints and are untrusted: no access to the internals of Python objects
+    (jinja2's own sandbox), and bounded memory and running time."""
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
 
@@ -118,7 +118,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.date: datetime.datetime | None = None  # what strftime_now writes; unset: the time of the call
         nonce = secrets.token_hex(8)  # content cannot contain the marks
         self.marks = f"\x02{nonce}<", f"\x02{nonce}>"
-        self.concat = self._join  # of everything that is put out, in macros too
+        self.concat = self._join  # joins all output, in macros too
         self.globals = {
             "raise_exception": self._refuse, "strftime_now": self._now, "range": self.globals["range"],
             "dict": dict, "namespace": self.globals["namespace"], "joiner": self.globals["joiner"],
@@ -150,13 +150,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @staticmethod
     def _too_large() -> None:
-        raise jinja2.TemplateError(f"it makes a text of more than {MOST_TEXT:,} characters")
+        raise jinja2.TemplateError(f"it produces a text of more than {MOST_TEXT:,} characters")
 
-    @jinja2.pass_context  # which keeps the compiler from working it out once, beforehand
+    @jinja2.pass_context  # keeps the compiler from evaluating it once, at compile time
     def _one_turn(self, context: Any, value: Any) -> Any:
         self.turns += 1
         if self.turns > MOST_TURNS:
-            raise jinja2.TemplateError(f"its loops turn more than {MOST_TURNS:,} times")
+            raise jinja2.TemplateError(f"its loops run for more than {MOST_TURNS:,} iterations")
         return value
 
     def _count(self, values: Any) -> Iterator[Any]:
@@ -178,7 +178,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return "".join(made)
 
     def _shallow(self, value: Any) -> Any:
-        """The value, unless writing it out would take more elements than may be."""
+        """Return the value. TemplateError if writing it out would take more than MOST_TURNS elements."""
         if not isinstance(value, list | tuple | dict):
             return value
         left, stack = MOST_TURNS, [value]
@@ -209,7 +209,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return guarded
 
     def _check_call(self, name: str, value: Any, given: list) -> None:
-        """Before a method or filter of this name runs on `value`."""
+        """Check the arguments before the method or filter `name` runs on `value`."""
         self._shallow(value)
         if any(isinstance(v, int) and abs(v) > MOST_WIDTH for v in given):
             raise jinja2.TemplateError(f"{name} to more than {MOST_WIDTH:,}")

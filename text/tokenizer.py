@@ -58,16 +58,16 @@ class Tokenizer:
         self.special = {name: self._text(config.get(name)) for name in SPECIAL_NAMES if config.get(name)}
         self.eos_id = core.token_to_id(self.special["eos_token"]) if "eos_token" in self.special else None
         pad = core.token_to_id(self.special["pad_token"]) if "pad_token" in self.special else None
-        # Padding is never trained nor seen.
+        # Padding is neither trained on nor attended to.
         self.pad_id = next((i for i in (pad, self.eos_id) if i is not None), 0)
         self.added = {token.content: i for i, token in core.get_added_tokens_decoder().items()}
         self.kwargs: dict = {}
         self._extra_stops = list(stop_ids)
         self._environment = Sandbox()
-        self.new_ids: list[int] = []  # tokens that the config added to the checkpoint's
-        self.templates = dict(templates or {})  # further ones by name, such as tool_use
+        self.new_ids: list[int] = []  # tokens that the config adds
+        self.templates = dict(templates or {})  # named templates besides the default, such as tool_use
         self._compiled: dict[str, jinja2.Template] = {}
-        self._found: dict[str, str] = {}  # what is the same for every conversation of a template
+        self._found: dict[str, str] = {}  # cache of values that all conversations of a template share
 
     @staticmethod
     def _text(token: Any) -> Any:
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: str | Path) -> "Tokenizer":
-        """From a checkpoint's folder. Raises DataError where there is no tokenizer.json or it cannot be
+        """Load from a checkpoint's folder. Raises DataError if tokenizer.json is missing or cannot be
         read."""
         directory = Path(directory)
         path = directory / "tokenizer.json"
@@ -211,7 +211,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Highest id + 1: what an embedding needs."""
+        """Highest id + 1: the rows that an embedding needs."""
         return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -220,14 +220,14 @@ class Tokenizer:
         turns."""
         ids = {i for i in (self.eos_id, *self._extra_stops) if i is not None}
         if self.template:
-            # A template that closes nothing with a special token ends its turns with one of the others.
+            # If the template closes turns without a special token, the others must end them.
             with contextlib.suppress(BadRow):
                 ids.add(self.turn_end())
         return sorted(ids)
 
     def turn_end(self) -> int:
-        """The special token that closes an assistant turn in the chat template, the first of several. BadRow
-        where there is none."""
+        """The special token that closes an assistant turn in the chat template (the first, if several).
+        Raises BadRow if there is none."""
         closing = self._usual_closing(None, {}).lstrip()
         token = max((token for token in self.added if closing.startswith(token)), key=len, default=None)
         if token is None:
@@ -238,7 +238,7 @@ class Tokenizer:
         """Token ids of `text`; `special` lets the tokenizer add its own BOS."""
         try:
             return self.core.encode(text, add_special_tokens=special).ids
-        except (TypeError, UnicodeEncodeError):  # what the library says of a lone surrogate
+        except (TypeError, UnicodeEncodeError):  # the library's errors for a lone surrogate
             raise BadRow("the text holds half a character (a lone surrogate)") from None
 
     def decode(self, ids: list[int], special: bool = False) -> str:
@@ -295,7 +295,7 @@ class Tokenizer:
             raise BadRow(f"the chat template fails on it: {type(error).__name__}: {error}") from None
 
     def _template_for(self, tools: list | None) -> str:
-        """With several named templates transformers takes `tool_use` for conversations with tools."""
+        """The template to use; as in transformers, `tool_use` for conversations with tools if it exists."""
         if tools and "tool_use" in self.templates:
             return self.templates["tool_use"]
         if self.template is None and self.templates:
@@ -317,8 +317,8 @@ class Tokenizer:
         return text
 
     def with_readable_parts(self, messages: list[dict], tools: list | None = None, **kwargs) -> list[dict]:
-        """The messages, their lists of text parts joined where the template cannot read lists: it fails on
-        them, or writes them out as Python does."""
+        """The messages, with lists of text parts joined if the template cannot read lists (it fails on them,
+        or prints them as Python lists)."""
         lists = [message["content"] for message in messages if isinstance(message.get("content"), list)]
         if not lists:
             return messages
@@ -326,7 +326,7 @@ class Tokenizer:
             text = self.render(messages, tools, **kwargs)
             if not any(str(content) in text for content in lists):
                 return messages
-        except BadRow:  # it will say so again, unless the list was the reason
+        except BadRow:  # any cause other than the list is raised again later
             pass
         return [
             {**m, "content": "".join(part["text"] for part in m["content"])}
@@ -351,10 +351,10 @@ class Tokenizer:
     ) -> "Conversation":
         """Token ids of a conversation, labels −100 except on what the assistant wrote and its end of turn.
 
-        The spans are the template's `{% generation %}` blocks, exactly, where it has them; otherwise those of
-        `_assistant_spans`, with the tokens that close a turn. Either way each end of a span is checked: the
-        text before it, tokenised alone, must be exactly the first tokens of the whole. BadRow where that
-        fails, for then no mask would be right.
+        The spans are exactly the template's `{% generation %}` blocks if it has them; otherwise those of
+        `_assistant_spans`, with the tokens that close a turn. Both ends of a span are checked: the text
+        before them, tokenised alone, must give exactly the first tokens of the whole. Raises BadRow
+        otherwise, as no mask would be right.
         """
         marked = self._render(messages, tools, False, kwargs)
         begin, end = self._environment.marks
@@ -404,13 +404,13 @@ class Tokenizer:
     def _assistant_spans(
         self, messages: list[dict], tools: list | None, text: str, kwargs: dict
     ) -> list[tuple[int, int]]:
-        """Where each assistant turn stands in the rendered conversation `text`, with the tokens that end it.
+        """The span of each assistant turn in the rendered conversation `text`, with the tokens that end it.
 
-        Each turn is rendered once more with something in it, its content or the last argument of its last
-        tool call, replaced by a word that occurs nowhere else. What the template writes before the turn and
-        after it must then be the beginning and the end of `text`: that holds however a template trims,
-        reorders or drops things, and also for consecutive assistant turns and for templates that drop the
-        reasoning of earlier turns, where comparing shorter and longer conversations goes wrong.
+        Each turn is rendered again with one part (its content, or the last argument of its last tool call)
+        replaced by a unique word. The text before and after the turn must then be the beginning and the end
+        of `text`. This holds however a template trims, reorders or drops text, also for consecutive assistant
+        turns and for templates that drop the reasoning of earlier turns, where comparing shorter and longer
+        conversations fails.
         """
         spans, previous = [], 0
         for i, message in enumerate(messages):
@@ -434,7 +434,7 @@ class Tokenizer:
         start = self._turn_start(messages, i, tools, text, previous, kwargs, first)
         closed = self._closing(messages, i, last, tools, kwargs)
         if start is not None and closed is None:
-            # The template closes nothing: then only an end token that the content itself ends in can stop it.
+            # The template does not close turns: only a stop token at the end of the content can end this one.
             content = text[start : max(start, len(text) - len(last.after))].rstrip()
             if text.endswith(last.after) and content.endswith(tuple(self._end_tokens(tools, kwargs)) or "\0"):
                 return start, start + len(content)
@@ -456,8 +456,8 @@ class Tokenizer:
     def _shown_parts(
         self, messages: list[dict], i: int, tools: list | None, previous: int, kwargs: dict
     ) -> tuple[list["_Part"], list[str]]:
-        """The parts of turn i that the template shows, found by a word in the place of each; and why others
-        were not found."""
+        """The parts of turn i that the template shows, located by putting a unique word in place of each; and
+        why others were not found."""
         word, shown, problems = "answer" + secrets.token_hex(8), [], []
         header = self._generation_prompt(tools, kwargs)
         for path, probe in _probes(messages[i], word):
@@ -465,9 +465,9 @@ class Tokenizer:
             if path == _LAST_RESORT and shown:
                 break
             if path == "call's name" and shown and shown[-1].place == "call's arguments":
-                continue  # either finds the call
+                continue  # one of the two is enough to find the call
             if path in ("reasoning", "<think> block") and header and before.count(header, previous) == 1:
-                continue  # the turn begins behind the header, whatever comes first
+                continue  # the turn begins after the header, whichever part comes first
             try:
                 text = self.render([*messages[:i], probe, *messages[i + 1 :]], tools, **kwargs)
             except BadRow as error:
@@ -501,8 +501,8 @@ class Tokenizer:
         self, messages: list[dict], i: int, tools: list | None, text: str, previous: int, kwargs: dict,
         part: "_Part",
     ) -> int | None:
-        """Where the model begins to write turn i: behind the generation prompt, if the template put one there
-        (so what it writes before the content, reasoning or a call's brackets, is trained too)."""
+        """The position where the model begins to write turn i: after the generation prompt, if the template
+        has one there (so that reasoning or a call's brackets before the content are trained too)."""
         header, before = self._generation_prompt(tools, kwargs), part.before
         at = before.rfind(header, previous) if header else -1
         if at >= 0 and before.count(header, previous) == 1 and text.startswith(before[: at + len(header)]):
@@ -516,7 +516,7 @@ class Tokenizer:
         if at >= 0 and text.startswith(before[: at + len(header)]):
             return at + len(header)
         calls = part.place.startswith("call")
-        if calls:  # its brackets stand before the word: an answer would begin before them
+        if calls:  # the call's brackets precede the word: an answer would begin before them
             with contextlib.suppress(BadRow):
                 answer = {"role": "assistant", "content": part.word}
                 before = self.render([*messages[:i], answer], tools, **kwargs).partition(part.word)[0]
@@ -528,8 +528,8 @@ class Tokenizer:
     def _end_of_question(
         self, messages: list[dict], i: int, tools: list | None, text: str, kwargs: dict, previous: int
     ) -> int | None:
-        """Where what the template writes after message i − 1, as a prompt for an answer, ends in `text`: for
-        templates that move something else, such as the list of tools, when the conversation goes on."""
+        """The end in `text` of the generation prompt that follows message i − 1: for templates that move
+        other parts, such as the list of tools, when the conversation continues."""
         if not i or not isinstance(messages[i - 1].get("content"), str):
             return None
         word = "answer" + secrets.token_hex(8)
@@ -546,10 +546,11 @@ class Tokenizer:
     def _closing(
         self, messages: list[dict], i: int, part: "_Part", tools: list | None, kwargs: dict
     ) -> int | None:
-        """The length of what turn i still writes after its last part, up to the special token that closes it.
+        """The length of the text after the last part of turn i, up to the end of the token that closes the
+        turn.
 
-        The template writes that at the end of a conversation which ends in this turn too, however many tokens
-        it takes; what comes next belongs to the next turn. A token that the content ends in closes nothing.
+        The template also writes this text, of any length, at the end of a conversation that ends with this
+        turn; what follows belongs to the next turn. A token at the end of the content closes nothing.
         """
         after, calls = part.after, bool(part.probe.get("tool_calls"))
         usual = self._usual_closing(tools, kwargs)
@@ -564,7 +565,7 @@ class Tokenizer:
         closers = tuple(self._end_tokens(tools, kwargs) if calls and not usual else self.added)
         if same.endswith(closers or "\0"):
             return len(same)
-        if calls:  # they stand in between
+        if calls:  # the calls come in between
             ends = [after.find(t) + len(t) for t in self._end_tokens(tools, kwargs) if t in after]
             return min(ends, default=None)
         rest = after.lstrip()
@@ -580,7 +581,7 @@ class Tokenizer:
         ]
 
     def _generation_prompt(self, tools: list | None, kwargs: dict) -> str:
-        """What the template writes before an answer, found by rendering a question with and without it."""
+        """The template's generation prompt, found by rendering a question with and without it."""
         question = [{"role": "user", "content": "a"}]
 
         def find() -> str:
@@ -602,7 +603,7 @@ class Tokenizer:
         return self._once("closing", tools, kwargs, find)
 
     def _once(self, what: str, tools: list | None, kwargs: dict, find: Callable[[], str]) -> str:
-        """`find()`, remembered; "" where the template refuses."""
+        """`find()`, cached; "" if the template refuses the conversation."""
         key = what + json.dumps([tools, kwargs], sort_keys=True, default=str)
         if key not in self._found:
             self._found[key] = ""
@@ -629,19 +630,19 @@ class Conversation:
 
     input_ids: list[int]
     labels: list[int]
-    lost: list[str] = field(default_factory=list)  # what the row has and the template does not show
+    lost: list[str] = field(default_factory=list)  # parts of the row that the template does not show
 
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; templates read the first
+REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms; templates read the first
 
 
 def _common_beginning(a: str, b: str) -> str:
-    return os.path.commonprefix([a, b])  # noqa: RUF071 - of any two texts, in spite of its name
+    return os.path.commonprefix([a, b])  # noqa: RUF071 - works on any two texts, despite its name
 
 
 def _as_templates_read(message: dict) -> dict:
-    """A message as transformers hands it to a template: without nulls, reasoning under the name that they
-    read."""
+    """A message as transformers hands it to a template: without nulls, and with reasoning under the names
+    that templates read."""
     message = {key: value for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in REASONING if key in message), None)
     return (
@@ -654,7 +655,7 @@ _LAST_RESORT = "content (without its calls)"
 
 @dataclass
 class _Part:
-    """A part of a turn that a template shows, found by a word in its place."""
+    """A part of a turn that a template shows, located by a unique word in its place."""
 
     place: str
     probe: dict  # the message with the word
@@ -709,7 +710,7 @@ def _with_word(function: Any, word: str) -> Any:
 
 
 def _lost(message: dict, shown: str) -> list[str]:
-    """What an assistant turn has and the text of its span does not show."""
+    """Parts of an assistant turn that are missing from the text of its span."""
     lost = []
     calls = message.get("tool_calls") or []
     names = [call.get("function", call).get("name") for call in calls if isinstance(call, dict)]
