@@ -10,6 +10,7 @@ and line.
 
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import secrets
@@ -158,11 +159,18 @@ def settle_type(spec: dict, directory: Path, prompts: bool = False) -> str:
     """The type of a data set; if the config leaves it open, it is inferred from the columns of the first row
     and stored in `spec`. `prompts`: only types that have a prompt. Raises ConfigError if none fits."""
     if spec.get("type") is None:
-        row = next((row for row in read_rows(spec, directory) if isinstance(row, Row)), None)
+        rows = itertools.islice(read_rows(spec, directory), 100)
+        first = next(rows, None)
+        row = next((row for row in itertools.chain([first], rows) if isinstance(row, Row)), None)
+        if row is None and isinstance(first, DataError):
+            raise first
+        if row is None:
+            raise ConfigError("datasets", spec["path"], "has no rows")
         held = renamed(row.value, spec.get("columns") or {}) if row is not None else {}
         shapes = (*SHAPES[:4], ("chat", ("prompt",))) if prompts else SHAPES
         spec["type"] = next((k for k, names in shapes if all(held.get(n) is not None for n in names)), None)
-        if spec["type"] == "chat" and isinstance(held.get("prompt"), str):
+        chats = [held.get(name) for name in ("messages", "conversations")]
+        if spec["type"] == "chat" and isinstance(held.get("prompt"), str) and not any(chats):
             spec["type"] = "prompt_completion"
         if spec["type"] is None:
             known = "chat, instruct, prompt_completion, text, tokens or your module.function"
@@ -236,10 +244,12 @@ class Encoder:
         ids = prompt + answer
         return ids, list(ids) if self.options.train_on_inputs else [IGNORE] * len(prompt) + answer
 
-    def _end(self) -> list[int]:
-        if self.tokenizer.eos_id is None:
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With EOS behind it, once."""
+        eos = self.tokenizer.eos_id
+        if eos is None:
             raise BadRow("the tokenizer has no EOS token; set special_tokens: {eos_token: …}")
-        return [self.tokenizer.eos_id]
+        return ids if ids[-1:] == [eos] else [*ids, eos]
 
     def _chat(self, row: dict) -> tuple[list[int], list[int]]:
         messages, tools, kwargs = chat_of(row, self.tokenizer)
@@ -268,14 +278,14 @@ class Encoder:
         completion = need_text(row, "completion")
         if not completion:
             raise BadRow("completion is empty")
-        ids = self.tokenizer.encode(prompt, special=True)
-        return self._masked(ids, self.tokenizer.encode(completion) + self._end())
+        answer = self._ended(self.tokenizer.encode_rest(completion))
+        return self._masked(self.tokenizer.encode_start(prompt), answer)
 
     def _text(self, row: dict) -> tuple[list[int], list[int]]:
         text = need_text(row, "text")
         if not text.strip():
             raise BadRow("text is empty")
-        ids = self.tokenizer.encode(text, special=True) + self._end()
+        ids = self._ended(self.tokenizer.encode_start(text))
         return ids, list(ids)
 
     def _tokens(self, row: dict) -> tuple[list[int], list[int]]:
@@ -385,10 +395,10 @@ def _prompt_of(
     if kind == "instruct":
         prompt = instruct_prompt(row, tokenizer)
         chat = isinstance(prompt, list)
-        ids = tokenizer.encode_prompt(prompt) if chat else tokenizer.encode(prompt, special=True)
+        ids = tokenizer.encode_prompt(prompt) if chat else tokenizer.encode_start(prompt)
         return ids, prompt, row.get("output"), None
     if kind == "prompt_completion" and isinstance(row.get("prompt"), str):
-        return tokenizer.encode(row["prompt"], special=True), row["prompt"], row.get("completion"), None
+        return tokenizer.encode_start(row["prompt"]), row["prompt"], row.get("completion"), None
     messages, tools, kwargs = chat_of(row, tokenizer, need_answer=False)
     answer = None
     if messages[-1]["role"] == "assistant":

@@ -113,7 +113,7 @@ def play(
 def _said_ids(observation: Any, prompt: Prompt, history: list[dict], tokenizer: Tokenizer) -> list[int]:
     """An observation as token ids: ids are kept, text is tokenised, messages go through the chat template."""
     if isinstance(observation, str):
-        return tokenizer.encode(observation)
+        return tokenizer.encode_rest(observation)
     if isinstance(observation, list) and observation and all(type(i) is int for i in observation):
         return observation
     if isinstance(observation, list) and all(isinstance(m, dict) for m in observation) and history:
@@ -127,7 +127,7 @@ def _said_ids(observation: Any, prompt: Prompt, history: list[dict], tokenizer: 
             # The template closes the assistant's turn; its end token was sampled, what follows it was not.
             closed = tokenizer.decode([tokenizer.turn_end()], special=True)
             tail = before[before.rfind(closed) + len(closed) :] if closed in before else ""
-            return tokenizer.encode(tail + after[len(before) :])
+            return tokenizer.encode_rest(tail + after[len(before) :])
         raise BallastError(
             "environment: this chat template changes earlier turns; return text or token ids, not messages"
         )

@@ -28,7 +28,7 @@ def score_samples(config: Any) -> None:
     scorer = Scorer(config, tokenizer)
     if config.completions:
         prompts = [prompts[i % len(prompts)] for i in range(len(config.completions))]
-        ids = [tokenizer.encode(text) for text in config.completions]
+        ids = [tokenizer.encode_rest(text) for text in config.completions]
     elif config.source == "generate":
         model = load_pretrained(str(checkpoint), dtype=torch.float32)
         seed = random.Random(repr(((config.seed,), 0))).getrandbits(62)
@@ -44,7 +44,7 @@ def score_samples(config: Any) -> None:
             raise ConfigError(
                 "source", "answer", f"needs a reference answer, {missing} has none; use source=generate"
             )
-        ids = [tokenizer.encode(str(p.columns["answer"])) for p in prompts]
+        ids = [tokenizer.encode_rest(str(p.columns["answer"])) for p in prompts]
     arguments = scorer.arguments(prompts, ids)
     print("columns that a reward function gets, from the first row:")
     for name, values in arguments.items():

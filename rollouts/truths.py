@@ -23,7 +23,7 @@ def true_completion(prompt: Prompt, tokenizer: Tokenizer, max_turns: int = 1) ->
     if isinstance(prompt.prompt, str):
         if remaining:
             raise DataError(prompt.name, None, "has remaining_turns, but its prompt is no list of messages")
-        return tokenizer.encode(answer) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id]), None
+        return tokenizer.encode_rest(answer) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id]), None
     questions = questions_of(remaining, prompt.name)
     if len(questions) >= max_turns:
         raise DataError(

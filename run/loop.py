@@ -172,10 +172,14 @@ def build(run: Run, rows: int | None = None) -> tuple[Transformer, list[torch.op
     it has more), and its optimisers."""
     config, tokenizer = run.config, run.tokenizer
     rows = rows or max(run.arch.vocab_size, tokenizer.vocab_size)
+    without_row = range(run.arch.vocab_size, tokenizer.vocab_size)  # tokens without weights in the checkpoint
+    if without_row and not getattr(config, "random_init", False):
+        count = len(without_row)
+        log.info("%d tokens have no row in the checkpoint's embedding: they start as its mean row", count)
     run.arch = resized(run.arch, rows, config.pad_vocab_to_multiple_of)
     model = building.build_model(
         run.arch, run.checkpoint, config, run.world, getattr(config, "random_init", False),
-        new_tokens=tokenizer.new_ids,
+        new_tokens=sorted({*tokenizer.new_ids, *without_row}),
     )
     return model, dist.make_optimizers(model, config)
 

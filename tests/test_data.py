@@ -45,7 +45,7 @@ def test_prompt_and_completion_are_tokenised_apart_and_eos_is_trained(tokenizer,
     tok = tokenizer("llama3")
     path = write(tmp_path / "a.jsonl", [{"prompt": "de", "completion": "f x"}])
     (row,) = encode_all({"path": path, "type": "prompt_completion"}, tok)
-    prompt, completion = tok.encode("de", special=True), tok.encode("f x")
+    prompt, completion = tok.encode_start("de"), tok.encode("f x")
     assert row.input_ids == prompt + completion + [tok.eos_id]
     assert row.labels == [IGNORE] * len(prompt) + completion + [tok.eos_id]
 

@@ -2,15 +2,19 @@
 every error, has its file and line.
 """
 
+import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from run.config import ConfigError, DataError
+from run.log import log
 from text.tokenizer import read_text
 
 
@@ -40,14 +44,24 @@ def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
         raise DataError(str(path), None, f"cannot be read ({error.strerror})") from None
 
 
+# Columns of a row that hold lists: an object with one of them is a row, not a wrapper around rows
+LIST_COLUMNS = {"messages", "conversations", "prompt", "completion", "input_ids", "labels", "tools"}
+
+
 def _read_json(path: Path) -> Iterator[Row | DataError]:
     try:
         values = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # JSON lines
+            yield from _read_jsonl(path)
+            return
         raise DataError(str(path), getattr(error, "lineno", None), f"is not valid JSON ({error})") from None
     if isinstance(values, dict):
-        lists = [v for v in values.values() if isinstance(v, list)]
-        values = lists[0] if len(lists) == 1 else values
+        lists = {key: v for key, v in values.items() if isinstance(v, list)}
+        if lists.keys() & LIST_COLUMNS:
+            values = [values]
+        elif len(lists) == 1:
+            (values,) = lists.values()
     if not isinstance(values, list):
         raise DataError(
             str(path), None, "must hold a JSON list of objects", "or use .jsonl with one object per line"
@@ -71,7 +85,122 @@ def _read_parquet(path: Path) -> Iterator[Row | DataError]:
         raise DataError(str(path), None, f"cannot be read as Parquet ({error})") from None
 
 
-READERS = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+def _read_arrow(path: Path) -> Iterator[Row | DataError]:
+    """A file of the datasets library's save_to_disk: Arrow's stream format, or its file format."""
+    import pyarrow  # slow to import; most data is JSONL
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                yield from pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                file = pyarrow.ipc.open_file(source)
+                yield from (file.get_batch(i) for i in range(file.num_record_batches))
+
+    try:
+        rows = (row for batch in batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield Row(str(path), number, row)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(str(path), None, f"cannot be read as Arrow ({error})") from None
+
+
+READERS = {
+    ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+# What lies beside data and is none
+METADATA = {
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json",
+    "metadata.json",
+}
+# Data that no reader here knows: named where it lies beside data that is read
+OTHER_DATA = {
+    ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".feather", ".xlsx", ".pkl", ".txt",
+}
+
+# The words by which people name the files of a split; a word may end in one of SPLIT_ENDINGS
+SPLITS = {
+    "train": ("train", "training", "trn"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "tst", "eval", "evaluation", "heldout", "holdout"),
+}
+SPLIT_ENDINGS = ("", "s", "set", "sets", "data", "dataset", "split", "file", "rows", "samples", "examples")
+_SPLIT_OF = {
+    name + ending: split for split, names in SPLITS.items() for name in names for ending in SPLIT_ENDINGS
+}
+
+
+def _words(name: str) -> list[str]:
+    """trainData_v2 → train, data, v."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+
+
+def split_of(path: Path) -> str | None:
+    """The split that the name of a file, else of its nearest folder, stands for; None if there is none. `?`
+    if a name is ambiguous (train_test.jsonl, mytest.jsonl)."""
+    for name in (path.name.split(".")[0], *reversed(path.parts[:-1])):
+        words = _words(name)
+        joined = ["".join(pair) for pair in itertools.pairwise(words)]  # held_out
+        named = {_SPLIT_OF[word] for word in (*words, *joined) if word in _SPLIT_OF}
+        if len(named) == 1:
+            return named.pop()
+        if named or any(re.search("^(train|test|valid)|(train|test|valid|eval)$", word) for word in words):
+            return "?"
+    return None
+
+
+def _is_copy(path: Path, all_paths: set[Path]) -> bool:
+    """Whether a file's name says that it is a copy of another that is there."""
+    marks = r"(?i)^copy of | copy( \d+)?$| ?\(\d+\)$|[-_. ](copy|backup|bak|old|orig|checkpoint)$"
+    stem = re.sub(marks, "", path.stem)
+    return stem != path.stem and path.with_name(stem + path.suffix) in all_paths
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.warning("data: %s", line)
+
+
+def _files_of_split(local: Path, name: str, kind: str | None) -> list[Path]:
+    """The files below `local` that hold a split; train if `name` is empty. Hidden folders, copies and files
+    of other splits are left out. DataError if the names do not tell which files are meant."""
+    endings = set(READERS) | ({".txt", ".md", ".py"} if kind == "text" else set())
+    paths = [path for path in sorted(local.rglob("*")) if path.is_file()]
+    hidden = (".", "__MACOSX", "cache-")
+    shown = [p for p in paths if not any(part.startswith(hidden) for part in p.relative_to(local).parts)]
+    files = [p for p in shown if p.suffix in endings and p.name not in METADATA]
+    copies = [p for p in files if _is_copy(p, set(files))]
+    files = [p for p in files if p not in copies]
+    if not files:
+        raise DataError(str(local), None, f"no {', '.join(sorted(endings))} file in this directory")
+    splits = {path: split_of(path.relative_to(local)) for path in files}
+    wanted = _SPLIT_OF.get(name.lower(), name) if name else "train"
+    if name and wanted not in SPLITS:
+        word = re.compile(rf"(^|[^a-z]){re.escape(name)}([^a-z]|$)", re.IGNORECASE)
+        chosen = [path for path in files if word.search(str(path.relative_to(local)))]
+    else:
+        chosen = [path for path in files if splits[path] == wanted]
+    unclear = [path for path in files if splits[path] == "?"]
+    if not chosen and unclear and len(files) > 1:
+        problem = f"its files {[p.name for p in files][:5]} do not tell which of them are its {wanted} split"
+        raise DataError(str(local), None, problem, "give path the file itself")
+    if not chosen and name:
+        there = [p.name for p in files][:5]
+        raise DataError(str(local), None, f"no file of split {name!r}", f"there are {there}")
+    if not chosen:  # no name of a split: all of it, but for what other splits hold
+        chosen = [path for path in files if splits[path] is None] or (files if len(files) == 1 else [])
+    if not chosen:
+        raise DataError(
+            str(local), None, f"no file is of the train split, there are {[p.name for p in files][:5]}",
+            "set split, or give path the file itself",
+        )
+    if copies:
+        _say_once(f"{local}: left out as copies: {', '.join(p.name for p in copies[:5])}")
+    others = [p.name for p in shown if p.suffix in OTHER_DATA - endings]
+    if others:
+        _say_once(f"{local}: not read, for their ending: {', '.join(others[:5])}")
+    return chosen
 
 
 def _reasoning_gym(spec: dict, name: str) -> Iterator[Row | DataError]:
@@ -106,7 +235,7 @@ def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] |
     except (yaml.YAMLError, AttributeError):
         entries = None
     listed = entries if isinstance(entries, list) else []
-    entries = [entry for entry in listed if isinstance(entry, dict) and entry.get("data_files")]
+    entries = [e for e in listed if isinstance(e, dict) and (e.get("data_files") or e.get("data_dir"))]
     names = [str(entry.get("config_name")) for entry in entries]
     if subset is None and len(entries) > 1:
         usual = [str(e.get("config_name")) for e in entries if e.get("default")] or ["default"]
@@ -121,6 +250,8 @@ def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] |
             known = ", ".join(names) or ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir()))
             raise ConfigError("datasets", subset, f"is not a subset of {folder}; there are {known or 'none'}")
         return None
+    if not entry.get("data_files"):
+        return _files_of_split(folder / str(entry["data_dir"]), split, None)
     given = entry["data_files"]
     patterns: dict[str, list[str]] = {}
     for one in given if isinstance(given, list) else [given]:
@@ -128,7 +259,12 @@ def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] |
         patterns.setdefault(str(part), []).extend(path if isinstance(path, list) else [str(path)])
     if split not in patterns:
         raise ConfigError("datasets", split, f"is not a split of {folder}; there are {', '.join(patterns)}")
-    return sorted({file for pattern in patterns[split] for file in folder.glob(pattern) if file.is_file()})
+    if outside := [p for p in patterns[split] if Path(p).is_absolute() or ".." in Path(p).parts]:
+        raise DataError(str(card), None, f"names files outside of its folder ({outside[0]})")
+    files = sorted({file for pattern in patterns[split] for file in folder.glob(pattern) if file.is_file()})
+    if not files:
+        raise DataError(str(card), None, f"names {patterns[split]} for split {split}; there is no such file")
+    return files
 
 
 def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
@@ -171,18 +307,7 @@ def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
     if files := _files_of_card(local, subset, name or "train"):
         return files, rows
     local = local / subset if subset and (local / subset).is_dir() else local
-    endings = set(READERS) | ({".txt", ".md", ".py"} if spec.get("type") == "text" else set())
-    files = sorted(p for p in local.rglob("*") if p.suffix in endings and not p.name.startswith("."))
-    named = [
-        p
-        for p in files
-        if re.search(rf"(^|[^a-z]){re.escape(name or 'train')}([^a-z]|$)", str(p.relative_to(local)))
-    ]
-    if name and not named:
-        raise DataError(path, None, f"no file of split {name!r}", f"there are {[p.name for p in files][:5]}")
-    if not (named or files):
-        raise DataError(path, None, f"no {', '.join(sorted(endings))} file in this directory")
-    return named or files, rows
+    return _files_of_split(local, name, spec.get("type")), rows
 
 
 def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
@@ -218,11 +343,13 @@ def read_rows(spec: dict, directory: Path) -> Iterator[Row | DataError]:
         rows = list(read())
     if cut:
         ends = []
+        if cut.count(":") > 1:
+            raise ConfigError("datasets", spec["split"], "is not a slice; write [:100] or [10%:]")
         for text, default in zip([*cut.split(":"), ""][:2], (0, len(rows)), strict=True):
             number = re.fullmatch(r"(-?\d+)(%?)", text.strip()) if text.strip() else None
             if text.strip() and not number:
                 raise ConfigError("datasets", spec["split"], "is not a slice; write [:100] or [10%:]")
             value = int(number.group(1)) if number else default
-            ends.append(len(rows) * value // 100 if number and number.group(2) else value)
+            ends.append(round(len(rows) * value / 100) if number and number.group(2) else value)
         rows = rows[ends[0] : ends[1]]
     yield from rows

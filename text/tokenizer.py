@@ -17,6 +17,7 @@ import jinja2
 import tokenizers
 
 from run.config import ConfigError, DataError
+from text.special_tokens import SPECIAL_NAMES, add_tokens
 from text.templates import CHATML, SHIPPED_TEMPLATES, BadRow, Sandbox
 
 IGNORE = -100  # label of a token that is not trained
@@ -24,19 +25,17 @@ IGNORE = -100  # label of a token that is not trained
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # without the mark that Windows begins a file with
     except UnicodeDecodeError as error:
         raise DataError(str(path), None, f"is not UTF-8 text (byte {error.start})", "convert it") from None
     except OSError as error:
         raise DataError(str(path), None, f"cannot be read ({error.strerror})") from None
 
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 MORE_TEMPLATES = "additional_chat_templates"  # transformers' folder for named templates
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json", "merges.txt", "tokenizer.model",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt",
+    "tokenizer.model",
 )
 
 
@@ -62,6 +61,8 @@ class Tokenizer:
         self.pad_id = next((i for i in (pad, self.eos_id) if i is not None), 0)
         self.added = {token.content: i for i, token in core.get_added_tokens_decoder().items()}
         self.kwargs: dict = {}
+        self._bos: list[int] | None = None  # what the tokenizer puts before a text
+        self._prefixes: bool | None = None  # whether it puts a space before one
         self._extra_stops = list(stop_ids)
         self._environment = Sandbox()
         self.new_ids: list[int] = []  # tokens that the config adds
@@ -101,7 +102,12 @@ class Tokenizer:
                 raise DataError(str(file), None, "must hold a JSON object")
             return value
 
-        config = {**read("special_tokens_map.json"), **read("tokenizer_config.json")}
+        config = read("tokenizer_config.json")
+        try:
+            config = add_tokens(core, config, read("special_tokens_map.json"), read("added_tokens.json"))
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            file = str(directory / "tokenizer_config.json")
+            raise DataError(file, None, f"lists added tokens that cannot be read ({error})") from None
         template = config.pop("chat_template", None)
         named: dict[str, Any] = {"default": template} if template is not None else {}
         if isinstance(template, list):  # several named templates
@@ -234,12 +240,38 @@ class Tokenizer:
             raise BadRow("the chat template closes an answer with no special token: a model could never stop")
         return self.added[token]
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of `text`; `special` lets the tokenizer add its own BOS."""
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, and nothing that the tokenizer adds at its ends."""
         try:
-            return self.core.encode(text, add_special_tokens=special).ids
-        except (TypeError, UnicodeEncodeError):  # the library's errors for a lone surrogate
+            return self.core.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):  # what the library says of a lone surrogate
             raise BadRow("the text holds half a character (a lone surrogate)") from None
+
+    def encode_start(self, text: str) -> list[int]:
+        """Token ids of the beginning of a row: after the BOS that the tokenizer adds to a text, once, and
+        without the EOS that some tokenizers add too, since the row continues."""
+        ids = self.encode(text)
+        if self._bos is None:
+            sample = self.encode("a")
+            whole = self.core.encode("a", add_special_tokens=True).ids
+            extra = range(len(whole) - len(sample) + 1)
+            self._bos = next((whole[:k] for k in extra if whole[k : k + len(sample)] == sample), [])
+        return ids if self._bos and ids[: len(self._bos)] == self._bos else self._bos + ids
+
+    def encode_rest(self, text: str) -> list[int]:
+        """Token ids of a text that continues a row: without the space that some tokenizers put before a
+        text (Llama 2's normaliser, Metaspace, ByteLevel with add_prefix_space)."""
+        if self._prefixes is None:
+            self._prefixes = self._after("\n", "a") not in (None, self.encode("a"))
+        if not self._prefixes:
+            return self.encode(text)
+        continued = (self._after(before, text) for before in ("\n", "a", ":", "。"))
+        return next((ids for ids in continued if ids is not None), self.encode(text))
+
+    def _after(self, before: str, text: str) -> list[int] | None:
+        """The tokens of `text` behind `before`, where no token spans the two."""
+        head, both = self.encode(before), self.encode(before + text)
+        return both[len(head) :] if both[: len(head)] == head else None
 
     def decode(self, ids: list[int], special: bool = False) -> str:
         return self.core.decode(ids, skip_special_tokens=not special)
@@ -252,8 +284,12 @@ class Tokenizer:
             if source.exists():
                 shutil.copyfile(source, directory / name)
         self.core.save(str(directory / "tokenizer.json"))
+        config = dict(self.config)
+        if "added_tokens_decoder" in config:
+            added = self.core.get_added_tokens_decoder().items()
+            config["added_tokens_decoder"] = {str(i): token.__getstate__() for i, token in added}
         (directory / "tokenizer_config.json").write_text(
-            json.dumps(self.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         if self.template:
             (directory / "chat_template.jinja").write_text(self.template, encoding="utf-8")
