@@ -29,6 +29,7 @@ from run.log import log
 from text.conversations import (
     chat_of,
     check_messages,
+    cleaned,
     instruct_prompt,
     need_text,
     readable,
@@ -202,13 +203,14 @@ class Encoder:
         self.system = system
         self.tokenizer, self.options, self.columns = tokenizer, options, columns or {}
         self.kind, self.function = kind, None
+        self.form = kind  # of the last encoded row: the type, or what the user's function returned
         self.lost: list[str] = []  # parts of the last encoded row that the chat template does not show
         if kind not in ("chat", "instruct", "prompt_completion", "text", "tokens"):
             self.function = _import_function(kind, directory)
 
     def encode(self, row: dict) -> tuple[list[int], list[int]] | None:
         kind, self.lost = self.kind, []
-        row = renamed(row, self.columns)
+        row = cleaned(renamed(row, self.columns))
         if self.function is not None:
             try:
                 returned = self.function(row)
@@ -224,9 +226,10 @@ class Encoder:
                 raise BadRow(
                     f"{self.kind} must return a dict with messages, completion, output, text or input_ids"
                 )
-            row = returned
+            row = cleaned(returned)
         else:
             refuse_other_data(row, self.columns)
+        self.form = kind
         with readable(kind):
             row = with_system(row, self.system)
             if self.options.strip_thinking:
@@ -238,6 +241,9 @@ class Encoder:
         if self.function is not None:
             return []
         known = READS[self.kind] | set(self.columns.values())
+        prompt = row.get(self.columns.get("prompt", "prompt"))
+        if self.kind == "prompt_completion" and isinstance(prompt, str):  # plain text has no place for these
+            known -= {"system", "tools", "chat_template_kwargs"}
         return [name for name, value in row.items() if name not in known and value not in (None, "", [], {})]
 
     def _masked(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
@@ -261,6 +267,8 @@ class Encoder:
 
     def _instruct(self, row: dict) -> tuple[list[int], list[int]]:
         prompt, output = instruct_prompt(row, self.tokenizer), need_text(row, "output")
+        if not output.strip():
+            raise BadRow("the answer is empty (column 'output')")
         if isinstance(prompt, list):
             return self._chat({"messages": [*prompt, {"role": "assistant", "content": output}]})
         return self._prompt_completion({"prompt": prompt, "completion": output})
@@ -268,16 +276,17 @@ class Encoder:
     def _prompt_completion(self, row: dict) -> tuple[list[int], list[int]]:
         prompt, completion = row.get("prompt"), row.get("completion")
         if isinstance(prompt, list) and isinstance(completion, list):
+            prompt, completion = check_messages(prompt, need_answer=False), check_messages(completion)
             unmarked = [
-                {**message, "train": False} if message.get("role") == "assistant" else message
+                {**message, "train": False} if message["role"] == "assistant" else message
                 for message in prompt
             ]
             return self._chat({**row, "messages": [*unmarked, *completion]})
         # Tokenised separately, as a model reads the prompt before it writes: no token can span both.
         prompt = need_text(row, "prompt", "")
         completion = need_text(row, "completion")
-        if not completion:
-            raise BadRow("completion is empty")
+        if not completion.strip():
+            raise BadRow("the answer is empty (column 'completion')")
         answer = self._ended(self.tokenizer.encode_rest(completion))
         return self._masked(self.tokenizer.encode_start(prompt), answer)
 
@@ -344,11 +353,12 @@ def encode_dataset(
             except BadRow as error:
                 problem = str(error)
         ids, labels = encoded.input_ids, encoded.labels
-        if not problem and kind == "text" and len(ids) > limit:
-            for begin in range(0, len(ids), limit):
-                yield Encoded(
-                    encoded.file, encoded.line, ids[begin : begin + limit], labels[begin : begin + limit]
-                )
+        if not problem and encoder.form == "text" and len(ids) > limit:
+            cuts = [*range(0, len(ids), limit), len(ids)]
+            if cuts[-1] - cuts[-2] == 1 and limit > 2:  # a piece of one token would predict nothing
+                cuts[-2] -= 1
+            for begin, end in itertools.pairwise(cuts):
+                yield Encoded(encoded.file, encoded.line, ids[begin:end], labels[begin:end])
             continue
         if not problem and not any(label != IGNORE for label in labels[1:]):
             problem = "no token is trained"  # position 0 has no prediction before it
@@ -451,7 +461,7 @@ def read_prompts(
             try:
                 if isinstance(row, DataError):
                     raise BadRow(row.reason)
-                values, form = renamed(row.value, spec.get("columns") or {}), kind
+                values, form = cleaned(renamed(row.value, spec.get("columns") or {})), kind
                 if function is None:
                     refuse_other_data(values, spec.get("columns") or {})
                 else:
@@ -463,7 +473,7 @@ def read_prompts(
                         continue
                     if not isinstance(returned, dict):
                         raise BadRow(f"{kind} must return a dict, or None to leave the row out")
-                    values = {**values, **returned}
+                    values = cleaned({**values, **returned})
                     form = "prompt_completion" if isinstance(values.get("prompt"), str) else "chat"
                     form = "instruct" if "instruction" in returned else form
                 with readable(form):

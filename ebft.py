@@ -443,6 +443,7 @@ def structured(config: Config) -> None:
         f"{batch_size} completions on {world.devices(config)}, {config.rollout_engine} rollouts",
     )
     policy.report_kl(config)
+    loop.warn_beyond_positions(run, prompts.longest(config), "max_prompt_length or max_completion_length")
 
     # 4. Resume.
     loop.resume(run, model, optimizers)
@@ -823,6 +824,8 @@ def strided(config: Config) -> None:
     )
 
     # 4. Resume.
+    longest = max((len(document.ids) for document in data.documents), default=0)
+    loop.warn_beyond_positions(run, longest, "sequence_len")
     loop.resume(run, model, optimizers)
     state = run.state
     forensics = Forensics(model, config, world, run.tokenizer)

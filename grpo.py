@@ -646,6 +646,7 @@ def main(config: Config) -> None:
         f"{step_rows} completions on {world.devices(config)}, {config.rollout_engine} rollouts",
     )
     policy.report_kl(config)
+    loop.warn_beyond_positions(run, prompts.longest(config), "max_prompt_length or max_completion_length")
 
     # 4. Resume.
     moving = {"reference": reference} if reference is not None and config.ref_model_sync_steps else {}

@@ -168,6 +168,7 @@ def main(config: Config) -> None:
     # 3. Model and optimiser.
     model, optimizers = loop.build(run, tokenizer.vocab_size if config.random_init else None)
     check_ids(dataset, run.arch.vocab_size)
+    loop.warn_beyond_positions(run, int(max(dataset.lengths, default=0)), "sequence_len")
     trained = [p for p in model.parameters() if p.requires_grad]
     aux_coef = loop.router_aux_coef(run)
     loop.describe(run, model, f"{len(order.rows):,} rows to train on, {len(eval_order.rows):,} held out; "
@@ -192,7 +193,8 @@ def main(config: Config) -> None:
             # all of them train together.
             units = order.units(run.step)
             batches = order.micro_batches(units, config.micro_batch_size, world.rank, world.size)
-            size = StepSize(order.trained_tokens(units), len(batches), world.size)
+            trained_tokens = order.trained_tokens(units)
+            size = StepSize(max(1, trained_tokens), len(batches), world.size)
             seconds_for_data = seconds.so_far()
 
             # b. Forward and backward.
@@ -208,10 +210,11 @@ def main(config: Config) -> None:
             rate = dist.learning_rate(run.step, config, run.total_steps)
             loss_of = functools.partial(sft_loss, model, size=size, aux_coef=aux_coef)
             finite = forensics.healthy(run.step + 1, meter.values("nll"), norm, loss_of)
-            if finite:
+            if finite and trained_tokens:  # without a token momentum alone would still move the weights
                 dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
                 rate = dist.update(optimizers, rate)
         run.step += 1
+        state["empty_steps"] = state.get("empty_steps", 0) + (not trained_tokens)
 
         # d. Metrics of this step, over all ranks.
         sums = meter.end_step(
@@ -224,6 +227,7 @@ def main(config: Config) -> None:
             "step_time": sums["seconds"], "step_time/data_share": seconds_for_data / sums["seconds"],
             "trained_token_share": trained_share(sums),
             **memory.peak_memory(world.device), **rank_timing, **forensics.metrics(),
+            **({"empty_steps": float(state["empty_steps"])} if state["empty_steps"] else {}),
         }
         if run.step == first_step + 1:
             memory.report_optimizers(optimizers, config.optimizer, world.device)

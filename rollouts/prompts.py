@@ -22,6 +22,10 @@ class PromptData:
     batches_per_epoch: int
     fingerprint: str
 
+    def longest(self, config: Any) -> int:
+        """Tokens of the longest prompt and completion together, of those that are sampled here."""
+        return max((len(prompt.ids) for prompt in self.train), default=0) + config.max_completion_length
+
     def epoch_of(self, batch: int) -> float:
         """Epochs completed after this generation batch; 0 for a replay."""
         return 0.0 if self.replay else self.order.size * (batch + 1) / self.order.epoch_size

@@ -64,10 +64,16 @@ def completion_text(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else "".join(m.get("content") or "" for m in completion)
 
 
-def exact_match(completions: list, answer: list, **_: Any) -> list[float]:
-    """1 if the completion equals the answer, ignoring white space at its ends."""
+def is_null(value: Any) -> bool:
+    """Whether a column is empty for a row: then a reward that compares with it does not apply."""
+    return value is None or value != value  # NaN is pandas' null
+
+
+def exact_match(completions: list, answer: list, **_: Any) -> list[float | None]:
+    """1 if the completion equals the answer, ignoring white space at its ends; None without an answer."""
     return [
-        float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)
+        None if is_null(a) else float(completion_text(c).strip() == str(a).strip())
+        for c, a in zip(completions, answer, strict=True)
     ]
 
 
@@ -82,15 +88,18 @@ def _last_number(text: str) -> float | None:
     return float(number) / float(below) if below and float(below) else float(number)
 
 
-def numeric_match(completions: list, answer: list, **_: Any) -> list[float]:
+def numeric_match(completions: list, answer: list, **_: Any) -> list[float | None]:
     """1 if the last number of the completion is the answer's; also for equivalent mathematical forms if
-    math-verify is installed."""
+    math-verify is installed. None without an answer."""
     try:
         from math_verify import parse, verify  # type: ignore[import-not-found]
     except ImportError:
         parse = verify = None
-    scores = []
+    scores: list[float | None] = []
     for completion, expected in zip(completions, answer, strict=True):
+        if is_null(expected):
+            scores.append(None)
+            continue
         text, wanted = completion_text(completion), _last_number(str(expected))
         right = wanted is not None and _last_number(text) == wanted
         if not right and parse is not None and verify is not None:
@@ -101,13 +110,16 @@ def numeric_match(completions: list, answer: list, **_: Any) -> list[float]:
     return scores
 
 
-def reasoning_gym(completions: list, answer: list, metadata: list, **columns: Any) -> list[float]:
-    """reasoning-gym's own verifier of the task that the row came from."""
+def reasoning_gym(completions: list, answer: list, metadata: list, **columns: Any) -> list[float | None]:
+    """reasoning-gym's own verifier of the task that the row came from; None without answer or metadata."""
     import reasoning_gym as gym  # optional dependency: .[tiny]
 
     questions = columns.get("question") or [""] * len(answer)
-    scores = []
+    scores: list[float | None] = []
     for completion, a, meta, question in zip(completions, answer, metadata, questions, strict=True):
+        if is_null(a) or is_null(meta):
+            scores.append(None)
+            continue
         score: Any = gym.get_score_answer_fn(meta["source_dataset"])
         entry = {"question": question, "answer": a, "metadata": meta}
         scores.append(float(score(completion_text(completion).strip(), entry)))

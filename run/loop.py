@@ -184,6 +184,17 @@ def build(run: Run, rows: int | None = None) -> tuple[Transformer, list[torch.op
     return model, dist.make_optimizers(model, config)
 
 
+def warn_beyond_positions(run: Run, longest: int, option: str) -> None:
+    """Log a warning where the `longest` sequence, in tokens, has more positions than the model was made for;
+    `option` bounds it."""
+    limit = run.arch.raw.get("max_position_embeddings")
+    if limit and longest > limit:
+        log.warning(
+            "the longest sequence has %d tokens, the model was made for %d (max_position_embeddings): it has "
+            "never seen positions beyond; lower %s, or take a model for longer texts", longest, limit, option,
+        )
+
+
 def describe(run: Run, model: Transformer, what: str) -> None:
     """Log the first line of a run; `what` describes the data and the steps."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -41,7 +41,7 @@ def main() -> None:
     folders = ("numerics", "checkpoints", "text", "rollouts", "health", "run")
     paths = [*Path(ROOT).glob("*.py"), *(p for f in folders for p in Path(ROOT, f).glob("*.py"))]
     files = {str(path) for path in paths}
-    ours = [code for code in seen if code.co_filename in files and code.co_name not in CHECKS]
+    ours = [code for code in list(seen) if code.co_filename in files and code.co_name not in CHECKS]
     print(json.dumps(sorted(set().union(*(names_in(code) for code in ours)))))
 
 

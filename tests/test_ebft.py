@@ -269,7 +269,7 @@ def test_recorded_blocks_replay_to_the_same_bytes(small_checkpoint, texts, tmp_p
 
 @pytest.mark.parametrize("harm, words", [
     ({"anchors": [500]}, "anchors must be places"), ({"block_ids": [[[1, 2]]]}, "block_ids and sampling"),
-    ({"counted": [1]}, "an entry a token"), ({"document_ids": []}, "non-empty list"),
+    ({"counted": [1]}, "one entry per token"), ({"document_ids": []}, "non-empty list"),
     ({"block_ids": "x"}, "block_ids and sampling"),
 ])
 def test_a_bad_line_of_recorded_blocks_is_named(harm, words, tmp_path):

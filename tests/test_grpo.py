@@ -436,7 +436,7 @@ def test_a_step_whose_groups_are_all_flat_changes_nothing(small_checkpoint, tmp_
         ('{"prompt_ids": [1], "completion_ids": [1.5]}', "completion_ids must be"),
         ('{"prompt_ids": [1], "completion_ids": [1], "sampling_logprobs": [0.1, 2]}', "1 entries"),
         ('{"prompt_ids": [1], "completion_ids": [1], "rewards": {"a": "x"}}', "rewards must be"),
-        ('{"prompt_ids": [1], "completion_ids": [1], "rewards": {"a": 1}}', "in a row"),
+        ('{"prompt_ids": [1], "completion_ids": [1], "rewards": {"a": 1}}', "adjacent"),
     ],
 )
 def test_a_faulty_rollout_is_named_by_file_and_line(line, named, small_checkpoint, tmp_path):

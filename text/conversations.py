@@ -26,6 +26,23 @@ def readable(kind: str) -> Iterator[None]:
         raise BadRow("is nested too deeply") from None
 
 
+# Columns that hold lists or objects; some files have them as JSON text
+STRUCTURED = ("messages", "conversations", "tools", "chat_template_kwargs", "remaining_turns")
+
+
+def cleaned(row: dict) -> dict:
+    """The row without its nulls (or NaN, pandas' null), which stand for absent columns, and with lists and
+    objects that are stored as JSON text parsed. Raises BadRow for text that is not JSON."""
+    row = {name: value for name, value in row.items() if value is not None and value == value}
+    for name in STRUCTURED:
+        if isinstance(row.get(name), str):
+            try:
+                row[name] = json.loads(row[name]) if row[name].strip() else None
+            except (ValueError, RecursionError):
+                raise BadRow(f"{name} is text that is not JSON") from None
+    return {name: value for name, value in row.items() if value is not None}
+
+
 def need_text(row: dict, name: str, default: str | None = None) -> str:
     value = row.get(name, default)
     if value is None:
@@ -36,11 +53,8 @@ def need_text(row: dict, name: str, default: str | None = None) -> str:
 
 
 def check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
-    if isinstance(messages, str):
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError):
-            raise BadRow("messages is text that is not JSON") from None
+    """A conversation as {role, content, …}, with ShareGPT's and older forms translated. `need_answer`: the
+    assistant must have a turn, and none that is trained may be empty. Raises BadRow."""
     if not isinstance(messages, list) or not messages:
         raise BadRow("messages must be a non-empty list")
     checked = []
@@ -50,6 +64,7 @@ def check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
         message = {key: value for key, value in message.items() if value is not None}  # nulls from Parquet
         if "role" not in message and "from" in message:
             message = _from_sharegpt(message, i)
+        message = _with_decoded_calls(message, i)
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"message {i}: role {shown(role)} is not one of {', '.join(sorted(ROLES))}")
@@ -65,10 +80,44 @@ def check_messages(messages: Any, need_answer: bool = True) -> list[dict]:
             raise BadRow(f"message {i}: content must be text, it is {type(content).__name__}")
         if message.get("weight", 1) not in (0, 1):
             raise BadRow(f"message {i}: weight must be 0 or 1, it is {shown(message['weight'])}")
+        if not isinstance(message.get("train", True), bool):
+            raise BadRow(f"message {i}: train must be true or false, it is {shown(message['train'])}")
+        trained = message.get("train", True) and message.get("weight", 1) != 0
+        answers = (text_of(content) or "").strip(), *(message.get(k) for k in ("tool_calls", *REASONING))
+        if need_answer and role == "assistant" and trained and not any(answers):
+            raise BadRow(f"message {i}: the answer is empty")
         checked.append(message)
     if need_answer and not any(m["role"] == "assistant" for m in checked):
         raise BadRow("no assistant message: nothing to train on")
     return checked
+
+
+def _with_decoded_calls(message: dict, i: int) -> dict:
+    """The arguments of tool calls as objects, as chat templates expect them; OpenAI's interface sends JSON
+    text, which a template would encode a second time. Its older `function_call` becomes a tool call."""
+    if isinstance(message.get("function_call"), dict) and not message.get("tool_calls"):
+        call = {"type": "function", "function": message["function_call"]}
+        message = {**{k: v for k, v in message.items() if k != "function_call"}, "tool_calls": [call]}
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    decoded = []
+    for call in calls:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(inner, dict) and isinstance(inner.get("arguments"), str):
+            try:
+                arguments = json.loads(inner["arguments"]) if inner["arguments"].strip() else {}
+            except (ValueError, RecursionError):
+                arguments = None
+            if not isinstance(arguments, dict):
+                raise BadRow(
+                    f"message {i}: the arguments of a tool call must be an object, or one as JSON text: "
+                    f"{shown(inner['arguments'])}"
+                )
+            inner = {**inner, "arguments": arguments}
+            call = {**call, "function": inner} if "function" in call else inner
+        decoded.append(call)
+    return {**message, "tool_calls": decoded}
 
 
 def _check_parts(parts: list, i: int) -> None:
@@ -214,11 +263,9 @@ def without_thinking(row: dict) -> dict:
 
 def instruct_prompt(row: dict, tokenizer: Tokenizer) -> str | list[dict]:
     """The question of an instruct row: messages where the tokenizer has a chat template, else text."""
-    instruction, more, system = (
-        need_text(row, "instruction"),
-        need_text(row, "input", ""),
-        row.get("system"),
-    )
+    instruction, more, system = need_text(row, "instruction"), need_text(row, "input", ""), row.get("system")
+    if not isinstance(system, str | None):
+        raise BadRow(f"column 'system' must be text, it is {type(system).__name__}")
     if tokenizer.template:
         messages = [{"role": "user", "content": f"{instruction}\n\n{more}" if more else instruction}]
         return [{"role": "system", "content": system}, *messages] if system else messages
@@ -245,6 +292,9 @@ def with_system(row: dict, system: Any) -> dict:
 def renamed(row: dict, columns: dict) -> dict:
     """The row with the file's column names, and the keys of its messages, replaced by ours."""
     plain = {ours: its for ours, its in columns.items() if "." not in ours and its in row}
+    for ours, its in columns.items():
+        if ours in row and its not in row and "." not in ours and ours not in plain.values():
+            raise BadRow(f"has a column {ours!r} and not {its!r}, which columns names in its place")
     row = {k: v for k, v in row.items() if k not in plain.values()} | {
         o: row[its] for o, its in plain.items()
     }

@@ -71,6 +71,18 @@ def _read_json(path: Path) -> Iterator[Row | DataError]:
         yield Row(str(path), number, value) if good else DataError(str(path), number, "must be a JSON object")
 
 
+def _without_gaps(row: dict) -> dict:
+    """A row of a columnar file without the nulls inside its columns: there every object has the fields of all
+    others, so that a null stands for a field that the object does not have."""
+
+    def inner(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: inner(v) for k, v in value.items() if v is not None}
+        return [inner(item) for item in value] if isinstance(value, list) else value
+
+    return {name: inner(value) for name, value in row.items()}
+
+
 def _read_parquet(path: Path) -> Iterator[Row | DataError]:
     import pyarrow  # slow to import; most data is JSONL
     import pyarrow.parquet
@@ -80,7 +92,7 @@ def _read_parquet(path: Path) -> Iterator[Row | DataError]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(str(path), number, value)
+                yield Row(str(path), number, _without_gaps(value))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(str(path), None, f"cannot be read as Parquet ({error})") from None
 
@@ -100,7 +112,7 @@ def _read_arrow(path: Path) -> Iterator[Row | DataError]:
     try:
         rows = (row for batch in batches() for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            yield Row(str(path), number, row)
+            yield Row(str(path), number, _without_gaps(row))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(str(path), None, f"cannot be read as Arrow ({error})") from None
 
