@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from run.config import ConfigError, DataError, check_at_least_one, import_attribute, run_command
 from run.log import log
+from run.terminal import is_terminal
 from text.conversations import (
     chat_of,
     check_messages,
@@ -553,7 +554,7 @@ def prepare(
                 yield number, encoded
 
     log.info("encoding the rows of %s", ", ".join(spec["path"] for spec in specs))
-    progress = tqdm(rows(), unit=" rows", leave=False, file=sys.stderr, disable=not sys.stderr.isatty())
+    progress = tqdm(rows(), unit=" rows", leave=False, file=sys.stderr, disable=not is_terminal(sys.stderr))
     Dataset.build(iter(progress)).save(cached)
     return Dataset.load(cached)
 

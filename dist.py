@@ -146,13 +146,25 @@ class World:
 
 def world_size() -> int:
     """The number of processes that torchrun started; known before the process group is set up."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    size = _of_launcher("WORLD_SIZE", 1)
+    if size > 1 and "RANK" not in os.environ:
+        problem = "is in the environment without RANK: unset it (left over from a job?) or use torchrun"
+        raise ConfigError("WORLD_SIZE", size, problem)
+    return size
+
+
+def _of_launcher(name: str, default: int) -> int:
+    """A number that torchrun puts into the environment. ConfigError for what is none."""
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdigit():
+        raise ConfigError(name, text, "is in the environment and no number: unset it, or start with torchrun")
+    return int(text)
 
 
 def init(options: DistOptions) -> World:
     """Join the process group of torchrun's environment, or create one of size 1."""
-    rank, size = int(os.environ.get("RANK", 0)), world_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, size = _of_launcher("RANK", 0), world_size()
+    local_rank = _of_launcher("LOCAL_RANK", 0)
     cuda = torch.cuda.is_available()
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -168,7 +180,7 @@ def init(options: DistOptions) -> World:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         timeout = timedelta(minutes=options.gpu_timeout_minutes)
         if "RANK" in os.environ:
-            td.init_process_group(backend, timeout=timeout)
+            _join(backend, timeout)
         else:
             td.init_process_group(backend, store=td.HashStore(), rank=0, world_size=1, timeout=timeout)
     timeout = timedelta(minutes=options.gpu_timeout_minutes)
@@ -180,6 +192,23 @@ def init(options: DistOptions) -> World:
         shape, names = ((size // shard, shard), ("replicate", "shard")) if shard else ((size,), ("shard",))
         world.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return world
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Join the process group that the environment describes. BallastError where that cannot be."""
+    needed = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        problem = f"is in the environment without {', '.join(missing)}: unset it (left over from a job?)"
+        raise ConfigError("RANK", os.environ["RANK"], f"{problem} or use torchrun")
+    try:
+        td.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).strip().splitlines()[0]
+        raise BallastError(
+            f"the processes cannot meet at MASTER_ADDR:MASTER_PORT = {where} ({reason}); if another job has "
+            "the port, set another MASTER_PORT, or torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0"
+        ) from None
 
 
 def finish() -> None:
@@ -341,19 +370,22 @@ def behind() -> str:
 
 
 class Interrupt:
-    """SIGINT and SIGTERM ask the loop to save and stop; a second signal stops at once."""
+    """SIGINT, SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 (Slurm's warning) ask the loop to save and
+    stop; a second signal stops at once."""
 
     def __init__(self):
         self.signal: int | None = None
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._caught)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+                    signal.signal(number, self._caught)
 
     def _caught(self, number: int, frame: Any) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            print("\nstopping after this step; interrupt again to stop at once", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ rules.py, and how the run ended.
 import importlib.metadata
 import json
 import math
+import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +28,7 @@ from health.rules import Doctor, rules_of
 from run.config import BallastError, ConfigError, check_at_least_one
 from run.files import write_atomically
 from run.log import log
+from run.terminal import is_terminal
 
 
 @dataclass
@@ -121,33 +125,27 @@ class MetricLogger:
         self.action = "warn"  # what the rules ask for: warn (continue), checkpoint_and_stop, or stop
         self.why = ""
         self.bar: tqdm | None = None
+        self.file: Any = None
+        self.tensorboard: Any = None
         self.wandb: Any = None
         if not main:
             return
-        metrics, kept = output_dir / "metrics.jsonl", []
-        if metrics.exists():  # a resumed run repeats the steps after its checkpoint: drop their first version
-            lines = metrics.read_text(encoding="utf-8").splitlines()
-            logged = [(line, row) for line in lines if (row := _logged(line)) and row["step"] <= first_step]
-            write_atomically(metrics, "".join(line + "\n" for line, _ in logged))
-            kept = [row for _, row in logged]
-        self.file = metrics.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(
-            str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
-        )
+        kept: list[dict] = []
         values = {k: v for k, v in asdict(config).items() if k != "config_directory"}
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        write_atomically(output_dir / "config.yaml", f"# {made_by()}\n{text}")
-        if config.wandb_project:
-            import wandb  # slow to import: only if it is used
-
-            self.wandb = wandb.init(
-                project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_name,
-                id=config.wandb_run_id, resume="allow" if config.wandb_run_id else None,
-                dir=str(output_dir), config=values,
-            )
+        with self._reporting("metrics.jsonl"):
+            kept = self._open_metrics(output_dir / "metrics.jsonl", first_step)
+        with self._reporting("tensorboard"):
+            purged = first_step + 1 if first_step else None
+            self.tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purged)
+        with self._reporting("config.yaml"):
+            where = {"config_directory": str(Path(config.config_directory).resolve())}
+            text = yaml.safe_dump(values | where, sort_keys=False, allow_unicode=True)
+            write_atomically(output_dir / "config.yaml", f"# {made_by()}\n{text}")
+        with self._reporting("wandb"):
+            self._begin_wandb(config, values)
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False,
-            disable=not sys.stderr.isatty(), file=sys.stderr,
+            disable=not is_terminal(sys.stderr), file=sys.stderr,
         )
         self.total_steps = total_steps
         if config.health:
@@ -155,6 +153,39 @@ class MetricLogger:
             self.doctor.recall(kept)
             if self.doctor.ill:
                 log.warning("unhealthy since before the checkpoint: %s", self.doctor.status)
+
+    @contextmanager
+    def _reporting(self, sink: str) -> Iterator[None]:
+        """What only reports never ends a run: its error is logged once, then the run does without it."""
+        try:
+            yield
+        except Exception as error:  # wandb and TensorBoard have errors of many classes
+            log.warning("%s cannot be written, the run continues without it: %s", sink, _reason(error))
+            log.debug("%s", traceback.format_exc())
+            attribute = {"metrics.jsonl": "file"}.get(sink, sink)
+            if hasattr(self, attribute):
+                setattr(self, attribute, None)
+
+    def _open_metrics(self, path: Path, first_step: int) -> list[dict]:
+        """Open metrics.jsonl to append to; returns its rows up to the checkpoint, dropping those after it."""
+        kept = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            logged = [(line, row) for line in lines if (row := _logged(line)) and row["step"] <= first_step]
+            write_atomically(path, "".join(line + "\n" for line, _ in logged))
+            kept = [row for _, row in logged]
+        self.file = path.open("a", encoding="utf-8")
+        return kept
+
+    def _begin_wandb(self, config: Any, values: dict) -> None:
+        if config.wandb_project:
+            import wandb  # slow to import: only if it is used
+
+            self.wandb = wandb.init(
+                project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_name,
+                id=config.wandb_run_id, resume="allow" if config.wandb_run_id else None,
+                dir=str(self.output_dir), config=values,
+            )
 
     def observe(self, step: int, metrics: dict[str, float], rows: Callable[[], str] | None = None) -> None:
         """Judge a finished step and log changes of state. The action that on_unhealthy asks for is kept in
@@ -201,12 +232,17 @@ class MetricLogger:
         metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}  # JSON has no NaN
         if self.doctor is not None:
             metrics = {**metrics, **self.doctor.metrics()}
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
+        if self.file is not None:
+            with self._reporting("metrics.jsonl"):
+                self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+                self.file.flush()
+        if self.tensorboard is not None:
+            with self._reporting("tensorboard"):
+                for name, value in metrics.items():
+                    self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
+            with self._reporting("wandb"):
+                self.wandb.log(metrics, step=step)
         shown = [f"{label} {metrics[key]:{form}}" for key, (label, form) in FORMATS.items() if key in metrics]
         if self.doctor is not None and self.doctor.ill:
             shown.append(f"unhealthy: {self.doctor.status}")
@@ -223,12 +259,34 @@ class MetricLogger:
             named = ", ".join(f"{v.rule.name} at step {v.step}" for v in verdicts)
             well = "no rule spoke before the error" if failed else "well from beginning to end"
             log.info("health              %s", named or well)
-        self.file.close()
-        self.tensorboard.close()
-        if self.bar is not None:
-            self.bar.close()
+        sinks = ((self.file, "metrics.jsonl"), (self.tensorboard, "tensorboard"), (self.bar, "bar"))
+        for sink, name in sinks:
+            if sink is not None:
+                with self._reporting(name):
+                    sink.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            with self._reporting("wandb"):
+                self.wandb.finish()
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def check_wandb(config: Any) -> None:
+    """ConfigError where wandb has no key, before anything is loaded: it would ask for one, or end the run."""
+    if not config.wandb_project or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    if config.wandb_run_id and set(config.wandb_run_id) & set("/\\#?%:"):
+        raise ConfigError("wandb_run_id", config.wandb_run_id, "must not hold any of / \\ # ? % :")
+    import wandb  # slow to import: only if it is used
+
+    key: Any = "unknown"
+    with suppress(Exception):  # a home folder that cannot be read, another version of wandb
+        key = wandb.api.api_key
+    if not key:
+        remedy = "has no key to log with: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline"
+        raise ConfigError("wandb_project", config.wandb_project, remedy)
 
 
 def _logged(line: str) -> dict | None:
@@ -280,7 +338,7 @@ def say_saved(final: Path) -> None:
     log.info("saved               %s", final)
     log.info(
         "talk to it          %s chat %s",
-        "ballast-model" if installed else "python model.py", final,
+        "ballast-model" if installed else "python model.py", shlex.quote(str(final)),
     )
 
 

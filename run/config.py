@@ -19,6 +19,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import shutil
 import sys
 import textwrap
@@ -32,6 +33,8 @@ from typing import Any, NoReturn, TypeVar
 import docstring_parser
 import jsonargparse
 import yaml
+
+from run.terminal import make_printable
 
 
 def check_interval(options: Any, steps: str, per_epoch: str) -> None:
@@ -50,6 +53,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def run_command(work: Callable[[], int | None]) -> NoReturn:
     """Run a command other than training and exit with its code; user errors: one line, exit code 2."""
+    make_printable()
     try:
         sys.exit(work())
     except BallastError as error:
@@ -144,6 +148,42 @@ def read_options(path: Path, key: str = "--config") -> dict:
 MOST_NODES = 100_000  # in a YAML file, with every alias written out
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1. Some of its surprises are avoided, as in YAML 1.2: 1e-4 is a number, 010 is ten,
+    1:30 and 2026-11-27 are text. yes, no, on and off stay booleans. A key that is given twice is refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    problem = f"the key {key.value} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, 0 if re.match(r"[-+]?0[xob]", text) else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_RETYPED = tuple(f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp", "value"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _RETYPED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _RETYPED[0], re.compile(r"^[-+]?(0x[\da-fA-F_]+|0o[0-7_]+|0b[01_]+|\d[\d_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _RETYPED[1],
+    re.compile(r"^([-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|"
+               r"\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
 def load_yaml(text: str, name: str) -> Any:
     """yaml.safe_load for a file that may be hostile. Raises ConfigError if aliases make it huge or it is
     nested too deeply; yaml.YAMLError, or ValueError for a malformed number, if it is not valid YAML."""
@@ -160,7 +200,7 @@ def load_yaml(text: str, name: str) -> Any:
         return sizes[id(node)]
 
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
             return None
@@ -211,7 +251,9 @@ def _check(parser: jsonargparse.ArgumentParser, name: str, typehint: Any, value:
             raise TypeError
         return parser.parse_object({name: value})[name]
     except _UNFIT:
-        raise ConfigError(where, value, f"must be {type_name(typehint)}") from None
+        quotes = type(value) in (bool, int, float) and str in (typehint, *typing.get_args(typehint))
+        hint = "; put it in quotes" if quotes else ""
+        raise ConfigError(where, value, f"must be {type_name(typehint)}{hint}") from None
 
 
 def _given(argv: list[str], names: set[str]) -> tuple[dict[str, tuple[Any, str]], Path]:
@@ -228,8 +270,10 @@ def _given(argv: list[str], names: set[str]) -> tuple[dict[str, tuple[Any, str]]
                 raise ConfigError("--config", None, "needs a file: --config x.yaml")
             path = Path(word.split("=", 1)[1] if "=" in word else argv[position])
             position += 0 if "=" in word else 1
-            directory = path.resolve().parent
-            values |= {str(key): (value, f"{path}: {key}") for key, value in read_options(path).items()}
+            options = read_options(path)
+            # The config.yaml of a run names the folder that its relative paths begin in.
+            directory = Path(options.pop("config_directory", path.resolve().parent))
+            values |= {str(key): (value, f"{path}: {key}") for key, value in options.items()}
             continue
         key, equals, text = word.removeprefix("--").partition("=")
         if not equals:
@@ -294,6 +338,9 @@ def parse_config(
     config.given = frozenset(values)  # type: ignore[attr-defined]
     if hasattr(config, "config_directory"):
         config.config_directory = str(directory)  # type: ignore[attr-defined]
+    for key in ("output_dir", "dataset_prepared_path"):
+        if isinstance(place := getattr(config, key, None), str):
+            setattr(config, key, str(expanded(place)))
     return config
 
 
@@ -425,8 +472,8 @@ def import_attribute(key: str, name: str, directory: str | Path) -> Any:
         raise ConfigError(
             key, name,
             f"cannot be imported ({type(error).__name__}: {error}); looked in {Path(directory).resolve()}, "
-            f"then among installed packages; try: cd {directory} && python -c 'import {module or name}; "
-            f"{name}'",
+            f"then among installed packages; try: cd {shlex.quote(str(directory))} && python -c "
+            f"'import {module or name}; {name}'",
         ) from error
 
 
@@ -445,6 +492,14 @@ def _load_file(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
+def expanded(path: str) -> Path:
+    """With the home folder for ~, where there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a user id without a name, and no HOME
+        return Path(path)
+
+
 def resolve_checkpoint(
     path_or_repo_id: str,
     revision: str | None = None,
@@ -457,7 +512,7 @@ def resolve_checkpoint(
 
     Raises CheckpointError where there is none.
     """
-    path = Path(path_or_repo_id).expanduser()
+    path = expanded(path_or_repo_id)
     for candidate in (directory / path if directory else path, path):
         if candidate.is_dir():
             return candidate

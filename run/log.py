@@ -1,5 +1,6 @@
 """Console output of a run, and run.log."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -26,7 +27,12 @@ def start_log(output_dir: Path, main: bool) -> None:
     if main:
         log.addHandler(Console(level))
         claim(output_dir)
-        to_file = logging.FileHandler(output_dir / "run.log", encoding="utf-8")
+        logging.raiseExceptions = False  # a full disk ends no run because of its log
+        try:
+            to_file = logging.FileHandler(output_dir / "run.log", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            log.warning("run.log cannot be written (%s): the run goes without", error.strerror)
+            return
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
     else:
@@ -35,5 +41,6 @@ def start_log(output_dir: Path, main: bool) -> None:
 
 class Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(record.getMessage(), file=sys.stdout)  # above the progress bar, not through it
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a closed terminal
+            tqdm.write(record.getMessage(), file=sys.stdout)  # above the progress bar, not through it
+            sys.stdout.flush()

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,12 +28,15 @@ from checkpoints.saving import Checkpointer, peek, save_final
 from checkpoints.weights import read_architecture, resized, weights_fingerprint
 from data import load_tokenizer, trained_tokenizer
 from health import memory, report
-from health.monitor import MetricLogger, say_saved
+from health.monitor import MetricLogger, check_wandb, say_saved
 from model import Transformer
-from run.config import BallastError, ConfigError, parse_config, resolve_checkpoint, shown
+from run.config import BallastError, ConfigError, expanded, parse_config, resolve_checkpoint, shown
 from run.log import log, start_log
+from run.terminal import make_printable
 from text.packing import settle_intervals
 from text.tokenizer import Tokenizer
+
+STARTED = time.time()  # of this process
 
 
 @dataclass
@@ -83,9 +87,11 @@ def begin(config: Any) -> Run:
         lambda: resolve_checkpoint(config.base_model, config.base_model_revision, directory), world
     )
     refuse_adapter_as_base(config, checkpoint)
+    if world.main:
+        check_wandb(config)
     arch = read_architecture(checkpoint, config.ignore_config_fields)
     adopt_adapter(config, arch, checkpoint, directory)
-    if any((place / Path(config.base_model).expanduser()).is_dir() for place in (directory, Path())):
+    if any((place / expanded(config.base_model)).is_dir() for place in (directory, Path())):
         config.base_model = str(checkpoint.resolve())  # files that name it are read from other folders
     if getattr(config, "tokenizer_vocab_size", None) is None:
         tokenizer = load_tokenizer(checkpoint, config, directory)
@@ -360,6 +366,7 @@ def start(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
     """Run a recipe. User errors and errors with a known cause end in one line and exit code 2, with the
     traceback in run.log; of several ranks, the first to fail prints the line."""
     config = None
+    make_printable()
     try:
         config = parse()
         main(config)
@@ -372,6 +379,9 @@ def start(main: Callable[[Any], None], parse: Callable[[], Any]) -> None:
             message = memory.what_to_change(error, config)
         else:
             message = str(error) if isinstance(error, BallastError) else explain_error(error)
+        if message is None and isinstance(error, OSError) and isinstance(error.filename, str | os.PathLike):
+            where = os.fspath(error.filename)
+            message = f"{where}: {error.strerror}; make room there, or choose another place"
         if message is None:
             raise  # a fault of ours: the whole traceback, on the console and in run.log
         if not isinstance(error, BallastError) and (missing := dist.behind()):
@@ -391,8 +401,14 @@ def _first_to_fail() -> bool:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return True
     run_id = f"{os.environ['TORCHELASTIC_RUN_ID']}-{os.environ.get('MASTER_PORT')}-{os.getppid()}"
+    mark = Path(tempfile.gettempdir()) / f"ballast-error-{run_id}"
+    with suppress(OSError):
+        if mark.stat().st_mtime < STARTED - 60:  # of an earlier run with the same numbers, as in a container
+            mark.unlink()
     try:
-        os.close(os.open(Path(tempfile.gettempdir()) / f"ballast-error-{run_id}", os.O_CREAT | os.O_EXCL))
-        return True
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
+    except OSError:
+        pass
+    return True

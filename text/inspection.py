@@ -19,6 +19,7 @@ from data import (
     what_is_left_out,
 )
 from run.config import ConfigError, parse_config, resolve_checkpoint
+from run.terminal import has_colour
 from text.packing import Dataset, Encoded, pack
 from text.tokenizer import IGNORE, Tokenizer
 
@@ -91,7 +92,7 @@ def _report(
     options: InspectOptions,
 ) -> int:
     used = [row for row in rows if row.status in ("kept", "truncated")]
-    colour = sys.stdout.isatty()
+    colour = has_colour(sys.stdout)
     on, off = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     for row in random.Random(0).sample(used, min(options.samples, len(used))):
         print(

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from run.config import ConfigError, DataError
+from run.config import ConfigError, DataError, expanded
 from run.log import log
 from text.tokenizer import read_text
 
@@ -307,7 +307,7 @@ def locate(spec: dict, directory: Path) -> tuple[list[Path], str | None]:
             reason = str(error).strip().splitlines()[0]
             raise DataError(path, None, f"could not be downloaded from the hub: {reason}") from None
     else:
-        local = Path(path).expanduser()
+        local = expanded(path)
         if not local.is_absolute():
             local = next(
                 (p for p in (directory / local, Path.cwd() / local) if p.exists()), directory / local
