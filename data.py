@@ -13,6 +13,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import secrets
 import shutil
 import sys
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from run.config import ConfigError, DataError, check_at_least_one, import_attribute, run_command
 from run.log import log
-from run.terminal import is_terminal
+from run.terminal import is_terminal, make_printable
 from text.conversations import (
     chat_of,
     check_messages,
@@ -530,7 +531,7 @@ def prepare(
         if not spec.get("path", "").startswith("reasoning-gym:"):
             for file in locate(spec, directory)[0]:
                 stat = file.stat()
-                key.update(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode())
+                key.update(os.fsencode(file) + f" {stat.st_size} {stat.st_mtime_ns}".encode())
         if "." in str(spec.get("type")):
             function = _import_function(spec["type"], directory)
             path = getattr(sys.modules.get(function.__module__), "__file__", None)
@@ -626,6 +627,7 @@ def trained_tokenizer(options: Any, directory: Path, cache: Path) -> Tokenizer:
 
 def cli() -> None:
     """python data.py, or ballast-data where the package is installed."""
+    make_printable()
     if sys.argv[1:2] != ["inspect"]:
         sys.exit("usage: data.py inspect --config x.yaml [--json] [key=value …]")
     inspect = importlib.import_module("text.inspection").inspect  # not at the top: only this command needs it

@@ -28,6 +28,7 @@ import kernels
 from checkpoints.families import Architecture
 from numerics import low_precision
 from run.config import ConfigError, check_at_least_one, check_ranges, run_command
+from run.terminal import make_printable
 
 
 @dataclass
@@ -729,6 +730,7 @@ class KVCache:
 
 def cli() -> None:
     """python model.py chat DIR, or ballast-model where the package is installed."""
+    make_printable()
     if sys.argv[1:2] != ["chat"]:
         sys.exit("usage: model.py chat DIR [--temperature 0.7] [--max-new-tokens 512]")
     chat = importlib.import_module("rollouts.chat").chat  # imported here: only the command needs it

@@ -13,6 +13,7 @@ from health.memory import table
 from health.options import options_page
 from health.report import ended_in, judge, read_history, write
 from run.config import ConfigError, given_options, option_names, parse_config, resolve_checkpoint, run_command
+from run.terminal import make_printable
 
 USAGE = """usage: python -m health COMMAND …
     diagnose RUN          verdicts for a finished run: its directory, a metrics.jsonl, a trainer_state.json
@@ -103,6 +104,7 @@ def command_line(arguments: list[str]) -> int:
 
 def cli() -> None:
     """python -m health, or ballast-health where the package is installed."""
+    make_printable()
     run_command(lambda: command_line(sys.argv[1:]))
 
 

@@ -34,8 +34,6 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from run.terminal import make_printable
-
 
 def check_interval(options: Any, steps: str, per_epoch: str) -> None:
     """ConfigError unless the option `steps` is a count or a fraction of the run, and `per_epoch` is unset."""
@@ -53,7 +51,6 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 def run_command(work: Callable[[], int | None]) -> NoReturn:
     """Run a command other than training and exit with its code; user errors: one line, exit code 2."""
-    make_printable()
     try:
         sys.exit(work())
     except BallastError as error:
