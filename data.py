@@ -42,7 +42,7 @@ from text.conversations import (
     without_thinking,
 )
 from text.packing import Dataset, Encoded, settle
-from text.rows import Row, locate, read_rows
+from text.rows import HELD_OUT, Row, locate, read_rows
 from text.templates import BadRow
 from text.tokenizer import IGNORE, Tokenizer
 
@@ -87,6 +87,8 @@ class DataOptions:
             if getattr(self, key, None) and not (size or self.test_datasets):
                 problem = "needs held-out data: set val_set_size or test_datasets"
                 raise ConfigError(key, getattr(self, key), problem)
+        for spec in self.test_datasets:
+            spec.setdefault("split", HELD_OUT)
         weights = [spec.get("weight", 1.0) for spec in (*self.datasets, *self.test_datasets)]
         for weight in weights:
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
@@ -534,8 +536,7 @@ def prepare(
                 key.update(os.fsencode(file) + f" {stat.st_size} {stat.st_mtime_ns}".encode())
         if "." in str(spec.get("type")):
             function = _import_function(spec["type"], directory)
-            path = getattr(sys.modules.get(function.__module__), "__file__", None)
-            key.update(Path(path).read_bytes() if path else b"")
+            key.update(_code_beside(function, directory))
     key.update(repr((options.sequence_len, options.excess_length_strategy, options.train_on_inputs)).encode())
     key.update(repr(options.strip_thinking).encode())
     key.update(tokenizer.date.encode())
@@ -556,8 +557,21 @@ def prepare(
 
     log.info("encoding the rows of %s", ", ".join(spec["path"] for spec in specs))
     progress = tqdm(rows(), unit=" rows", leave=False, file=sys.stderr, disable=not is_terminal(sys.stderr))
-    Dataset.build(iter(progress)).save(cached)
+    encoded = Dataset.build(iter(progress))
+    if not len(encoded):
+        option = "test_datasets" if specs is options.test_datasets else "datasets"
+        raise ConfigError(option, [spec["path"] for spec in specs], "hold no row that can be used")
+    encoded.save(cached)
     return Dataset.load(cached)
+
+
+def _code_beside(function: Callable, directory: Path) -> bytes:
+    """The code of a user's function: its file, and what it has imported from the folder of the config."""
+    files = {getattr(sys.modules.get(function.__module__), "__file__", None)}
+    folder = str(directory.resolve()) + os.sep
+    loaded = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    files |= {file for file in loaded if file and os.path.realpath(file).startswith(folder)}
+    return b"".join(Path(file).read_bytes() for file in sorted(filter(None, files)) if file.endswith(".py"))
 
 
 def report_rows(dataset: Dataset) -> None:

@@ -137,6 +137,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "tst", "eval", "evaluation", "heldout", "holdout"),
 }
+HELD_OUT = "held_out"  # of test_datasets without a split: test, else validation, else files of no split
 SPLIT_ENDINGS = ("", "s", "set", "sets", "data", "dataset", "split", "file", "rows", "samples", "examples")
 _SPLIT_OF = {
     name + ending: split for split, names in SPLITS.items() for name in names for ending in SPLIT_ENDINGS
@@ -188,7 +189,10 @@ def _files_of_split(local: Path, name: str, kind: str | None) -> list[Path]:
         raise DataError(str(local), None, f"no {', '.join(sorted(endings))} file in this directory")
     splits = {path: split_of(path.relative_to(local)) for path in files}
     wanted = _SPLIT_OF.get(name.lower(), name) if name else "train"
-    if name and wanted not in SPLITS:
+    if name == HELD_OUT:
+        wanted = next((split for split in ("test", "validation") if split in splits.values()), None)
+        chosen = [path for path in files if splits[path] == wanted]
+    elif name and wanted not in SPLITS:
         word = re.compile(rf"(^|[^a-z]){re.escape(name)}([^a-z]|$)", re.IGNORECASE)
         chosen = [path for path in files if word.search(str(path.relative_to(local)))]
     else:
@@ -197,14 +201,14 @@ def _files_of_split(local: Path, name: str, kind: str | None) -> list[Path]:
     if not chosen and unclear and len(files) > 1:
         problem = f"its files {[p.name for p in files][:5]} do not tell which of them are its {wanted} split"
         raise DataError(str(local), None, problem, "give path the file itself")
-    if not chosen and name:
+    if not chosen and name and name != HELD_OUT:
         there = [p.name for p in files][:5]
         raise DataError(str(local), None, f"no file of split {name!r}", f"there are {there}")
     if not chosen:  # no name of a split: all of it, but for what other splits hold
         chosen = [path for path in files if splits[path] is None] or (files if len(files) == 1 else [])
     if not chosen:
         raise DataError(
-            str(local), None, f"no file is of the train split, there are {[p.name for p in files][:5]}",
+            str(local), None, f"no file is of the {wanted} split, there are {[p.name for p in files][:5]}",
             "set split, or give path the file itself",
         )
     if copies:
@@ -269,6 +273,8 @@ def _files_of_card(folder: Path, subset: str | None, split: str) -> list[Path] |
     for one in given if isinstance(given, list) else [given]:
         part, path = (one.get("split", "train"), one.get("path")) if isinstance(one, dict) else ("train", one)
         patterns.setdefault(str(part), []).extend(path if isinstance(path, list) else [str(path)])
+    if split == HELD_OUT:
+        split = next((name for name in ("test", "validation") if name in patterns), split)
     if split not in patterns:
         raise ConfigError("datasets", split, f"is not a split of {folder}; there are {', '.join(patterns)}")
     if outside := [p for p in patterns[split] if Path(p).is_absolute() or ".." in Path(p).parts]:
