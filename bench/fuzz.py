@@ -42,7 +42,7 @@ from safetensors import safe_open
 import ebft
 import grpo
 import sft
-from checkpoints.adapters import apply_lora, load_adapter, read_adapter_options, save_adapter
+from checkpoints.adapters import adopt_adapter, apply_lora, load_adapter, read_adapter_options, save_adapter
 from checkpoints.weights import initialize, load_weights, read_architecture
 from data import RowOptions, encode_dataset, read_prompts
 from health import drill, report
@@ -232,11 +232,21 @@ ROWS: dict[str, list[dict]] = {
                           {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]},
                       {"role": "tool", "content": "r"}, {"role": "assistant", "content": "y"}],
          "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]),
+         "tools": json.dumps([{"name": "f"}]), "chat_template_kwargs": "{}", "system": None},
+        {"messages": [{"role": "user", "content": "q"},
+                      {"role": "assistant", "content": None, "train": True, "tool_calls": [
+                          {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+                      {"role": "assistant", "content": "x", "train": False, "weight": 1,
+                       "function_call": {"name": "f", "arguments": "{}"}}]},
     ],
-    "instruct": [{"instruction": "i", "input": "x", "output": "o", "system": "s"}],
+    "instruct": [{"instruction": "i", "input": "x", "output": "o", "system": "s"},
+                 {"instruction": "i", "input": None, "output": "o", "system": None}],
     "prompt_completion": [{"prompt": "p", "completion": "c"},
                           {"prompt": [{"role": "user", "content": "q"}],
-                           "completion": [{"role": "assistant", "content": "a"}]}],
+                           "completion": [{"role": "assistant", "content": "a"}]},
+                          {"prompt": [{"from": "human", "value": "q"}],
+                           "completion": [{"from": "gpt", "value": "a"}]}],
     "text": [{"text": "some words"}],
     "tokens": [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}],
 }
@@ -288,6 +298,47 @@ def parquet(bench: Bench, rng: random.Random, place: Path) -> Case:
     return data_case(bench, place, kind, "rows.parquet")
 
 
+def arrow(bench: Bench, rng: random.Random, place: Path) -> Case:
+    """A file as the datasets library saves them."""
+    kind = rng.choice(["chat", "instruct", "text", "tokens"])
+    row = {k: v for k, v in ROWS[kind][0].items() if k != "tools"}
+    table, path = pyarrow.Table.from_pylist([row] * 5), place / "data-00000-of-00001.arrow"
+    begin = rng.choice([pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+    with begin(path, table.schema) as file:
+        file.write_table(table)
+    path.write_bytes(broken(path.read_bytes(), rng))
+    return data_case(bench, place, kind, path.name)
+
+
+WORDS = (
+    "train", "test", "Train", "TEST", "training_data", "validation", "dev", "data", "a", "a copy", "a (1)",
+    "mytest", "train_test", "held_out", ".hidden", "cache-1", "dataset_info", "état", "x" * 100,
+)
+ENDINGS = (".jsonl", ".json", ".parquet", ".arrow", ".txt", ".csv", ".jsonl.gz", "")
+
+
+def folder(bench: Bench, rng: random.Random, place: Path) -> Case:
+    """Files of any names, some of them data."""
+    kind = rng.choice(["chat", "instruct", "text"])
+    for _ in range(rng.randrange(6)):
+        name = rng.choice(["", "", "train/", ".cache/", "test/"]) + rng.choice(WORDS) + rng.choice(ENDINGS)
+        file = place / "set" / name
+        if file.is_dir() or any(parent.is_file() for parent in file.parents):
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = either(rng.choice(ROWS[kind]), rng, json.dumps) if rng.random() < 0.3 else None
+        file.write_bytes(rows if rows is not None else json.dumps(rng.choice(ROWS[kind])).encode())
+    (place / "set").mkdir(exist_ok=True)
+    case = data_case(bench, place, kind, "set")
+    if rng.random() < 0.3:
+        split = rng.choice(["test", "train[:1]", "dev", "held_out", "x"])
+        spec = {"path": str(place / "set"), "type": kind, "split": split}
+        case.read = lambda: read_all(bench, spec, place)
+        case.command = None
+    case.names = ["set", "datasets"]
+    return case
+
+
 def copied(bench: Bench, place: Path) -> Path:
     folder = place / "model"
     shutil.copytree(bench.checkpoint, folder)
@@ -306,14 +357,22 @@ def tokenizer(bench: Bench, rng: random.Random, place: Path) -> Case:
     case = Case(place)
     folder = copied(bench, place)
     name = rng.choice(["tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                       "generation_config.json"])
+                       "generation_config.json", "special_tokens_map.json", "added_tokens.json"])
     path = folder / name
-    if not path.exists():
+    token = {"content": "<new>", "lstrip": False, "rstrip": True, "normalized": False, "special": True}
+    if name == "special_tokens_map.json":
+        path.write_text(json.dumps({"eos_token": token, "additional_special_tokens": ["<a>", token]}))
+    elif name == "added_tokens.json":
+        path.write_text(json.dumps({"<new>": 400, "<other>": 401}))
+    elif not path.exists():
         path.write_text("{}")
     if name.endswith(".json"):
         value = json.loads(path.read_text())
         if name == "tokenizer_config.json":
             value["chat_template"] = [{"name": "default", "template": "{{ messages }}"}]
+            value["extra_special_tokens"] = ["<a>", token]
+            if rng.random() < 0.5:
+                value["added_tokens_decoder"] = {"400": token, "401": {**token, "content": "<other>"}}
             (folder / "chat_template.jinja").unlink(missing_ok=True)
         path.write_bytes(either(value, rng, json.dumps))
     else:
@@ -358,7 +417,13 @@ def weights(bench: Bench, rng: random.Random, place: Path) -> Case:
     case = Case(place)
     folder = copied(bench, place)
     path = folder / "model.safetensors"
-    if rng.random() < 0.3:
+    if rng.random() < 0.1:  # two files that hold the same tensors, one of them damaged
+        index = {"weight_map": {n: f"part-{i % 2}.safetensors" for i, n in enumerate(bench.tensors)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        shutil.copyfile(path, folder / "part-0.safetensors")
+        (folder / "part-1.safetensors").write_bytes(broken(path.read_bytes(), rng))
+        path.unlink()
+    elif rng.random() < 0.3:
         index = {"metadata": {}, "weight_map": {name: "part-1.safetensors" for name in bench.tensors}}
         path.rename(folder / "part-1.safetensors")
         (folder / "model.safetensors.index.json").write_bytes(either(index, rng, json.dumps))
@@ -389,6 +454,9 @@ def adapter(bench: Bench, rng: random.Random, place: Path) -> Case:
         path.write_bytes(broken(path.read_bytes(), rng))
 
     def read() -> Any:
+        data = [{"path": "x"}]
+        config = sft.Config(base_model="x", datasets=data, adapter="lora", lora_model_dir=str(folder))
+        adopt_adapter(config, bench.arch, bench.checkpoint, place)
         options = read_adapter_options(folder, "x")
         with torch.device("meta"):
             model = Transformer(bench.arch)
@@ -467,6 +535,8 @@ KINDS: dict[str, Callable[[Bench, random.Random, Path], Case]] = {
         rows,
         documents,
         parquet,
+        arrow,
+        folder,
         tokenizer,
         architecture,
         weights,

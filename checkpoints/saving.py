@@ -54,13 +54,17 @@ class CheckpointOptions:
     """Keep the N newest checkpoints."""
     save_async: bool = True
     """Write checkpoints in the background while training continues."""
-    resume: str = "auto"
-    """auto: continue from the newest checkpoint in output_dir if there is one; never; or a checkpoint's
-    directory."""
+    resume: str | bool = "auto"
+    """auto (or true): continue from the newest checkpoint in output_dir if there is one; never (or false); or
+    a checkpoint's directory."""
     resume_with_new_data: bool = False
     """Allow resuming with other data than the checkpoint's; its position then refers to other rows."""
 
     def check(self) -> None:
+        if isinstance(self.resume, bool):
+            self.resume = "auto" if self.resume else "never"
+        if not self.resume:
+            raise ConfigError("resume", "", "names nothing; give auto, never or a checkpoint's directory")
         check_at_least_one(self, "save_total_limit")
         check_interval(self, "save_steps", "saves_per_epoch")
 
@@ -150,9 +154,10 @@ def peek(options: CheckpointOptions) -> dict:
         steps = [int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdigit()]
         path = folder / f"step-{max(steps, default=0)}"
     else:
-        path = Path(options.resume)
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        path = Path(str(options.resume))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        state = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        return state if isinstance(state, dict) else {}
     return {}
 
 
@@ -298,7 +303,7 @@ class Checkpointer:
         `identity` holds what must match to resume: option → value, and "data" → fingerprint. Raises
         ConfigError on a mismatch, which would silently continue a different run.
         """
-        resume = self.options.resume
+        resume = str(self.options.resume)
         path = {"auto": self.newest, "never": lambda: None}.get(resume, lambda: Path(resume))()
         if resume == "never" and self.steps():
             raise ConfigError(

@@ -334,6 +334,8 @@ def _saves_per_epoch(c: Conversion, value: Any) -> Values:
 
 
 def _resume(c: Conversion, value: Any) -> Values:
+    if value == "":
+        return {}
     if value in (True, "true", "True"):
         return {"resume": "auto"}
     return {"resume": "never" if value in (False, "false", "False") else value}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data import Prompt
 from run.config import BallastError, ConfigError, import_attribute
+from text.conversations import is_null
 from text.tokenizer import Tokenizer
 
 
@@ -62,11 +63,6 @@ class RewardError(BallastError):
 def completion_text(completion: str | list[dict]) -> str:
     """The text of a completion, which is a list of messages if the prompt is one."""
     return completion if isinstance(completion, str) else "".join(m.get("content") or "" for m in completion)
-
-
-def is_null(value: Any) -> bool:
-    """Whether a column is empty for a row: then a reward that compares with it does not apply."""
-    return value is None or value != value  # NaN is pandas' null
 
 
 def exact_match(completions: list, answer: list, **_: Any) -> list[float | None]:

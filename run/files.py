@@ -59,6 +59,14 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(path: Path) -> None:
+    """A directory, or the link that stands in the place of one."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def publish(aside: Path, final: Path) -> None:
     """Make a finished directory appear under its name at once: flush every file, rename, flush the parent."""
     for file in aside.rglob("*"):
@@ -71,10 +79,10 @@ def publish(aside: Path, final: Path) -> None:
         final.exists()
     ):  # rename cannot replace a directory that holds files: move the old one out of the way first
         old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         final.rename(old)
         aside.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     else:
         aside.rename(final)
     _sync_directory(final.parent)

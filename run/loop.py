@@ -98,9 +98,17 @@ def begin(config: Any) -> Run:
     else:
         cache = Path(config.dataset_prepared_path or output_dir / "prepared")
         tokenizer = dist.main_first(lambda: trained_tokenizer(config, directory, cache), world)
-    started = peek(config).get("date") or dist.from_main(lambda: datetime.now().isoformat(), world)
-    tokenizer.pin_date(datetime.fromisoformat(started))
-    return Run(config, world, interrupt, checkpoint, arch, tokenizer, date=started)
+    date = dist.from_main(lambda: _beginning(config), world)
+    tokenizer.pin_date(date)
+    return Run(config, world, interrupt, checkpoint, arch, tokenizer, date=date.isoformat())
+
+
+def _beginning(config: Any) -> datetime:
+    """When the run began: now, or what the checkpoint says that it resumes from."""
+    try:
+        return datetime.fromisoformat(peek(config)["date"])
+    except (KeyError, TypeError, ValueError):  # no checkpoint, or one of an earlier version
+        return datetime.now()
 
 
 # Options that may differ between a run and the checkpoint that it resumes from. Everything else changes the

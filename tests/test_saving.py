@@ -16,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sft
 from checkpoints import saving
 from conftest import ROOT, arguments, metrics, run_ok, run_program
 from run import files
-from run.config import BallastError
+from run.config import BallastError, ConfigError
 
 # Dropout draws random numbers in every step; evaluation and saving must not disturb them.
 BUSY = dict(num_epochs=8, sequence_len=128, micro_batch_size=3, gradient_accumulation_steps=2, save_steps=3,
@@ -268,3 +269,27 @@ def test_resuming_another_run_is_refused_by_key(small_checkpoint, chat_file, tmp
         "resume_with_new_data=true",
         "max_steps=5",
     )
+
+
+def test_resume_is_also_a_switch():
+    from run.config import parse_config
+
+    given = ["base_model=x", "datasets=[{path: y}]"]
+    meanings = {"true": "auto", "false": "never", "auto": "auto", "never": "never", "a/b": "a/b"}
+    for text, meant in meanings.items():
+        assert parse_config(sft.Config, [*given, f"resume={text}"]).resume == meant
+    with pytest.raises(ConfigError, match="resume: '' names nothing"):
+        parse_config(sft.Config, [*given, "resume=''"])
+
+
+def test_a_link_that_stands_for_the_final_folder_is_replaced_as_often_as_it_is_written(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "final").symlink_to(elsewhere)
+    for number in range(3):
+        aside = tmp_path / ".final"
+        aside.mkdir()
+        (aside / "number").write_text(str(number))
+        files.publish(aside, tmp_path / "final")
+        assert (tmp_path / "final" / "number").read_text() == str(number)
+    assert elsewhere.is_dir() and not list(tmp_path.glob(".final*"))

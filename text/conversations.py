@@ -30,10 +30,15 @@ def readable(kind: str) -> Iterator[None]:
 STRUCTURED = ("messages", "conversations", "tools", "chat_template_kwargs", "remaining_turns")
 
 
+def is_null(value: Any) -> bool:
+    """Whether a column is empty: null, or NaN, which is pandas' null."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def cleaned(row: dict) -> dict:
     """The row without its nulls (or NaN, pandas' null), which stand for absent columns, and with lists and
     objects that are stored as JSON text parsed. Raises BadRow for text that is not JSON."""
-    row = {name: value for name, value in row.items() if value is not None and value == value}
+    row = {name: value for name, value in row.items() if not is_null(value)}
     for name in STRUCTURED:
         if isinstance(row.get(name), str):
             try:

@@ -81,9 +81,10 @@ class Tokenizer:
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.exists():
-            hint = "only tokenizer.model is there; save it once with a fast tokenizer" if list(
-                directory.glob("tokenizer.model")
-            ) else "the checkpoint has no tokenizer"
+            names = ("tokenizer.model", "vocab.json", "vocab.txt")
+            slow = [name for name in names if (directory / name).exists()]
+            hint = f"only {slow[0]} is there; save it once with a fast tokenizer" if slow else ""
+            hint = hint or "the checkpoint has no tokenizer"
             raise DataError(str(path), None, "is missing", hint)
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
@@ -108,6 +109,9 @@ class Tokenizer:
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             file = str(directory / "tokenizer_config.json")
             raise DataError(file, None, f"lists added tokens that cannot be read ({error})") from None
+        if config.get("split_special_tokens"):
+            file = str(directory / "tokenizer_config.json")
+            raise DataError(file, None, "split_special_tokens: true is not supported", "remove it")
         template = config.pop("chat_template", None)
         named: dict[str, Any] = {"default": template} if template is not None else {}
         if isinstance(template, list):  # several named templates
