@@ -231,10 +231,12 @@ def _rows_in_order(path: Path, layer: str) -> list[int]:
 PLAIN_STARTS = (None, True, False, "true", "false", "gaussian", "orthogonal", "eva")
 
 
-def adopt_adapter(config: ModelOptions, arch: Architecture, checkpoint: Path, directory: Path) -> None:
+def adopt_adapter(
+    config: ModelOptions, arch: Architecture, checkpoint: Path | None, directory: Path
+) -> None:
     """With `lora_model_dir`, which is relative to `directory` (of the config): take rank, scale and layers
     from the adapter in that folder. Raises ConfigError for an option that contradicts the adapter, and where
-    the adapter was trained on other weights than those in `checkpoint`."""
+    the adapter was trained on other weights than those in `checkpoint` (None: not compared)."""
     if not config.lora_model_dir:
         return
     folder = resolve_checkpoint(config.lora_model_dir, None, directory).resolve()
@@ -257,7 +259,8 @@ def adopt_adapter(config: ModelOptions, arch: Architecture, checkpoint: Path, di
             raise ConfigError(key, getattr(config, key), problem)
         setattr(config, key, getattr(adapter, key))
     config.lora_model_dir = str(folder)
-    _check_base(config, folder, checkpoint, directory)
+    if checkpoint is not None:
+        _check_base(config, folder, checkpoint, directory)
 
 
 def _check_base(config: ModelOptions, folder: Path, checkpoint: Path, directory: Path) -> None:

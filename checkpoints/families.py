@@ -252,6 +252,12 @@ class Architecture:
     checkpoint_vocab_size: int = 0  # rows of the embedding before it was grown
     notes: tuple[str, ...] = ()  # where config.json contradicts itself, and which value is followed
 
+    def arithmetic(self) -> list[tuple[str, Any]]:
+        """The fields of config.json that decide what is computed, except the size of the vocabulary."""
+        inert = INERT_FIELDS - set(self.family.reads) | {"vocab_size"}
+        read = [k for k in self.raw if k in self.family.reads or not (k in inert or k.startswith("_"))]
+        return [(key, self.raw[key]) for key in sorted(read)]
+
     @staticmethod
     def from_config(raw: dict, source: str = "config.json", ignore: list[str] | tuple = ()) -> "Architecture":
         """Raises CheckpointError for an unsupported field or architecture, or a value of the wrong type."""

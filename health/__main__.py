@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from checkpoints.adapters import adopt_adapter
 from checkpoints.weights import read_architecture
 from health.convert import convert_file, page
 from health.drill import rank, show, show_all
@@ -56,6 +57,7 @@ def memory_table(arguments: list[str]) -> str:
         config.base_model, config.base_model_revision, Path(config.config_directory), only_config=True
     )
     arch = read_architecture(directory, config.ignore_config_fields)
+    adopt_adapter(config, arch, None, Path(config.config_directory))
     return table(arch, config, int(processes[-1]) if processes else 1)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -240,7 +241,8 @@ def serve(config: Any) -> None:
     except BallastError as error:
         raise ConfigError("base_model", config.base_model, f"cannot be served: {error}") from None
     for url in config.vllm_server_base_url[1:]:
-        print(f"# another terminal: python grpo.py serve … 'vllm_server_base_url=[{url}]'")
+        again = ["python", "grpo.py", *sys.argv[1:], f"vllm_server_base_url=[{url}]"]
+        print(f"# in another terminal:\n{shlex.join(again)}")
     environment, command = server_command(config, str(model), config.vllm_server_base_url[0])
     host = urlparse(config.vllm_server_base_url[0]).hostname
     if host not in ("127.0.0.1", "localhost", "::1"):
@@ -250,7 +252,8 @@ def serve(config: Any) -> None:
             "it to the trainer's host alone (a firewall, a private network, an SSH tunnel)",
             file=sys.stderr, flush=True,
         )
-    print(" ".join([*(f"{k}={v}" for k, v in environment.items()), *command]), flush=True)
+    settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    print(" ".join([*settings, shlex.join(command)]), flush=True)
     if config.vllm_python is None and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "vllm_python", None, f"is unset, and {sys.executable} has no vLLM: `pip install 'vllm==0.32.*'` "

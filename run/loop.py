@@ -146,9 +146,8 @@ def identity_of(run: Run, **more: Any) -> dict[str, Any]:
     options name. `more` is what the recipe adds, under names that the user reads."""
     config, tokenizer = run.config, run.tokenizer
     options = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
-    raw = ("raw", "notes", "vocab_size")
     named: dict[str, Any] = {
-        "config.json of base_model": {key: value for key, value in vars(run.arch).items() if key not in raw},
+        "config.json of base_model": run.arch.arithmetic(),
         "tokenizer": (tokenizer.core.to_str(), tokenizer.special),
         "chat template": (tokenizer.template, sorted(tokenizer.templates.items())),
     }

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -301,3 +302,13 @@ def test_the_pinned_date_is_what_a_template_writes(tokenizer):
     assert tok.render([{"role": "user", "content": "Hi"}]) == "2024-02-29" == tok.date
     tok.template = "no date"
     assert tok.date == ""
+
+
+def test_the_table_of_memory_counts_the_adapter_that_is_continued(peft_folder):
+    folder, base, _ = peft_folder(r=3)
+    given = (f"base_model={base}", "datasets=[{path: x}]", "adapter=lora", "recipe=sft")
+    by_hand = ("lora_r=3", "lora_target_modules=[q_proj, up_proj]")
+    ways = ((f"lora_model_dir={folder}",), by_hand, ())
+    tables = [run_ok("health", "memory", *given, *more).stdout for more in ways]
+    figures = [re.findall(r"[\d.,]+", table) for table in tables]
+    assert figures[0] == figures[1] != figures[2]
