@@ -110,9 +110,12 @@ def _read_arrow(path: Path) -> Iterator[Row | DataError]:
                 yield from (file.get_batch(i) for i in range(file.num_record_batches))
 
     try:
-        rows = (row for batch in batches() for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield Row(str(path), number, _without_gaps(row))
+        number = 0
+        for batch in batches():
+            batch.validate(full=True)  # offsets of a damaged file would be followed out of it
+            for row in batch.to_pylist():
+                number += 1
+                yield Row(str(path), number, _without_gaps(row))
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(str(path), None, f"cannot be read as Arrow ({error})") from None
 
