@@ -1,6 +1,7 @@
 """Tokens that stand beside tokenizer.json, and what a tokenizer adds to a text, against transformers."""
 
 import json
+import logging
 
 import pytest
 import tokenizers
@@ -171,3 +172,18 @@ def test_a_tokenizer_that_adds_nothing_encodes_a_completion_as_it_stands(tokeniz
     tok = Tokenizer.load(tokenizer_directory("chatml"))
     for text in ("four", " four", "\n\nfour", "", "日本"):
         assert tok.encode_rest(text) == tok.encode(text) == tok.encode_start(text)
+
+
+def test_a_prefix_space_that_two_files_disagree_about_is_said(
+    tokenizer_directory, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("ballast"), "propagate", True)
+    Tokenizer.load(folder(tokenizer_directory, tmp_path, {"add_prefix_space": False}))
+    assert "add_prefix_space" not in caplog.text
+    Tokenizer.load(folder(tokenizer_directory, tmp_path, {"add_prefix_space": True}))
+    assert "add_prefix_space is True in tokenizer_config.json and False in tokenizer.json" in caplog.text
+
+
+def test_tokens_that_the_config_would_split_are_refused(tokenizer_directory, tmp_path):
+    with pytest.raises(DataError, match="split_special_tokens"):
+        Tokenizer.load(folder(tokenizer_directory, tmp_path, {"split_special_tokens": True}))

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from run.config import ConfigError, shown
+from text.probes import REASONING
 from text.templates import BadRow
-from text.tokenizer import REASONING, Tokenizer
+from text.tokenizer import Tokenizer
 
 ROLES = {"system", "user", "assistant", "tool", "developer"}
 

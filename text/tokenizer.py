@@ -4,6 +4,7 @@ conversation the assistant wrote."""
 import contextlib
 import datetime
 import json
+import logging
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ import jinja2
 import tokenizers
 
 from run.config import ConfigError, DataError
+from text.probes import LAST_RESORT, REASONING, Part, lost_parts, probes
 from text.special_tokens import SPECIAL_NAMES, add_tokens
 from text.templates import CHATML, SHIPPED_TEMPLATES, BadRow, Sandbox
 
@@ -112,6 +114,12 @@ class Tokenizer:
         if config.get("split_special_tokens"):
             file = str(directory / "tokenizer_config.json")
             raise DataError(file, None, "split_special_tokens: true is not supported", "remove it")
+        stored = json.loads(core.to_str())["pre_tokenizer"] or {}
+        if {config.get("add_prefix_space"), stored.get("add_prefix_space")} == {True, False}:
+            logging.getLogger("ballast").warning(
+                "%s: add_prefix_space is %s in tokenizer_config.json and %s in tokenizer.json, which is "
+                "followed", directory, config["add_prefix_space"], stored["add_prefix_space"],
+            )
         template = config.pop("chat_template", None)
         named: dict[str, Any] = {"default": template} if template is not None else {}
         if isinstance(template, list):  # several named templates
@@ -418,7 +426,7 @@ class Tokenizer:
             chat.lost = [
                 lost
                 for m, span in zip(assistant, spans, strict=True)
-                for lost in _lost(m, text[slice(*span)])
+                for lost in lost_parts(m, text[slice(*span)])
             ]
         chat.labels = [IGNORE] * len(ids)
         for (start, stop), train in zip(spans, trained, strict=True):
@@ -495,14 +503,14 @@ class Tokenizer:
 
     def _shown_parts(
         self, messages: list[dict], i: int, tools: list | None, previous: int, kwargs: dict
-    ) -> tuple[list["_Part"], list[str]]:
+    ) -> tuple[list["Part"], list[str]]:
         """The parts of turn i that the template shows, located by putting a unique word in place of each; and
         why others were not found."""
         word, shown, problems = "answer" + secrets.token_hex(8), [], []
         header = self._generation_prompt(tools, kwargs)
-        for path, probe in _probes(messages[i], word):
+        for path, probe in probes(messages[i], word):
             before = shown[0].before if shown else ""
-            if path == _LAST_RESORT and shown:
+            if path == LAST_RESORT and shown:
                 break
             if path == "call's name" and shown and shown[-1].place == "call's arguments":
                 continue  # one of the two is enough to find the call
@@ -519,7 +527,7 @@ class Tokenizer:
                 continue
             if text.count(word) == 1:
                 before, after = text.split(word)
-                shown.append(_Part(path, probe, word, before, after))
+                shown.append(Part(path, probe, word, before, after))
             else:
                 problems.append(f"the chat template shows its {path} {text.count(word)} times, not once")
         return shown, problems
@@ -539,7 +547,7 @@ class Tokenizer:
 
     def _turn_start(
         self, messages: list[dict], i: int, tools: list | None, text: str, previous: int, kwargs: dict,
-        part: "_Part",
+        part: "Part",
     ) -> int | None:
         """The position where the model begins to write turn i: after the generation prompt, if the template
         has one there (so that reasoning or a call's brackets before the content are trained too)."""
@@ -584,7 +592,7 @@ class Tokenizer:
         return None
 
     def _closing(
-        self, messages: list[dict], i: int, part: "_Part", tools: list | None, kwargs: dict
+        self, messages: list[dict], i: int, part: "Part", tools: list | None, kwargs: dict
     ) -> int | None:
         """The length of the text after the last part of turn i, up to the end of the token that closes the
         turn.
@@ -673,9 +681,6 @@ class Conversation:
     lost: list[str] = field(default_factory=list)  # parts of the row that the template does not show
 
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms; templates read the first
-
-
 def _common_beginning(a: str, b: str) -> str:
     return os.path.commonprefix([a, b])  # noqa: RUF071 - works on any two texts, despite its name
 
@@ -688,75 +693,3 @@ def _as_templates_read(message: dict) -> dict:
     return (
         message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
     )
-
-
-_LAST_RESORT = "content (without its calls)"
-
-
-@dataclass
-class _Part:
-    """A part of a turn that a template shows, located by a unique word in its place."""
-
-    place: str
-    probe: dict  # the message with the word
-    word: str
-    before: str  # the conversation before the word, and after it
-    after: str
-
-
-def _probes(message: dict, word: str) -> Iterator[tuple[str, dict]]:
-    """(part, the message with `word` in its place): content, reasoning, the first and the last call. Some
-    templates show the content or the calls of a turn, not both, and some refuse a turn without its calls."""
-    content, calls = message.get("content"), message.get("tool_calls")
-    reasoning = {key: word for key in REASONING if isinstance(message.get(key), str)}
-    if isinstance(content, str) and "</think>" in content:
-        opened, closed = content.find("<think>"), content.rindex("</think>")
-        yield "content", {**message, "content": content[: closed + 8] + word}
-        if 0 <= opened < closed:
-            yield "<think> block", {**message, "content": content[: opened + 7] + word + content[closed:]}
-    else:
-        yield "content", {**message, "content": word}
-    if reasoning:
-        yield "reasoning", {**message, **reasoning}
-    if not isinstance(calls, list):
-        return
-    for k in sorted({0, len(calls) - 1}):
-        if calls and isinstance(calls[k], dict):
-            function = calls[k].get("function", calls[k])
-            for key, value in (("arguments", _with_word(function, word)), ("name", word)):
-                if value is not None:
-                    changed = {**function, key: value}
-                    call = {**calls[k], "function": changed} if "function" in calls[k] else changed
-                    yield f"call's {key}", {**message, "tool_calls": [*calls[:k], call, *calls[k + 1 :]]}
-    yield (
-        _LAST_RESORT,
-        {k: v for k, v in message.items() if k not in REASONING and k != "tool_calls"} | {"content": word},
-    )
-
-
-def _with_word(function: Any, word: str) -> Any:
-    """The arguments of a call with the last one's value replaced; None where there is nothing to replace."""
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    as_text = isinstance(arguments, str)
-    if as_text:
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return None
-    if not isinstance(arguments, dict):
-        return None
-    changed = {**arguments, list(arguments)[-1]: word} if arguments else {word: 1}
-    return json.dumps(changed) if as_text else changed
-
-
-def _lost(message: dict, shown: str) -> list[str]:
-    """Parts of an assistant turn that are missing from the text of its span."""
-    lost = []
-    calls = message.get("tool_calls") or []
-    names = [call.get("function", call).get("name") for call in calls if isinstance(call, dict)]
-    if any(isinstance(name, str) and name not in shown for name in names):
-        lost.append("tool calls")
-    content = message.get("content")
-    if calls and isinstance(content, str) and content.strip() and content.strip()[:40] not in shown:
-        lost.append("content beside tool calls")
-    return lost
