@@ -372,6 +372,8 @@ def _check_fields(cfg: dict, name: str, ignore: list[str] | tuple, refuse: Calla
     read = COMMON_FIELDS | set(family.reads) | {"initializer_range"}
     for key in sorted(read & cfg.keys()):
         check_type(key, cfg[key], refuse)
+    if name == "Gemma2ForCausalLM" and cfg["sliding_window_pattern"] != 2:
+        raise refuse("sliding_window_pattern is not 2, which Gemma 2 always has", "use layer_types")
     experts = {key: cfg[key] for key in ("num_experts", "num_local_experts") if key in read & cfg.keys()}
     if len(set(experts.values())) > 1:
         raise refuse(f"{shown(experts)} are the same number by two names", "keep the right one")
@@ -447,7 +449,8 @@ def _read_ropes(
                 local = {"rope_theta": cfg["rope_local_base_freq"]}
                 by_type = {"full_attention": parameters, "sliding_attention": local}
             by_type = {**by_type, "full_attention": {**(by_type.get("full_attention") or {}), **scaling}}
-            by_type = {"sliding_attention": {"rope_theta": cfg["rope_local_base_freq"]}, **by_type}
+            local = {"rope_theta": cfg["rope_local_base_freq"], **(by_type.get("sliding_attention") or {})}
+            by_type = {**by_type, "sliding_attention": local}
         else:
             by_type = scaling or parameters
             if not {"full_attention", "sliding_attention"} & set(by_type):

@@ -91,6 +91,49 @@ def test_rope_scaling_beside_rope_parameters_is_read_as_transformers_reads_it(
         assert (again(ids()).logits - reference(ids()).logits).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name, changes", [
+    ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {
+        "rope_type": "default"}}}),
+    ("gemma3", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}),
+    ("mistral", {"sliding_window": None}), ("gemma2", {"attn_logit_softcapping": None}),
+    ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
+])
+def test_what_is_left_out_or_null_means_what_it_means_to_transformers(name, changes, references, tmp_path):
+    import transformers
+
+    directory = _changed(references, tmp_path, name, **changes)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = load_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        assert (model(ids()) - reference(ids()).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name, changes, named", [
+    ("gemma2", {"sliding_window_pattern": 3, "layer_types": None}, "sliding_window_pattern"),
+    ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("llama2", {"model_type": "mistral"}, "model_type means MistralForCausalLM"),
+    ("llama2", {"quantization_config": {"quant_algo": "NVFP4"}}, "NVFP4 is not supported"),
+    ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.8}}, "attn_factor"),
+])
+def test_contradictions_of_published_configs_are_refused_by_name(name, changes, named, references, tmp_path):
+    with pytest.raises(CheckpointError, match=named):
+        load_pretrained(_changed(references, tmp_path, name, **changes), dtype=torch.float32)
+
+
+def test_a_rope_field_can_be_vouched_for(references):
+    raw = json.loads((references("qwen3")[1] / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.8, "rope_theta": 1e4}
+    assert Architecture.from_config(raw, ignore=["attn_factor"]).ropes["all"].kind == "yarn"
+
+
+def test_both_names_of_the_dtype_are_saved(references, tmp_path):
+    directory = _changed(references, tmp_path, torch_dtype="float16", dtype="float16")
+    model = load_pretrained(directory, dtype=torch.float32)
+    save_pretrained(model, tmp_path / "saved", dtype=torch.bfloat16)
+    raw = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert raw["dtype"] == raw["torch_dtype"] == "bfloat16"
+
+
 def test_rope_fields_that_say_the_same_are_no_contradiction(references, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("ballast"), "propagate", True)
     same = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
