@@ -29,6 +29,7 @@ from run.config import ConfigError, DataError, check_at_least_one, import_attrib
 from run.log import log
 from run.terminal import is_terminal, make_printable
 from text.conversations import (
+    as_ours,
     chat_of,
     check_messages,
     cleaned,
@@ -214,7 +215,7 @@ class Encoder:
 
     def encode(self, row: dict) -> tuple[list[int], list[int]] | None:
         kind, self.lost = self.kind, []
-        row = cleaned(renamed(row, self.columns))
+        row = as_ours(row, self.columns)
         if self.function is not None:
             try:
                 returned = self.function(row)
@@ -465,7 +466,7 @@ def read_prompts(
             try:
                 if isinstance(row, DataError):
                     raise BadRow(row.reason)
-                values, form = cleaned(renamed(row.value, spec.get("columns") or {})), kind
+                values, form = as_ours(row.value, spec.get("columns") or {}), kind
                 if function is None:
                     refuse_other_data(values, spec.get("columns") or {})
                 else:

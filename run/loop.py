@@ -344,7 +344,7 @@ ERRORS: tuple[tuple[str, str, str], ...] = (
      "the disk is full; the newest whole checkpoint is untouched",
      "free space, or lower save_total_limit; the same command continues from there"),
     (r"Read-only file system|Permission denied",
-     "output_dir cannot be written", "choose another output_dir"),
+     "a place of the run cannot be written", "choose another output_dir or dataset_prepared_path"),
     (r"triton.*(compil|out of resource|PTX)|out of resource: shared memory",
      "a Triton kernel could not be built for this GPU",
      "after editing a kernel clear its cache: rm -rf ~/.triton/cache"),

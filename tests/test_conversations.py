@@ -175,6 +175,16 @@ def test_why_no_row_can_be_read_is_said_where_the_type_is_left_open(tmp_path):
         settle_type({"path": str(tmp_path / "none.jsonl")}, tmp_path)
 
 
+def test_names_within_messages_are_changed_in_json_text_too(tokenizer, tmp_path):
+    tok = tokenizer("chatml")
+    theirs = [{"speaker": "user", "said": "Add"}, {"speaker": "assistant", "said": "It is 2."}]
+    columns = {"messages": "chat", "messages.role": "speaker", "messages.content": "said"}
+    for chat in (theirs, json.dumps(theirs)):
+        encoder = Encoder("chat", tok, RowOptions(), tmp_path, columns, "Be brief")
+        plain = {"messages": [{"role": "system", "content": "Be brief"}, ASK, ANSWER]}
+        assert encoder.encode({"chat": chat}) == encode(tok, tmp_path, "chat", plain)
+
+
 def test_columns_must_name_what_the_row_has(tokenizer, tmp_path):
     tok = tokenizer("chatml")
     encoder = Encoder("chat", tok, RowOptions(), tmp_path, {"messages": "chat"})

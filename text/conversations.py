@@ -314,3 +314,10 @@ def renamed(row: dict, columns: dict) -> dict:
 def text_of(content: Any) -> Any:
     """Message content as text; the parts of a list are joined."""
     return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def as_ours(row: dict, columns: dict) -> dict:
+    """A file's row under our names of columns (`columns`: {ours: the file's}), without its gaps."""
+    dotted = {ours: its for ours, its in columns.items() if "." in ours}
+    plain = {ours: its for ours, its in columns.items() if ours not in dotted}
+    return renamed(cleaned(renamed(row, plain)), dotted)
