@@ -262,7 +262,7 @@ def full_disk(root: Path, base: str, out: Path, seed: int) -> int:
     whole = sum(p.stat().st_size for p in undisturbed(root, base).rglob("*") if p.is_file())
     room = int(random.Random(seed).uniform(0.3, 0.8) * whole)
     with small_disk(out, f"size={room}") as remount:
-        refused(root, base, out, "No space left|make room|disk is full")
+        refused(root, base, out, "No space left|free disk space|disk is full")
         remount("size=200m")
         finish(root, base, out)
     return 1

@@ -388,7 +388,7 @@ TRANSIENT = ["refuse", "drop", "500", "slow", "aborted"]
 WRONG = {
     "too_few": "3 completions, asked for 4", "too_many": "5 completions, asked for 4",
     "no_logprobs": "not understood", "nan_logprobs": "not one usable log-prob",
-    "fewer_logprobs": "log-probs", "other_prompt": "another prompt", "foreign_ids": "below 512",
+    "fewer_logprobs": "log-probs", "other_prompt": "a prompt other than", "foreign_ids": "below 512",
     "too_long": "asked for 1 to 12", "not_json": "not JSON", "a_list": "not understood",
     "null": "not understood", "400": "answered 400",
 }
