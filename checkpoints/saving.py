@@ -147,12 +147,17 @@ class _Planner(dcp.DefaultLoadPlanner):
 HASHED = ("weights of base_model", "config.json of base_model", "tokenizer", "chat template")
 
 
+def _steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, ascending."""
+    names = (p.name.removeprefix("step-") for p in folder.glob("step-*") if p.is_dir())
+    return sorted(int(n) for n in names if n.isdigit())
+
+
 def peek(options: CheckpointOptions) -> dict:
     """The JSON state of the checkpoint that `resume` asks for, unchecked; {} without one."""
     folder = Path(options.output_dir) / "checkpoints"
     if options.resume == "auto":
-        steps = [int(p.name[5:]) for p in folder.glob("step-*") if p.name[5:].isdigit()]
-        path = folder / f"step-{max(steps, default=0)}"
+        path = folder / f"step-{max(_steps(folder), default=0)}"
     else:
         path = Path(str(options.resume))
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -186,8 +191,7 @@ class Checkpointer:
             td.barrier()
 
     def steps(self) -> list[int]:
-        names = (p.name.removeprefix("step-") for p in self.directory.glob("step-*") if p.is_dir())
-        return sorted(int(n) for n in names if n.isdigit())
+        return _steps(self.directory)
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose checksums match. Damaged ones are renamed (never deleted) and reported.

@@ -190,6 +190,11 @@ def test_columns_must_name_what_the_row_has(tokenizer, tmp_path):
     encoder = Encoder("chat", tok, RowOptions(), tmp_path, {"messages": "chat"})
     with pytest.raises(BadRow, match="has a column 'messages' and not 'chat'"):
         encoder.encode({"messages": [ASK, ANSWER]})
+    # Also where the type is left open, and with a tokenizer that is trained on the rows
+    path = write(tmp_path / "a.jsonl", [{"messages": [ASK, ANSWER]}])
+    spec = {"path": path, "columns": {"messages": "chat"}}
+    with pytest.raises(DataError, match=r"a\.jsonl:1: has a column 'messages' and not 'chat'"):
+        list(encode_dataset(spec, tok, RowOptions(), tmp_path))
 
 
 def test_a_text_is_cut_so_that_no_piece_is_a_single_token(tokenizer, tmp_path):
@@ -296,5 +301,5 @@ def test_held_out_data_of_a_folder_is_its_held_out_split(tmp_path):
 
     assert texts("train", "test") == ["test"] and texts("train", "dev") == ["dev"]
     assert texts("train", "test", "valid") == ["test"] and texts("rows") == ["rows"]
-    with pytest.raises(DataError, match="split"):
+    with pytest.raises(DataError, match="no file is of the held-out split"):
         texts("train", "train_more")

@@ -162,9 +162,6 @@ def _from_sharegpt(message: dict, i: int) -> dict:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise BadRow(f"message {i}: a function_call must be {{name, arguments}}, it is {shown(call)}")
         arguments = call.get("arguments", call.get("parameters", {}))
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
         tool_calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
     return {**rest, "role": "assistant", "content": "", "tool_calls": tool_calls}
 
@@ -298,9 +295,6 @@ def with_system(row: dict, system: Any) -> dict:
 def renamed(row: dict, columns: dict) -> dict:
     """The row with the file's column names, and the keys of its messages, replaced by ours."""
     plain = {ours: its for ours, its in columns.items() if "." not in ours and its in row}
-    for ours, its in columns.items():
-        if ours in row and its not in row and "." not in ours and ours not in plain.values():
-            raise BadRow(f"has a column {ours!r} and not {its!r}, which columns names in its place")
     row = {k: v for k, v in row.items() if k not in plain.values()} | {
         o: row[its] for o, its in plain.items()
     }
@@ -317,7 +311,11 @@ def text_of(content: Any) -> Any:
 
 
 def as_ours(row: dict, columns: dict) -> dict:
-    """A file's row under our names of columns (`columns`: {ours: the file's}), without its gaps."""
+    """A file's row under our names of columns (`columns`: {ours: the file's}), without its gaps. Raises
+    BadRow for a row that has our name and not the file's."""
     dotted = {ours: its for ours, its in columns.items() if "." in ours}
     plain = {ours: its for ours, its in columns.items() if ours not in dotted}
+    for ours, its in plain.items():
+        if ours in row and its not in row and ours not in plain.values():
+            raise BadRow(f"has a column {ours!r} and not {its!r}, which columns names in its place")
     return renamed(cleaned(renamed(row, plain)), dotted)

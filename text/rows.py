@@ -200,9 +200,10 @@ def _files_of_split(local: Path, name: str, kind: str | None) -> list[Path]:
         chosen = [path for path in files if word.search(str(path.relative_to(local)))]
     else:
         chosen = [path for path in files if splits[path] == wanted]
+    label = "held-out" if name == HELD_OUT else wanted
     unclear = [path for path in files if splits[path] == "?"]
     if not chosen and unclear and len(files) > 1:
-        problem = f"its files {[p.name for p in files][:5]} do not tell which of them are its {wanted} split"
+        problem = f"its files {[p.name for p in files][:5]} do not tell which of them are its {label} split"
         raise DataError(str(local), None, problem, "give path the file itself")
     if not chosen and name and name != HELD_OUT:
         there = [p.name for p in files][:5]
@@ -211,7 +212,7 @@ def _files_of_split(local: Path, name: str, kind: str | None) -> list[Path]:
         chosen = [path for path in files if splits[path] is None] or (files if len(files) == 1 else [])
     if not chosen:
         raise DataError(
-            str(local), None, f"no file is of the {wanted} split, there are {[p.name for p in files][:5]}",
+            str(local), None, f"no file is of the {label} split, there are {[p.name for p in files][:5]}",
             "set split, or give path the file itself",
         )
     if copies:

@@ -114,7 +114,7 @@ class Tokenizer:
         if config.get("split_special_tokens"):
             file = str(directory / "tokenizer_config.json")
             raise DataError(file, None, "split_special_tokens: true is not supported", "remove it")
-        stored = json.loads(core.to_str())["pre_tokenizer"] or {}
+        stored = json.loads(core.pre_tokenizer.__getstate__()) if core.pre_tokenizer else {}
         if {config.get("add_prefix_space"), stored.get("add_prefix_space")} == {True, False}:
             logging.getLogger("ballast").warning(
                 "%s: add_prefix_space is %s in tokenizer_config.json and %s in tokenizer.json, which is "
