@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import sys
+import threading
+import traceback
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,6 +26,7 @@ def start_log(output_dir: Path, main: bool) -> None:
     log.handlers.clear()
     log.setLevel(logging.DEBUG)
     log.propagate = False
+    threading.excepthook = _thread_ended
     if main:
         log.addHandler(Console(level))
         claim(output_dir)
@@ -37,6 +40,15 @@ def start_log(output_dir: Path, main: bool) -> None:
         log.addHandler(to_file)
     else:
         log.addHandler(logging.NullHandler())
+
+
+def _thread_ended(what: threading.ExceptHookArgs) -> None:
+    """One line where a thread of a library ends in an error, as TensorBoard's does on a full disk."""
+    owner = type(what.thread).__module__.partition(".")[0] if what.thread else "threading"
+    name = what.thread.name if what.thread and owner == "threading" else owner
+    log.warning("%s: its thread has ended: %s", name, what.exc_value or what.exc_type.__name__)
+    error = (what.exc_type, what.exc_value, what.exc_traceback)
+    log.debug("%s", "".join(traceback.format_exception(*error)))
 
 
 class Console(logging.Handler):
