@@ -446,10 +446,10 @@ def _turns_of(kind: str, row: dict, turns: Turns) -> list[dict]:
 
 def read_prompts(
     specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path,
-    longest: int | None = None, turns: Turns = "last",
+    longest: int | None = None, turns: Turns = "last", counts: dict[str, int] | None = None,
 ) -> tuple[list[Prompt], str]:
     """Every row of the datasets as a prompt, and a fingerprint of them all. `turns` says which answers of a
-    conversation are asked for.
+    conversation are asked for; the number of prompts left out as too long is added to `counts`.
 
     Kinds: chat (`messages`, or `prompt` as a list), instruct, prompt_completion, or your module.function,
     which returns one of those forms. Every column of the row, and of what the function returned, goes to the
@@ -508,6 +508,8 @@ def read_prompts(
                 digest.update(repr((ids, sorted(columns.items(), key=str), completion)).encode())
     if too_long:
         log.info("data: %d prompts of more than %d tokens left out (max_prompt_length)", too_long, longest)
+    if counts is not None:
+        counts["too_long"] = counts.get("too_long", 0) + too_long
     if bad:
         log.info("data: %d bad rows left out", bad)
     if not prompts:

@@ -30,7 +30,7 @@ from health.monitor import LogOptions
 from kernels import SharedPrompts
 from model import ModelOptions, Transformer, forward_only, load_balancing_loss, without_gradients
 from numerics.losses import linear_cross_entropy, linear_logprobs
-from rollouts import policy
+from rollouts import policy, signs
 from rollouts.blocks import (
     BlockOptions,
     BlockPass,
@@ -286,6 +286,7 @@ def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict
         "alignment": align.mean(-1), "diversity": diverse.mean(-1), "cfm_loss": cfm_loss(x, g),
         "reward": (config.alignment_coef * align - config.diversity_coef * diverse).mean(-1),
         "alignment_cosine": torch.nn.functional.cosine_similarity(samples, truth[:, None], dim=-1).mean(-1),
+        **against_others(samples, truth),
         "cfm_unwhitened": cfm_loss(*(normalize(t, dim=-1) for t in (samples, truth[:, None]))),
         "pairwise_cosine": diversity(normalize(samples,
         dim=-1)).mean(-1) / 2 if n > 1 else torch.zeros(len(x)),
@@ -293,6 +294,16 @@ def energy(samples: Tensor, truth: Tensor, config: Config) -> tuple[Tensor, dict
     }
     estimator = config.advantage_estimator
     return advantages(align, diverse, estimator, config.alignment_coef, config.diversity_coef), stats
+
+
+def against_others(samples: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """How far the samples of a prefix agree with another prefix's truth, and the truths with each other: what
+    the agreement with their own is worth."""
+    if len(truth) < 2:
+        return {}
+    cosine, other = torch.nn.functional.cosine_similarity, truth.roll(len(truth) // 2, 0)
+    return {"alignment_other": cosine(samples, other[:, None], dim=-1).mean(-1),
+            "truths_cosine": cosine(truth, other, dim=-1)}
 
 
 def feature_network(run: Run, config: Config) -> Transformer | None:
@@ -426,6 +437,7 @@ def structured(config: Config) -> None:
     loop.plan(run, total_steps, prompts.batches_per_epoch, **{
         "completions a step": batch_size, "data": prompts.fingerprint,
     })
+    run.measured |= prompts.measured
     train, held_out = (TruthSampler(which, run) for which in (prompts.train, prompts.held_out))
     refuse_without_truth(prompts, train, held_out, config)
 
@@ -451,7 +463,7 @@ def structured(config: Config) -> None:
     engine = make_engine(model, config, tokenizer, world, prompts.train)
     train.engine = held_out.engine = engine
     queue = train.queue(prompts, batch_size, state.pop("ahead", None))
-    forensics = Forensics(model, config, world, tokenizer)
+    forensics = Forensics(model, config, world, tokenizer, frozen)
 
     # 5. The loop.
     try:
@@ -520,6 +532,7 @@ def structured(config: Config) -> None:
             state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
             metrics: dict[str, float] = {
                 **tally.result(world), **policy.completion_metrics(rollouts), **queue.metrics,
+                **signs.of_groups(rollouts, n),
                 **{f"ebft/{name}": values.mean().item() for name, values in energy_stats.items()},
                 "ebft/advantages_std": advantage.std(-1).mean().item() if n > 1 else 0.0,
                 "train/grad_norm": norm.item(), "train/learning_rate": rate,
@@ -828,7 +841,7 @@ def strided(config: Config) -> None:
     loop.warn_beyond_positions(run, longest, "sequence_len")
     loop.resume(run, model, optimizers)
     state = run.state
-    forensics = Forensics(model, config, world, run.tokenizer)
+    forensics = Forensics(model, config, world, run.tokenizer, frozen)
 
     # 5. The loop.
     if data.held_out and state["eval_before"] is None:

@@ -35,13 +35,14 @@ from health import memory, monitor
 from health.forensics import ForensicOptions, Forensics
 from health.monitor import LogOptions
 from model import ModelOptions, Transformer, load_balancing_loss
-from rollouts import policy
+from rollouts import policy, signs
 from rollouts.engines import RolloutQueue, as_rollouts, make_engine
 from rollouts.environments import load_environment, play
 from rollouts.policy import PolicyBatch, PolicyOptions, Tally
 from rollouts.prompts import PromptData, read_prompt_data
 from rollouts.rewards import RewardError, RewardOptions, Scorer
 from rollouts.rollout import Engine, Rollout, show_rollouts, write_rollouts
+from rollouts.signs import ScoreChecks
 from rollouts.trial import score_samples
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import Completion, EngineError, serve
@@ -252,7 +253,7 @@ def policy_loss(
     log_ratio = logprobs - old_logprobs
     if options.importance_sampling_level == "sequence":
         log_ratio = (torch.where(mask > 0, log_ratio, 0.0) * mask).sum(-1, keepdim=True) / length
-    every_ratio = log_ratio.detach().exp()
+    every_ratio, stats["log_ratio"] = log_ratio.detach().exp(), log_ratio.detach()
     here = counts if log_ratio.shape == counts.shape else counts.any(-1, keepdim=True)
     ratio = torch.where(here, log_ratio, 0.0).exp()
     low, high = options.epsilon, options.epsilon_high if options.epsilon_high is not None else options.epsilon
@@ -458,10 +459,12 @@ class Sampler:
         self.engine, self.prompts, self.config = engine, prompts, config
         self.tokenizer, self.world = tokenizer, world
         self.scorer = Scorer(config, tokenizer) if world.main else None
+        self.score_checks = ScoreChecks(self.scorer) if self.scorer is not None and config.health else None
         self.environment = None
         if config.environment:
             self.environment = load_environment(config.environment, Path(config.config_directory))
         self.seconds = {"generate": 0.0, "reward": 0.0}
+        self.signs: dict[str, float] = {}  # what scoring the last batch showed
         self._early: dict[int, dict[str, Future]] = {}
 
     def _watch(self, prompts: list[Prompt]) -> Callable[[int, list[Completion]], None] | None:
@@ -507,18 +510,21 @@ class Sampler:
             rollouts = as_rollouts(groups, prompts, indices, step, self.engine, self.tokenizer.stop_ids)
         self.seconds["generate"] += seconds()
 
-        def score() -> list[dict[str, float | None]]:
+        def score() -> tuple[list[dict[str, float | None]], dict[str, float]]:
             assert self.scorer is not None
             early, self._early = self._early, {}
+            each = [p for p in prompts for _ in range(n)]
             if len(early) == len(prompts):
                 parts = [self.scorer.finish(early[i]) for i in range(len(prompts))]
                 scores = {name: [x for part in parts for x in part[name]] for name in self.scorer.functions}
             else:
-                each = [p for p in prompts for _ in range(n)]
                 scores = self.scorer.finish(self.scorer.begin(each, [r.completion_ids for r in rollouts]))
-            return [{name: scores[name][i] for name in scores} for i in range(len(rollouts))]
+            rewards = [{name: scores[name][i] for name in scores} for i in range(len(rollouts))]
+            checks = self.score_checks if temperature is None and self.environment is None else None
+            return rewards, checks.metrics(each, rollouts, rewards) if checks is not None else {}
 
-        for rollout, rewards in zip(rollouts, dist.from_main(score, self.world), strict=True):
+        rewards_of, self.signs = dist.from_main(score, self.world)
+        for rollout, rewards in zip(rollouts, rewards_of, strict=True):
             rollout.rewards |= rewards
         self.seconds["reward"] += seconds()
         return rollouts
@@ -634,6 +640,7 @@ def main(config: Config) -> None:
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "completions of a generation batch": batch_size, "data": prompts.fingerprint,
     })
+    run.measured |= prompts.measured
 
     # 3. Model, optimiser, reference, engine.
     model, optimizers = loop.build(run)
@@ -659,7 +666,7 @@ def main(config: Config) -> None:
     sampler = Sampler(engine, prompts.train, config, tokenizer, world)
     queue = sampler.queue(prompts, batch_size, state.pop("ahead", None))
     eval_sampler = Sampler(engine, prompts.held_out, config, tokenizer, world)
-    forensics = Forensics(model, config, world, tokenizer)
+    forensics = Forensics(model, config, world, tokenizer, reference)
 
     def micro_batches(rollouts: list[Rollout]) -> list[list[Rollout]]:
         """This rank's share of some rollouts, cut into micro-batches."""
@@ -686,13 +693,13 @@ def main(config: Config) -> None:
                 table, names, weights = reward_table(rollouts, config)
                 if generation == 0:
                     refuse_no_rewards(table, names)
-                advantages, batch_metrics = group_advantages(
-                    weighted_rewards(table, weights), n, config.scale_rewards
-                )
+                rewards = weighted_rewards(table, weights)
+                advantages, batch_metrics = group_advantages(rewards, n, config.scale_rewards)
                 for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
                     rollout.advantage = advantage
                 state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
                 batch_metrics |= reward_metrics(table, names) | policy.completion_metrics(rollouts)
+                batch_metrics |= sampler.signs | signs.of_groups(rollouts, n, rewards.tolist())
                 batch_metrics["weight_version_lag"] = float(
                     run.step - min(r.weight_version for r in rollouts)
                 )
@@ -733,7 +740,7 @@ def main(config: Config) -> None:
                     loss, stats = grpo_loss(model, batch, size, config, aux_coef)
                     loss.backward()
                     losses.append(stats["loss"])
-                    policy.tally_policy(tally, stats, batch, run.step + 1)
+                    policy.tally_policy(tally, stats, batch, run.step + 1, first_use=not used)
 
                 # e. The norm before clipping; nothing that is not finite may reach the weights. A step
                 # without any signal leaves the optimiser alone: momentum alone would still move the weights.

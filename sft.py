@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import dist
@@ -25,14 +26,15 @@ from data import RowOptions, ScratchOptions, prepare, report_rows
 from dist import DistOptions, OptimizerOptions, World
 from health import memory, monitor
 from health.forensics import ForensicOptions, Forensics
-from health.monitor import LogOptions, Meter
+from health.monitor import HeldOutLosses, LogOptions, Meter
 from model import ModelOptions, Transformer, forward_only, load_balancing_loss
-from numerics.losses import linear_cross_entropy
+from numerics.losses import linear_cross_entropy, linear_logprobs
 from rollouts.generation import generate
 from run import loop
 from run.config import ConfigError, check_at_least_one, check_every_part, check_ranges
 from run.log import log
 from run.loop import Run
+from text import findings
 from text.packing import Batch, Batches, Dataset, LoopOptions, split_held_out, weights_of
 from text.tokenizer import IGNORE, Tokenizer
 
@@ -97,20 +99,36 @@ def sft_loss(
 
 
 @forward_only
-def evaluate(model: Transformer, batches: Batches, config: Config, world: World) -> dict[str, float]:
-    """Mean NLL of the held-out tokens, over all ranks."""
+def evaluate(
+    model: Transformer, batches: Batches, config: Config, world: World, before: HeldOutLosses
+) -> dict[str, float]:
+    """Mean NLL of the held-out tokens, over all ranks, and its standard error over rows. `before` keeps the
+    best evaluation of the run."""
     model.eval()
-    nll = tokens = 0.0
+    losses: list[tuple[float, int]] = []
     for step in range(batches.plan(epochs=1)):
         for batch in batches.micro_batches(
             batches.units(step), config.micro_batch_size, world.rank, world.size
         ):
-            batch = batch.to(world.device)
-            nll += batch_nll(model, batch)[0].item()
-            tokens += int((batch.targets != IGNORE).sum())
+            losses += row_losses(model, batch.to(world.device))
     model.train()
-    nll, tokens = dist.all_reduce([nll, tokens], world)
-    return {"eval/loss": nll / max(1, tokens)}
+    return before.metrics(losses, world)
+
+
+def row_losses(model: Transformer, batch: Batch) -> list[tuple[float, int]]:
+    """(NLL, trained tokens) of each document of a micro-batch that has any."""
+    hidden, _ = model.hidden_states(
+        batch.input_ids, position_ids=batch.position_ids, document_ids=batch.document_ids
+    )
+    found = linear_logprobs(
+        hidden.flatten(0, 1), model.head_weight, batch.targets.flatten(), softcap=model.arch.final_softcap
+    )
+    rows = torch.arange(len(batch.input_ids), device=hidden.device)[:, None]
+    owner = (rows * (batch.document_ids.max() + 1) + batch.document_ids.clamp(min=0)).flatten()
+    nll = torch.zeros(int(owner.max()) + 1, dtype=torch.float64, device=hidden.device)
+    tokens = torch.zeros_like(nll).index_add_(0, owner, (batch.targets != IGNORE).flatten().double())
+    nll.index_add_(0, owner, -found.logprobs.double())
+    return [(n, int(t)) for n, t in zip(nll.tolist(), tokens.tolist(), strict=True) if t]
 
 
 def sampled_accuracy(
@@ -178,9 +196,9 @@ def main(config: Config) -> None:
 
     # 4. Resume.
     loop.resume(run, model, optimizers)
-    state = run.state
+    state, held_out_losses = run.state, HeldOutLosses()
     if len(eval_order.rows) and state["eval_before"] is None:
-        state["eval_before"] = evaluate(model, eval_order, config, world)["eval/loss"]
+        state["eval_before"] = evaluate(model, eval_order, config, world, held_out_losses)["eval/loss"]
         log.info("held-out loss before training: %.4f", state["eval_before"])
     forensics = Forensics(model, config, world, tokenizer)
 
@@ -209,7 +227,7 @@ def main(config: Config) -> None:
             norm, with_gradient = dist.gradient_norm(trained)
             rate = dist.learning_rate(run.step, config, run.total_steps)
             loss_of = functools.partial(sft_loss, model, size=size, aux_coef=aux_coef)
-            finite = forensics.healthy(run.step + 1, meter.values("nll"), norm, loss_of)
+            finite = forensics.healthy(run.step + 1, meter.values("loss"), norm, loss_of)
             if finite and trained_tokens:  # without a token momentum alone would still move the weights
                 dist.clip_gradients(with_gradient, config.max_grad_norm, norm)
                 rate = dist.update(optimizers, rate)
@@ -240,7 +258,7 @@ def main(config: Config) -> None:
             logged = metrics | loss_metrics(sums, aux_coef, world) | speed_metrics(sums, model, world)
             logged |= {"epoch": order.epoch_of(run.step), "num_tokens": state["num_tokens"]}
         if due.evaluate:
-            logged |= evaluate(model, eval_order, config, world)
+            logged |= evaluate(model, eval_order, config, world, held_out_losses)
             state["eval_after"] = logged["eval/loss"]
         run.logger.observe(run.step, logged | metrics, rows=lambda units=units: named_rows(dataset, units))
         if logged:
@@ -285,6 +303,8 @@ def read_data(run: Run, config: Config) -> tuple[Dataset, Batches, Dataset, Batc
     units = config.micro_batch_size * config.gradient_accumulation_steps
     order = ordered(rows, dataset, weights_of(config.datasets), units, shuffle=True)
     eval_order = ordered(held_out_rows, held_out, weights, config.micro_batch_size, shuffle=False)
+    kinds = [str(spec.get("type")) for spec in config.datasets]
+    run.measured |= findings.of_rows(dataset, order, held_out, held_out_rows, run.tokenizer, kinds)
     return dataset, order, held_out, eval_order
 
 

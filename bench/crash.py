@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from health import drill
-from health.rules import MEASURED
+from health.doctor import MEASURED
 
 RECIPES = ("sft", "grpo", "ebft")
 STEPS = {"sft": 48, "grpo": 16, "ebft": 16}

@@ -5,12 +5,13 @@ import contextlib
 import enum
 import io
 import json
+import math
 import pickle
 import random
 import shutil
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as td
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from checkpoints.adapters import rows_are_served, save_adapter
 from checkpoints.weights import save_pretrained
@@ -246,7 +248,8 @@ class Checkpointer:
                 text = json.dumps(trainer_state, indent=2)
                 (aside / "trainer.json").write_text(text + "\n", encoding="utf-8")
             td.barrier(self._group)
-            torch.save(_random_state(), aside / f"random-{self.world.rank}.pt")
+            own = {**_random_state(), "sums": _sums(model, optimizers)}
+            torch.save(own, aside / f"random-{self.world.rank}.pt")
         state_dict = self._state_dict(model, optimizers, others or {})
 
         def publish_it() -> None:
@@ -345,9 +348,10 @@ class Checkpointer:
     def load(
         self, path: Path, model: Transformer, optimizers: list[torch.optim.Optimizer], seed: int,
         others: Mapping[str, nn.Module] | None = None,
-    ) -> None:
+    ) -> dict[str, float]:
         """Restore parameters, optimisers and random state. If the world size differs from the checkpoint's,
-        results match to rounding only, and the random state is reseeded from `seed`."""
+        results match to rounding only, and the random state is reseeded from `seed`. Returns whether weights
+        and optimiser are now what was saved, for the rules of health/."""
         log.info("resuming from %s", path)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)
         state_dict = self._state_dict(model, optimizers, others or {})
@@ -361,10 +365,33 @@ class Checkpointer:
             set_model_state_dict(other, state_dict[name])
         processes = json.loads((path / "trainer.json").read_text(encoding="utf-8"))["world"]
         if processes == self.world.size:
-            _set_random_state(torch.load(path / f"random-{self.world.rank}.pt", weights_only=True))
+            own = torch.load(path / f"random-{self.world.rank}.pt", weights_only=True)
+            _set_random_state(own)
+            if "sums" in own:  # not in a checkpoint of an earlier version
+                now = _sums(model, optimizers)
+                weights, optimizer = (
+                    float(not math.isclose(a, b, rel_tol=1e-5)) for a, b in zip(now, own["sums"], strict=True)
+                )
+                return {"data/weights_not_restored": weights, "data/optimizer_not_restored": optimizer}
         else:
             seed_everything(seed, self.world.rank)
             log.info("made by %d processes: results match to rounding only", processes)
+        return {}
+
+
+def _sums(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[float]:
+    """[Σ|w| of the trained weights, Σ|s| of the optimisers' state] over a sample of each tensor, here."""
+
+    def total(tensors: Iterable[Tensor]) -> float:
+        found = 0.0
+        for tensor in tensors:
+            flat = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
+            found += float(flat[:: max(1, flat.numel() // 64)].double().abs().sum())
+        return found
+
+    states = (value for optimizer in optimizers for state in optimizer.state.values()
+              for value in state.values() if isinstance(value, Tensor))
+    return [total(p for p in model.parameters() if p.requires_grad), total(states)]
 
 
 def _random_state() -> dict[str, Any]:

@@ -61,21 +61,29 @@ def memory_table(arguments: list[str]) -> str:
     return table(arch, config, int(processes[-1]) if processes else 1)
 
 
+def diagnose(run: Path) -> int:
+    """Print what was wrong with a finished run, the first cause first, and how much evidence there was."""
+    history, config = read_history(run)
+    doctor, _ = judge(history, config)
+    for cause, consequences in doctor.causes():
+        print(cause.line(config))
+        for verdict in consequences:
+            print(f"    with it: {verdict.line(config).removeprefix('health: ').partition(': Cause')[0]}")
+    if (error := ended_in(run)) is not None:
+        print(f"ended in an error: {error}")
+    elif not doctor.ever:
+        enough = doctor.steps is not None and doctor.steps[1] - doctor.steps[0] >= 9
+        print("well, as far as the log shows" if enough else "too few steps to say whether it is well")
+    if error is None:
+        print(f"evidence: {doctor.evidence()}")
+    return 1 if doctor.ever or error else 0
+
+
 def command_line(arguments: list[str]) -> int:
     """Run a command and return its exit code: 0 healthy, 1 a problem was found, 2 bad usage."""
     command, *rest = arguments or [""]
     if command == "diagnose" and len(rest) == 1:
-        history, config = read_history(Path(rest[0]))
-        doctor, verdicts = judge(history, config)
-        for verdict in verdicts:
-            print(verdict.line(config))
-        readers = [rule for rules in doctor.readers.values() for rule in rules]
-        of, read = len(doctor.rules), sum(rule in readers for rule in doctor.rules)
-        if (error := ended_in(Path(rest[0]))) is not None:
-            print(f"ended in an error: {error}")
-        elif not doctor.ever:
-            print(f"well: {len(history)} logged steps, {read} of {of} rules had something to read")
-        return 1 if doctor.ever or error else 0
+        return diagnose(Path(rest[0]))
     if command == "report" and rest:
         runs = [Path(a) for a in rest if not a.startswith("out=")]
         named = [Path(a.removeprefix("out=")) for a in rest if a.startswith("out=")]

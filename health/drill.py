@@ -240,10 +240,10 @@ def outcome(out: Path, code: int, seconds: float = 0.0) -> Outcome:
     outcome = Outcome(code, seconds=seconds, place=str(out))
     log = out / "run.log"
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        verdict = re.search(r" WARNING health: step (\d+): (\w+): (.*)", line)
+        verdict = re.search(r" WARNING health: (?:step (\d+)|at the start): (\w+): (.*)", line)
         if verdict:
             outcome.rules.append(verdict[2])
-            if not outcome.first:
+            if not outcome.first and verdict[1]:  # a drill is about what happens, not about its settings
                 outcome.step, outcome.first = int(verdict[1]), verdict[2]
                 outcome.line = line.split(" WARNING ", 1)[1]
     errors = [

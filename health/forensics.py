@@ -6,10 +6,11 @@ output_dir/incidents/step-N; `python -m health replay DIR` reruns that in one CP
 NaN and Inf Handling).
 """
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from checkpoints.adapters import save_adapter
 from checkpoints.building import build_model
 from checkpoints.weights import read_architecture, save_pretrained, write_tensors
 from dist import World
+from health.vitals import Vitals
 from kernels import SharedPrompts
 from model import Linear, Transformer
 from numerics.low_precision import FP8_BLOCK
@@ -251,10 +253,13 @@ class Forensics:
     """Finds the origin of a non-finite number. The loop registers each micro-batch before its forward pass
     (`remember`), and asks before the update whether everything is finite (`healthy`)."""
 
-    def __init__(self, model: Transformer, config: Any, world: World, tokenizer: Any):
+    def __init__(
+        self, model: Transformer, config: Any, world: World, tokenizer: Any, frozen: nn.Module | None = None
+    ):
         self.model, self.config, self.world, self.tokenizer = model, config, world, tokenizer
         self.suspects: list[Suspect] = []
         self.skipped = 0
+        self.vitals = Vitals(model, config, world, frozen) if config.health else None
         torch.autograd.set_detect_anomaly(config.detect_anomaly)
 
     def remember(
@@ -263,10 +268,14 @@ class Forensics:
         """Keep a micro-batch, with the random state before its forward pass, until the step is judged.
         `given()` returns the loss's inputs besides the model, by document [B] or [B, T]; it is called only
         if the step is faulty."""
+        if self.vitals is not None and not self.suspects:
+            self.vitals.step_begins()
         self.suspects.append(Suspect(batch, names, given, random_state()))
 
     def metrics(self) -> dict[str, float]:
-        return {"skipped_steps": float(self.skipped)} if self.skipped else {}
+        """What was skipped, and the vital signs of a step that is done."""
+        found = {"skipped_steps": float(self.skipped)} if self.skipped else {}
+        return found | (self.vitals.metrics() if self.vitals is not None else {})
 
     def healthy(
         self, step: int, losses: Sequence[Tensor], norm: Tensor,
@@ -279,6 +288,10 @@ class Forensics:
         suspects, self.suspects = self.suspects, []
         sane = math.isfinite(norm.item()) and all(math.isfinite(x) for x in map(float, losses))
         if dist.all_reduce([float(not sane)], self.world)[0] == 0:
+            if self.vitals is not None and suspects:
+                names = [str(name) for suspect in suspects for name in suspect.names]
+                first = functools.partial(random_state_of, suspects[0].random)
+                self.vitals.before_update(step, [s.batch for s in suspects], names, losses, loss_of, first)
             return True
         before = random_state()
         self.loss_of = loss_of
@@ -420,6 +433,17 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def random_state_of(state: dict[str, Tensor]) -> Iterator[None]:
+    """A context with this random state; the one before it comes back."""
+    before = random_state()
+    set_random_state(state)
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def bad_parameter(model: Transformer) -> Fault | None:

@@ -1,5 +1,5 @@
 """A run's output: one console line per step, metrics.jsonl, TensorBoard, wandb, run.log, the verdicts of
-rules.py, and how the run ended.
+the rules, and how the run ended.
 """
 
 import importlib.metadata
@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dist
-from health.rules import Doctor, rules_of
+from health.doctor import Doctor, Verdict, rules_of
 from run.config import BallastError, ConfigError, check_at_least_one
 from run.files import write_atomically
 from run.log import log
@@ -149,7 +150,8 @@ class MetricLogger:
         )
         self.total_steps = total_steps
         if config.health:
-            self.doctor = Doctor(values, total_steps)
+            of_recipe = {k: v for k, v in values.items() if k not in unread_options(config)}
+            self.doctor = Doctor(of_recipe, total_steps)
             self.doctor.recall(kept)
             if self.doctor.ill:
                 log.warning("unhealthy since before the checkpoint: %s", self.doctor.status)
@@ -192,8 +194,20 @@ class MetricLogger:
         `action`, for the next collective to tell every rank. `rows` names the batch if a rule needs it."""
         if self.doctor is None:
             return
+        self._say(self.doctor.observe(step, metrics, rows))
+
+    def begin(self, measured: dict[str, float], new: bool) -> None:
+        """Judge the settings and what was `measured` before the first step; a new run writes it as step 0."""
+        if self.doctor is None:
+            return
+        self._say(self.doctor.begin(measured))
+        if new:
+            self.log(0, measured, show=False)
+
+    def _say(self, verdicts: list[Verdict]) -> None:
+        assert self.doctor is not None
         actions = self.doctor.config["on_unhealthy"]
-        for verdict in self.doctor.observe(step, metrics, rows):
+        for verdict in verdicts:
             say = log.warning if verdict.ill else log.info
             say("%s", verdict.line(self.doctor.config))
             action = actions if isinstance(actions, str) else actions.get(verdict.rule.severity, "warn")
@@ -225,8 +239,8 @@ class MetricLogger:
         if self.bar is not None:
             self.bar.update()
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of a step that is done (`step` counts from 1)."""
+    def log(self, step: int, metrics: dict[str, float], show: bool = True) -> None:
+        """Write the metrics of a step that is done (`step` counts from 1); on the console too if `show`."""
         if not self.main:
             return
         metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}  # JSON has no NaN
@@ -243,6 +257,8 @@ class MetricLogger:
         if self.wandb is not None:
             with self._reporting("wandb"):
                 self.wandb.log(metrics, step=step)
+        if not show:
+            return
         shown = [f"{label} {metrics[key]:{form}}" for key, (label, form) in FORMATS.items() if key in metrics]
         if self.doctor is not None and self.doctor.ill:
             shown.append(f"unhealthy: {self.doctor.status}")
@@ -267,6 +283,12 @@ class MetricLogger:
         if self.wandb is not None:
             with self._reporting("wandb"):
                 self.wandb.finish()
+
+
+def unread_options(config: Any) -> set[str]:
+    """Options that a recipe's config has from what it joins, but that the recipe does not read."""
+    of_other_mode = getattr(config, "of_other_mode", lambda mode: set())
+    return {*getattr(config, "not_here", {}), *of_other_mode(getattr(config, "mode", ""))}
 
 
 def _reason(error: BaseException) -> str:
@@ -330,6 +352,35 @@ class Meter:
         """The sums of all steps since the last call."""
         sums, self.sums = self.sums, {}
         return sums
+
+
+class HeldOutLosses:
+    """How sure a held-out loss is, and how sure it is that it has risen: standard errors over rows. The same
+    rows are evaluated each time, so that the rise since the best evaluation is a mean of differences, whose
+    error is far smaller than that of either loss."""
+
+    def __init__(self):
+        self.best: tuple[float, np.ndarray] | None = None  # the loss, and each row's NLL
+
+    def metrics(self, losses: list[tuple[float, int]], world: dist.World) -> dict[str, float]:
+        """eval/loss and its errors, from (NLL, tokens) of each of this rank's rows. A collective."""
+        rows = [row for of_rank in dist.gather(losses, world) for row in of_rank]
+        nll, tokens = np.array(rows, float).reshape(-1, 2).T
+        loss = float(nll.sum() / max(1.0, tokens.sum()))
+        if len(nll) < 2:
+            return {"eval/loss": loss}
+        found = {"eval/loss": loss, "eval/loss_error": self._error(nll, tokens)}
+        if self.best is not None and len(self.best[1]) == len(nll):
+            found["eval/loss_rise_error"] = self._error(nll - self.best[1], tokens)
+        if self.best is None or loss < self.best[0]:
+            self.best = loss, nll
+        return found
+
+    @staticmethod
+    def _error(nll: np.ndarray, tokens: np.ndarray) -> float:
+        """Standard error of Σ nll / Σ tokens over rows (Cochran, Sampling Techniques, 1977, eq. 6.13)."""
+        total, n = max(1.0, tokens.sum()), len(nll)
+        return float(np.sqrt(np.square(nll - nll.sum() / total * tokens).sum() * n / (n - 1)) / total)
 
 
 def say_saved(final: Path) -> None:

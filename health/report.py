@@ -7,6 +7,7 @@ with its healthy band, incidents, samples, config and environment.
 import csv
 import fnmatch
 import io
+import itertools
 import json
 import math
 import os
@@ -15,12 +16,14 @@ import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
 import yaml
 
-from health.rules import ALIASES, Doctor, Verdict, of_training, rules_of, samples
+from health.doctor import Doctor, Verdict, of_training, own_name, rules_of
+from health.rules import samples
 from run.config import ConfigError, read_yaml_file
 
 # ------------------------------------------------------------------------------------------------------------
@@ -53,7 +56,7 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
     if not isinstance(rows, list):
         raise ConfigError(str(path), None, "must hold a list of logged steps")
     history = []
-    rewarded = any(isinstance(r, dict) and any(str(k).endswith("reward") for k in r) for r in rows)
+    rewarded = any(isinstance(r, dict) and any(_OF_RL.search(str(k)) for k in r) for r in rows)
     if rewarded and not samples(config):  # another trainer's run: its metrics show that it is RL
         config["reward_funcs"] = []
     for number, row in enumerate(rows, 1):
@@ -68,7 +71,7 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
             name = str(name).rpartition(" - ")[2]  # a wandb export puts the run's name before the metric's
             if name.startswith("train/") and (rewarded or name == "train/global_step"):
                 name = name.removeprefix("train/")
-            metrics[ALIASES.get(name, name)] = figure
+            metrics[own_name(name)] = figure
         names = [name for name in ("step", "_step", "Step", "global_step") if name in metrics]
         step = metrics.pop(names[0]) if names else number
         if not abs(step) < 2**53:
@@ -79,19 +82,31 @@ def read_history(path: Path) -> tuple[list[dict], dict]:
     return history, config
 
 
+_OF_RL = re.compile(r"reward|completion_length|completions/|^(train/|actor/|objective/)?kl(_|$)")
+
+
 def judge(history: list[dict], config: dict) -> tuple[Doctor, list[Verdict]]:
     """The Doctor and verdicts for a run with these metrics."""
     # The planned length is unknown, and so is the schedule.
     known = {k: v for k, v in config.items() if k != "lr_scheduler"}
+    steps = [row["step"] for row in of_training(history)]
+    between = [b - a for a, b in itertools.pairwise(steps) if b > a]
     try:
-        doctor = Doctor(known, total_steps=history[-1]["step"])
+        doctor = Doctor(known, history[-1]["step"], round(median(between)) if between else 1)
+        verdicts = doctor.begin({})
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError("config.yaml", None, f"holds an option of the wrong type ({error})") from None
-    verdicts = []
-    for row in of_training(history):
+    for row in history:
         metrics = {k: v for k, v in row.items() if k != "step" and not k.startswith("health/")}
-        verdicts += doctor.observe(row["step"], metrics)
-    return doctor, verdicts
+        if not any(True for _ in of_training([row])):
+            verdicts += doctor.observe(0, {k: v for k, v in metrics.items() if k.startswith("data/")})
+        else:
+            verdicts += doctor.observe(row["step"], metrics)
+    doctor.agree_with(history)
+    shown = [v for v in verdicts if v.rule.name in doctor.ever]
+    known_names = {v.rule.name for v in shown}
+    shown += [v for v in doctor.ever.values() if v.rule.name not in known_names]
+    return doctor, sorted(shown, key=lambda verdict: verdict.step)
 
 
 def ended_in(directory: Path) -> str | None:
@@ -128,8 +143,10 @@ HEALTHY = {  # the reference page's ranges, which take precedence over the rules
     "completions/clipped_ratio": (0.0, 0.3), "sampling/sampling_logp_difference/mean": (0.0, 0.1),
     "sampling/importance_sampling_ratio/min": (0.1, 1.0), "ebft/alignment_cosine": (0.3, 1.0),
 }
+RANGES = {"outside", "from_the_start", "pooled", "climbs_above", "mean_below", "still"}  # checks of a range
+ONCE = ("data/", "first_step/")  # measured once: a table, no curve
 COLOURS = ("#1f6f8b", "#c8553d", "#6b4e9b", "#b8860b", "#2e7d4f", "#7a7a7a")
-SILENT = ("health/", "num_tokens", "epoch", "step_time/", "skipped_micro_batches")
+SILENT = ("health/", "num_tokens", "epoch", "step_time/", "skipped_micro_batches", "rows/fingerprint")
 
 
 @dataclass
@@ -156,11 +173,24 @@ class RunPage:
 
     @property
     def summary(self) -> str:
-        """The run's error, incidents and broken rules."""
+        """The run's error, incidents, and the first causes of what was broken."""
         many = "s" * (len(self.incidents) > 1)
         parts = ["ended in an error"] * bool(self.error)
         parts += [f"{len(self.incidents)} incident{many}"] * bool(self.incidents)
-        return ", ".join(parts + list(dict.fromkeys(v.rule.name for v in self.ill)))
+        return ", ".join(parts + [cause.rule.name for cause, _ in self.doctor.causes()])
+
+    @property
+    def unusual(self) -> str:
+        """The metrics that lie outside of their usual range throughout, though no rule is broken."""
+        found = []
+        for name in HEALTHY:
+            values = [row[name] for row in self.history if name in row]
+            low, high = band(name, self.config)
+            if len(values) >= 10 and all(x < (low or -math.inf) for x in values):
+                found.append(f"{name} (below {low:g})")
+            elif len(values) >= 10 and high is not None and all(x > high for x in values):
+                found.append(f"{name} (above {high:g})")
+        return ", ".join(found)
 
     @property
     def worst(self) -> str:
@@ -181,10 +211,24 @@ class RunPage:
     def yaml(self) -> str:
         return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
 
-    def lines(self) -> list[tuple[str, str]]:
-        """(severity, line) of each change of state."""
-        return [(v.rule.severity if v.ill else "over", v.line(self.config).removeprefix("health: "))
-                for v in self.verdicts]
+    def causes(self) -> list[tuple[str, str, list[str]]]:
+        """(severity, line, lines of its consequences) of each cause, the first cause first."""
+
+        def text(verdict: Verdict) -> str:
+            return verdict.line(self.config).removeprefix("health: ")
+
+        causes = self.doctor.causes()
+        return [(cause.rule.severity, text(cause), [text(v) for v in of]) for cause, of in causes]
+
+    def over(self) -> list[str]:
+        """What was broken and recovered."""
+        return [v.line(self.config).removeprefix("health: ") for v in self.verdicts if not v.ill]
+
+    @property
+    def once(self) -> list[tuple[str, str]]:
+        """(name, value) of what was measured before and in the first step."""
+        rows = {k: v for row in reversed(self.history) for k, v in row.items() if k.startswith(ONCE)}
+        return [(name, f"{value:.4g}") for name, value in sorted(rows.items())]
 
 
 def read_run(path: Path) -> RunPage:
@@ -215,8 +259,8 @@ def draw(metric: str, pages: list[RunPage]) -> str:
 
     matplotlib.use("Agg")
 
-    figure, axis = pyplot.subplots(figsize=(4.6, 2.3))
-    figure.subplots_adjust(left=0.13, right=0.98, top=0.88, bottom=0.12)
+    figure, axis = pyplot.subplots(figsize=(4.6, 2.5))
+    figure.subplots_adjust(left=0.14, right=0.98, top=0.88, bottom=0.18)
     values: list[float] = []
     for page, colour in zip(pages, COLOURS * len(pages), strict=False):
         points = [
@@ -229,21 +273,32 @@ def draw(metric: str, pages: list[RunPage]) -> str:
         axis.plot(steps, found, color=colour, lw=1.2, marker="o" if len(points) < 20 else None, markersize=3)
         for verdict in page.ill:
             if verdict.metric == metric:
-                axis.axvline(verdict.step, color="#c8553d", lw=0.8, ls=":")
-    low, high = band(metric, pages[0].config)
+                axis.axvline(verdict.step, color="#b3261e", lw=1.6, ls="--")
+                axis.annotate(verdict.rule.name, (verdict.step, 0.97), xycoords=("data", "axes fraction"),
+                              fontsize=6.5, color="#b3261e", rotation=90, va="top", ha="right")
     bottom, top = axis.get_ylim()
     positive = min(values) > 0 and max(values) > 50 * min(values)
     if positive:
         axis.set_yscale("log")
-    if low is not None or high is not None:
-        axis.axhspan(low if low is not None else bottom, high if high is not None else max(top, max(values)),
-                     color="#8fb996", alpha=0.22, lw=0)
-        axis.set_ylim((min(values) * 0.8 if positive else bottom), (max(values) * 1.25 if positive else top))
+    # Pale where no rule speaks, with a line where one would; darker where the reference page's runs lie.
+    allowed, usual = limits(metric, pages[0]), band(metric, pages[0].config)
+    for (low, high), colour, strength in ((allowed, "#cfe8d5", 1.0), (usual, "#8fb996", 0.55)):
+        if low is not None or high is not None:
+            axis.axhspan(low if low is not None else bottom,
+                         high if high is not None else max(top, max(values)),
+                         color=colour, alpha=strength, lw=0, zorder=0)
+    for edge in allowed:
+        if edge is not None:
+            axis.axhline(edge, color="#2e7d4f", lw=1.0, zorder=1)
+    axis.set_ylim((min(values) * 0.8 if positive else bottom), (max(values) * 1.25 if positive else top))
     middle, most = (max(values) + min(values)) / 2, max(abs(v) for v in values)
     if most and max(values) - min(values) < 1e-3 * most:  # do not magnify the last digits of a constant
         axis.set_ylim(middle - 1e-2 * most, middle + 1e-2 * most)
     axis.set_title(metric, fontsize=9, loc="left")
+    axis.set_xlabel("step", fontsize=7)
     axis.tick_params(labelsize=7)
+    if not positive:
+        axis.ticklabel_format(useOffset=False)
     axis.spines[["top", "right"]].set_visible(False)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
@@ -268,9 +323,28 @@ def band(metric: str, config: dict) -> tuple[float | None, float | None]:
     return max(low, default=None), min(high, default=None)
 
 
+def limits(metric: str, page: RunPage) -> tuple[float | None, float | None]:
+    """The range in which no rule speaks of a metric in this run."""
+    low, high = [], []
+    for rule in page.doctor.rules:
+        if not any(fnmatch.fnmatchcase(metric, name) for name in rule.metrics) or rule.check not in RANGES:
+            continue
+        start = page.doctor.series[metric].first if metric in page.doctor.series else []
+        begun = 1.2 * median(start) if rule.check == "climbs_above" and start else -math.inf
+        low += [rule.low] if rule.low is not None else []
+        high += [max(rule.high, begun)] if rule.high is not None else []
+    return max(low, default=None), min(high, default=None)
+
+
+def constant(metric: str, pages: list[RunPage]) -> bool:
+    """Whether a metric is the same in every row of every run."""
+    values = [row[metric] for page in pages for row in page.history if metric in row]
+    return max(values) - min(values) <= 1e-9 * max(1e-12, *(abs(x) for x in values))
+
+
 def metrics_of(pages: list[RunPage]) -> list[str]:
     names = {name for page in pages for row in page.history for name in row if name != "step"}
-    names = {n for n in names if not n.startswith(SILENT)}
+    names = {n for n in names if not n.startswith((*SILENT, *ONCE))}
     first = [n for pattern in FIRST for n in sorted(names) if fnmatch.fnmatchcase(n, pattern)]
     return list(dict.fromkeys(first)) + sorted(names - set(first))
 
@@ -294,19 +368,37 @@ pre{background:#f6f6f4;padding:.7rem;overflow-x:auto;font-size:12px;white-space:
 <h1><span class="key" style="background:{{ colours[loop.index0 % colours|length] }}"></span>
 {{ p.name }}:
 {% if p.summary %}<span class="{{ 'critical' if p.worst == 'critical' else 'warning' }}">
-{{ p.summary }}</span>{% else %}<span class="well">well from beginning to end</span>{% endif %}</h1>
+{{ p.summary }}</span>{% elif p.unusual %}<span class="warning">no rule broken, but outside of its usual
+range throughout: {{ p.unusual }}</span>{% else %}<span class="well">well from beginning to end</span>
+{% endif %}</h1>
 <p>{{ p.steps }} steps, {{ p.history|length }} logged.
 {% for name, first, last in p.ends %}{{ name }} {{ first }} → {{ last }}{{ "." if loop.last else ", " }}
 {% endfor %}</p>
-{% for severity, line in p.lines() %}<p class="{{ severity }}">{{ line }}</p>{% endfor %}
+<p class="over">Evidence: {{ p.doctor.evidence() }}.</p>
+{% for severity, line, consequences in p.causes() %}
+{% if loop.index == 2 %}<details><summary>{{ loop.length - 1 }} more, which may follow from it</summary>
+{% endif %}<p class="{{ severity }}">{{ "First: " if loop.first and loop.length > 1 }}{{ line }}</p>
+{% if consequences %}<details><summary>{{ consequences|length }} that it explains</summary>
+{% for c in consequences %}<p class="over">{{ c }}</p>{% endfor %}</details>{% endif %}
+{% if loop.last and loop.length > 1 %}</details>{% endif %}{% endfor %}
+{% if p.over() %}<details><summary>what recovered</summary>{% for line in p.over() %}
+<p class="over">{{ line }}</p>{% endfor %}</details>{% endif %}
 {% if p.error %}<p class="critical">error: {{ p.error }}</p>{% endif %}
 {% for i in p.incidents %}<p class="critical">incident, step {{ i.step }}: {{ i.says }}. {{ i.advice }}.
 <code>python -m health replay {{ p.path }}/incidents/step-{{ i.step }}</code></p>
 {% for row in i.rows %}<pre>{{ row.name }} tokens {{ row.first }}–{{ row.last }}
 {{ row.text }}</pre>{% endfor %}{% endfor %}
 {% endfor %}
-<h2>Metrics</h2><p>Green: the healthy range. Dotted: where a rule was broken.</p>
+<h2>Metrics</h2><p>Pale green, to the line: where no rule speaks. Darker green: where the reference page's
+runs lie. Dashed red: where a rule was broken first.</p>
 <div class="grid">{% for svg in drawings %}<div>{{ svg|safe }}</div>{% endfor %}</div>
+{% if flat %}<details><summary>{{ flat|length }} that never changed</summary>
+<div class="grid">{% for svg in flat %}<div>{{ svg|safe }}</div>{% endfor %}</div></details>{% endif %}
+{% for p in pages %}{% if p.once %}<details>
+<summary>{{ p.name }}: measured before and in the first step</summary>
+<table>{% for name, value in p.once %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
+{% endfor %}</table>
+</details>{% endif %}{% endfor %}
 {% for p in pages %}{% if p.samples %}<h2>{{ p.name }}: samples of the last batch</h2><table>
 <tr><th>prompt</th><th>completion</th><th>rewards</th><th>advantage</th></tr>
 {% for s in p.samples %}<tr><td>{{ s.prompt }}</td><td>{{ s.completion }}</td><td>{{ s.rewards }}</td>
@@ -332,9 +424,13 @@ def environment() -> str:
 def render(paths: list[Path]) -> str:
     """The page for these runs. Text from runs is escaped: a completion with <script> stays text."""
     pages = [read_run(path) for path in paths]
-    drawings = [draw(metric, pages) for metric in metrics_of(pages)]
+    flat, drawings = [], []
+    for metric in metrics_of(pages):
+        (flat if constant(metric, pages) else drawings).append(draw(metric, pages))
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
-    return template.render(pages=pages, drawings=drawings, colours=COLOURS, environment=environment())
+    return template.render(
+        pages=pages, drawings=drawings, flat=flat, colours=COLOURS, environment=environment()
+    )
 
 
 def write(paths: list[Path], out: Path) -> Path:

@@ -1,21 +1,11 @@
 """Health rules as data (RULES): the symptoms, causes and remedies of the reference page's tables, and further
-ones; and the Doctor, which applies them to a run's metrics.
+ones. checks.py has the checks, doctor.py applies them.
 """
 
-import collections
-import difflib
-import fnmatch
-import itertools
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from statistics import median
-from types import SimpleNamespace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
-
-import dist
-from run.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -24,7 +14,7 @@ class Rule:
 
     name: str
     metrics: tuple[str, ...]  # the first one that a run logs is read; * matches any name
-    check: str  # one of CHECKS
+    check: str  # one of checks.CHECKS
     says: str  # what it means, in the verdict
     cause: str
     # (option, advice, (low, high) or names: omit the advice if the option already lies inside); the verdict
@@ -33,11 +23,12 @@ class Rule:
     low: float | None = None
     high: float | None = None
     plus: str | None = None  # an option whose value is added to `high`
-    window: int = 1  # observations: steps of a live run, lines of a finished one
-    after: int = 0  # observations before the rule applies
+    window: int = 1  # steps in a row (observations, for what is measured more rarely than every step)
+    after: int = 0  # steps before the rule applies
     severity: Literal["warning", "critical"] = "warning"
     guard: str | None = None  # one of GUARDS: does the rule apply to this config?
-    unless: str | None = None  # the rule is silent while this one, which explains it, is broken
+    explains: tuple[str, ...] = ()  # rules that are silent while this one is broken: its consequences
+    tell: str = ""  # where several causes are possible: the observation that tells them apart
 
 
 _CORRECTION: tuple[str, str, tuple[str, ...]] = (
@@ -47,6 +38,358 @@ _CORRECTION: tuple[str, str, tuple[str, ...]] = (
 )
 
 RULES: tuple[Rule, ...] = (
+    # Before the first step: the settings, and the data
+    Rule(
+        "setting_out_of_bounds", ("settings",), "outside", "a setting is outside of all that works",
+        "the option's value: nothing can be learnt with it, or too much is lost",
+        (), high=0.0,
+    ),
+    Rule(
+        "labels_differ", ("data/labels_differ",), "outside",
+        "labels are other tokens than the inputs at the same place",
+        "rows that were tokenised elsewhere with labels of another text, or shifted twice",
+        (("datasets", "labels must be the input ids, or -100: python data.py inspect"),),
+        high=0.001, severity="critical", explains=("loss_*", "worse_than_frequencies", "overfitting"),
+    ),
+    Rule(
+        "other_tokenizer", ("data/tokens_kept",), "outside",
+        "the rows' ids, decoded and encoded again, are other ids",
+        "the rows were tokenised with another tokenizer than base_model's",
+        (("datasets", "encode the texts again with base_model's tokenizer (type: text or chat)"),),
+        low=0.8, severity="critical", explains=("loss_*", "worse_than_frequencies", "broken_text"),
+    ),
+    Rule(
+        "held_out_in_training", ("data/held_out_in_training",), "outside",
+        "held-out rows are among the training rows: the held-out loss says nothing about new ones",
+        "the same file on both sides, or duplicates that a random split put on both",
+        (("test_datasets", "take rows out that are trained on"),
+         ("val_set_size", "remove duplicates before the split")),
+        high=0.1, explains=("overfitting",),
+    ),
+    Rule(
+        "held_out_shares_text", ("data/held_out_shared_text",), "outside",
+        "held-out answers share long passages with training answers",
+        "near-duplicates: the same text in another row, or a longer one that contains it",
+        (("test_datasets", "take texts out that are trained on"),), high=0.5,
+    ),
+    Rule(
+        "duplicates", ("data/duplicates",), "outside",
+        "much of what is trained are copies of other rows (share of trained tokens)",
+        "files that were joined twice, or rows that were made from few sources",
+        (("datasets", "remove duplicates, or weigh the data set lower (weight)"),), high=0.3,
+    ),
+    Rule(
+        "one_row_dominates", ("data/most_frequent_row",), "outside",
+        "one row is repeated so often that it is much of what is trained (share of trained tokens)",
+        "a filler or an error message that was saved as a row", (("datasets", "remove its copies"),),
+        high=0.05,
+    ),
+    Rule(
+        "not_shuffled", ("data/order",), "outside", "the rows come in the order of the file",
+        "the order of training is not shuffled: neighbours in a file are alike, and the model forgets",
+        (("datasets", "text.packing.Batches shuffles with the seed: is it bypassed?"),),
+        high=0.5, explains=("sorted_by_length", "sorted_by_start"),
+    ),
+    Rule(
+        "sorted_by_length", ("data/order_by_length",), "outside", "the rows come sorted by length",
+        "a sampler that groups rows by length over the whole epoch",
+        (("datasets", "shuffle them; sample_packing fills rows without sorting"),), high=0.5,
+    ),
+    Rule(
+        "sorted_by_start", ("data/order_by_start",), "outside",
+        "the rows come sorted by their first trained token: by class or by letter",
+        "a sorted file that is not shuffled", (("datasets", "shuffle them"),), high=0.5,
+    ),
+    Rule(
+        "rows_cut_off", ("data/truncated",), "outside", "many rows are cut off at sequence_len",
+        "rows longer than sequence_len: the ends of their answers are never seen",
+        (("sequence_len", "raise it"), ("excess_length_strategy", "drop leaves them out whole")), high=0.2,
+    ),
+    Rule(
+        "answers_without_end", ("data/without_end",), "outside",
+        "answers are trained without a token that ends them: the model will not stop",
+        "a chat template without an end of turn, rows cut off at sequence_len, or labels that leave it out",
+        (("chat_template", "does it close the assistant's turn?"), ("sequence_len", "raise it")), high=0.5,
+        explains=("rows_cut_off",),
+    ),
+    Rule(
+        "broken_text", ("data/broken_text",), "outside",
+        "texts hold control characters, replacement characters or text decoded with the wrong encoding",
+        "files read as the wrong encoding, binary data, or rows cut in the middle of a character",
+        (("datasets", "read the files as UTF-8 and look at the rows: python data.py inspect"),), high=0.02,
+    ),
+    Rule(
+        "answer_in_prompt", ("data/answer_in_prompt",), "outside",
+        "nearly every answer stands word for word in its own prompt",
+        "a column that holds the answer was put into the prompt: the model learns to copy",
+        (("datasets", "see the prompts: python data.py inspect"),), high=0.9,
+    ),
+    Rule(
+        "held_out_too_small", ("data/held_out_rows",), "outside",
+        "so few held-out rows that their loss says nothing", "the held-out set is a handful of rows",
+        (("val_set_size", "0.05 gives a steadier figure"), ("test_datasets", "more rows")), low=4.0,
+        explains=("overfitting",),
+    ),
+    Rule(
+        "weights_not_restored", ("data/weights_not_restored",), "outside",
+        "the weights after the resume are not those that the checkpoint was saved with",
+        "a checkpoint that was changed, or a model that is built over what was loaded",
+        (("resume", "never begins afresh; see checkpoints/saving.py"),), high=0.0, severity="critical",
+        explains=("resume_jump", "loss_*", "grad_norm_*", "reward_*", "kl_*", "sampler_mismatch"),
+    ),
+    Rule(
+        "optimizer_not_restored", ("data/optimizer_not_restored",), "outside",
+        "the optimiser's state after the resume is not the one that was saved",
+        "moments that were lost: the first steps are as long as those without a warmup",
+        (("resume", "never begins afresh; see checkpoints/saving.py"),), high=0.0, severity="critical",
+        explains=("resume_jump", "loss_*", "grad_norm_*", "reward_*", "kl_*"),
+    ),
+    # In the first step, before any update: what must hold whatever the data are
+    Rule(
+        "sees_the_future", ("first_step/future",), "outside",
+        "a token's output changes with the tokens after it (in units of what rounding explains)",
+        "the attention is not causal: a mask that is missing or off by one",
+        (("base_model", "a decoder; see kernels.attention"),), high=1.0, severity="critical",
+        explains=("loss_*", "overfitting", "worse_than_frequencies", "documents_mix",
+                  "padding_changes_result", "answers_unrelated", "sampler_mismatch", "kl_*", "grad_norm_*"),
+    ),
+    Rule(
+        "documents_mix", ("first_step/documents",), "outside",
+        "a document's output changes with its neighbours in the row (in units of what rounding explains)",
+        "document ids or positions do not reach the attention: packed documents see each other",
+        (("sample_packing", "false has one document in a row", (0, 0)),), high=1.0, severity="critical",
+        explains=("loss_*", "overfitting", "worse_than_frequencies", "sampler_mismatch", "kl_*",
+                  "first_loss_*"),
+    ),
+    Rule(
+        "padding_changes_result", ("first_step/padding",), "outside",
+        "a document's output changes with the padding after it (in units of what rounding explains)",
+        "padding is attended to: its document id is not -1, or the mask ignores it",
+        (("sample_packing", "true leaves little padding", (1, 1)),), high=1.0, severity="critical",
+        explains=("loss_*", "overfitting", "sampler_mismatch", "kl_*", "first_loss_*"),
+    ),
+    Rule(
+        "not_repeatable", ("first_step/repeat",), "outside",
+        "the same batch gives another loss when it is computed again, before any update",
+        "dropout with another random state, a kernel with a race, or state that the forward pass changes",
+        (("deterministic", "true names operations that are not", (1, 1)),
+         ("lora_dropout", "0 for a test", (0, 0))),
+        high=1.0, severity="critical",
+        explains=("sampler_mismatch", "kl_at_start", "sees_the_future", "documents_mix",
+                  "padding_changes_result", "dropout_unasked", "first_loss_differs"),
+    ),
+    Rule(
+        "targets_shifted", ("first_step/targets_next",), "outside",
+        "targets are not the tokens that follow their inputs (share that is)",
+        "labels were shifted twice or not at all, or rows were misaligned when the batch was made",
+        (("datasets", "see text.packing.Batches.collate"),), low=0.99, severity="critical",
+        explains=("loss_*", "overfitting", "worse_than_frequencies", "answers_unrelated", "grad_norm_*",
+                  "trained_on_padding", "first_loss_*"),
+    ),
+    Rule(
+        "trained_on_padding", ("first_step/padding_targets",), "outside",
+        "the loss is on padding too (share of the trained tokens)",
+        "padding has labels: they must be -100", (("datasets", "see text.packing.Batches.collate"),),
+        high=0.0, severity="critical", explains=("loss_*", "overfitting", "trained_on_prompts"),
+    ),
+    Rule(
+        "first_loss_differs", ("first_step/loss_difference",), "outside",
+        "the loss is not the mean negative log-likelihood of the next tokens, computed plainly "
+        "(relative difference, in units of what rounding explains)",
+        "the loss function: targets shifted again, a temperature, smoothing, a scale, or a kernel",
+        (("learning_rate", "nothing else helps before sft.sft_loss is right"),), high=1.0,
+        severity="critical", explains=("loss_*", "overfitting", "worse_than_frequencies", "grad_norm_*"),
+    ),
+    Rule(
+        "documents_merged", ("first_step/documents_merged",), "outside",
+        "several rows of the batch are one document (share that has no document of its own)",
+        "document ids are lost when the batch is made: packed rows see each other",
+        (("sample_packing", "see text.packing.Batches.collate"),), high=0.0, severity="critical",
+        explains=("loss_*", "overfitting", "targets_shifted", "positions_wrong"),
+    ),
+    Rule(
+        "positions_wrong", ("first_step/positions_wrong",), "outside",
+        "positions do not count from 0 in each document (share of tokens)",
+        "positions run on across packed rows, or are constant",
+        (("sample_packing", "see text.packing.Batches.collate"),), high=0.0, severity="critical",
+        explains=("loss_*", "overfitting", "worse_than_frequencies"),
+    ),
+    Rule(
+        "dropout_unasked", ("first_step/mode",), "outside",
+        "the loss in training mode is not that in evaluation mode, though no dropout is set (relative "
+        "difference, in units of what rounding explains)",
+        "a layer that behaves otherwise in training: dropout, noise on the embedding, quantisation of one "
+        "mode", (("lora_dropout", ""), ("base_model", "does its code have a dropout of its own?")),
+        high=1.0, severity="critical",
+        explains=("sampler_mismatch", "kl_at_start", "ratio_not_one", "first_loss_differs"),
+    ),
+    Rule(
+        "first_update_raises_loss", ("first_step/loss_change",), "uphill",
+        "the update raises the loss of the very batch that it was made from (change over what the gradient "
+        "says)",
+        "a sign: the gradient is not that of the reported loss, or the update is negated",
+        (("learning_rate", "if a tenth of it raises the loss too, it is the sign"),), low=0.0, window=2,
+        severity="critical",
+        explains=("loss_*", "reward_collapse", "kl_*", "grad_norm_*", "overfitting",
+                  "worse_than_frequencies", "alignment_*", "feature_*"),
+    ),
+    Rule(
+        "better_not_likelier", ("first_step/better_likelier",), "outside",
+        "the update makes the better completions less likely than the worse ones (Σ A·Δ log π over its size)",
+        "a sign: the loss or the update is negated, or advantages belong to other completions",
+        (("learning_rate", "if a tenth of it does the same, it is the sign"),), low=-0.1, window=2,
+        severity="critical",
+        explains=("reward_*", "kl_*", "policy_gradient_large", "entropy_*", "alignment_*", "feature_*",
+                  "update_goes_uphill"),
+    ),
+    Rule(
+        "worse_than_uniform", ("loss/over_uniform",), "at_first",
+        "before any update the loss is above that of guessing among all tokens",
+        "the weights are not those of this tokenizer and these layers: a checkpoint that was mixed up, or "
+        "loaded in part", (("base_model", "are these weights, config.json and tokenizer of one model?"),),
+        high=1.2, severity="critical", guard="from_checkpoint",
+        explains=("worse_than_frequencies", "answers_unrelated", "loss_*", "grad_norm_*"),
+    ),
+    Rule(
+        "optimizer_reset", ("weights/moved",), "longer_after_resume",
+        "the first step after the resume is much longer than those before it",
+        "the optimiser's moments were lost: Adam's first step moves every weight by the whole rate",
+        (("resume", "see checkpoints/saving.py"),), high=2.5,
+        explains=("resume_jump", "loss_spike", "loss_diverging", "updates_too_large"),
+    ),
+    Rule(
+        "gradients_left_over", ("first_step/gradients_left",), "left_over",
+        "gradients of the step before are still there when a step begins",
+        "they are not set to zero after the update: each step adds to all before it (an edited loop)",
+        (("max_grad_norm", "hides it: clipping makes the sum as long as one gradient"),),
+        high=0.0, severity="critical",
+        explains=("loss_*", "grad_norm_*", "policy_gradient_large", "kl_*", "reward_collapse", "updates_*"),
+    ),
+    Rule(
+        "frozen_network_differs", ("first_step/frozen_difference",), "outside",
+        "the frozen network (reference, features) is not the starting model",
+        "another checkpoint, random weights, or weights that were loaded only in part",
+        (("base_model", "both are built from it: see checkpoints.building"),), high=0.05,
+        severity="critical",
+        explains=("kl_*", "alignment_*", "feature_*", "features_*", "truths_*", "frozen_network_moves"),
+    ),
+    # Do the weights move, and as they should?
+    Rule(
+        "learning_rate_zero", ("train/learning_rate",), "stops_at_zero", "the learning rate is 0",
+        "the option itself, or a schedule that has ended: no weight moves",
+        (("learning_rate", "full fine-tuning 1e-5 to 5e-5, LoRA 1e-4 to 3e-4", (1e-12, math.inf)),
+         ("lr_scheduler", ""), ("warmup_ratio", ""), ("max_steps", "the schedule ends there")),
+        low=0.0, window=3, severity="critical",
+        explains=("loss_*", "weights_*", "update*", "no_gradient", "tensor_not_trained"),
+    ),
+    Rule(
+        "weights_still", ("weights/changed",), "still",
+        "no weight changes, though there are gradients and a learning rate",
+        "the optimiser's step is not made, it holds other tensors than the model's, or each update is "
+        "smaller than the weights' precision can hold",
+        (("learning_rate", "raise it"), ("optimizer", "is its step called, with the model's parameters?"),
+         ("max_grad_norm", "1.0", (0.01, math.inf))),
+        tell="weights in bfloat16 without a copy in fp32: the precision; else the optimiser",
+        low=1e-6, window=3, severity="critical",
+        explains=("loss_*", "updates_*", "tensor_not_trained", "reference_is_policy", "update_is_decay"),
+    ),
+    Rule(
+        "updates_rounded_away", ("weights/changed",), "still",
+        "most weights do not change: the updates are smaller than their precision can hold",
+        "weights in bfloat16 without a copy in fp32: an update below 1/256 of a weight is lost",
+        (("learning_rate", "raise it"), ("bf16", "true keeps the weights in fp32 and computes in bfloat16")),
+        low=0.3, window=3, explains=("loss_*", "tensor_not_trained"),
+    ),
+    Rule(
+        "updates_too_small", ("weights/moved",), "never_above",
+        "a step changes the weights by so little that the run cannot change the model (‖Δw‖/‖w‖ a step)",
+        "a learning rate, a loss scale or a clip that is far too small",
+        (("learning_rate", "full fine-tuning 1e-5 to 5e-5, LoRA 1e-4 to 3e-4"),
+         ("max_grad_norm", "1.0", (0.01, math.inf)), ("adam_epsilon", "1e-8", (0, 1e-6)),
+         ("warmup_ratio", "is the run longer than its warmup?")),
+        low=1e-6, window=5, explains=("loss_stuck", "loss_plateau"),
+    ),
+    Rule(
+        "updates_too_large", ("weights/moved",), "thrown",
+        "a step changes the weights by a good part of themselves (‖Δw‖/‖w‖ a step), and the loss rose",
+        "a learning rate that is far too high: what was learnt is lost in one step",
+        (("learning_rate", "divide it by 10"), ("warmup_ratio", "try 0.05 to 0.1", (0.05, 1))),
+        high=0.1, window=7, explains=("answers_unrelated", "loss_plateau", "loss_stuck"),
+    ),
+    Rule(
+        "tensor_not_trained", ("weights/still_tensors",), "outside",
+        "some tensors that should be trained never change (share of them)",
+        "they are not in the optimiser, no gradient reaches them, or their layer is not used",
+        (("optimizer", "does it get all of model.parameters()?"), ("adapter", "is its module called?")),
+        high=0.0, window=4,
+    ),
+    Rule(
+        "frozen_unasked", ("weights/frozen_share",), "outside",
+        "most parameters are frozen, though no option freezes them (share)",
+        "requires_grad was switched off: only a part of the model is trained",
+        (("adapter", "lora trains little on purpose"),), high=0.5,
+        explains=("loss_stuck", "loss_plateau"),
+    ),
+    Rule(
+        "update_is_decay", ("weights/shrinking",), "outside",
+        "updates mostly shrink the weights: the decay outweighs the gradient (cosine of −Δw and w)",
+        "weight_decay times learning_rate is larger than what the gradient moves",
+        (("weight_decay", "0.01 to 0.1", (0, 0.1)),), high=0.5, window=3,
+        explains=("loss_*", "kl_*", "entropy_high", "reward_collapse"),
+    ),
+    Rule(
+        "update_goes_uphill", ("weights/along_gradient",), "early",
+        "the update goes along the gradient, not against it (cosine of Δw and −g)",
+        "a sign: the loss, the gradient or the update is negated",
+        (("learning_rate", "is positive? see dist.update"),), low=-0.1, window=2, severity="critical",
+        explains=("loss_*", "reward_collapse", "kl_*", "grad_norm_*", "overfitting",
+                  "worse_than_frequencies"),
+    ),
+    Rule(
+        "frozen_network_moves", ("weights/frozen_moved",), "outside",
+        "the frozen network (reference, features) changes",
+        "it shares its tensors with the model, or an optimiser holds them",
+        (("base_model", "see checkpoints.building: a frozen copy has its own tensors"),),
+        high=0.0, severity="critical",
+        explains=("alignment_*", "feature_*", "features_*", "truths_*", "reference_is_policy", "kl_*"),
+    ),
+    Rule(
+        "same_rows_again", ("rows/distinct",), "repeats",
+        "the same rows come in every step (distinct rows of the last five steps)",
+        "the step's number does not reach the order of the rows, or a data loader starts again",
+        (("datasets", "see text.packing.Batches.units"),), low=0.25, window=3, severity="critical",
+        explains=("overfitting", "loss_*"),
+    ),
+    Rule(
+        "rows_again_after_resume", ("rows/fingerprint",), "seen_before",
+        "the first step after the resume has the rows of an earlier step",
+        "the position in the data was not restored: rows are trained twice, others never",
+        (("resume", "the step number alone gives the rows: see text.packing.Batches"),), severity="critical",
+        explains=("resume_jump", "overfitting"),
+    ),
+    Rule(
+        "resume_jump", ("train/loss", "train/grad_norm"), "after_resume",
+        "the first step after the resume is unlike those before it",
+        "weights, optimiser state or order of the rows were not restored: no fault of the rows",
+        (("resume", "compare with the run before: see checkpoints/saving.py"),), high=1.3,
+        explains=("loss_spike", "loss_diverging", "grad_norm_*", "policy_gradient_large"),
+    ),
+    Rule(
+        "worse_than_frequencies", ("loss/over_frequencies",), "above_and_not_falling",
+        "the loss is above what the frequencies of the trained tokens alone would give",
+        "a checkpoint, tokenizer or position code that does not fit, or labels that are not the answers",
+        (("base_model", "are these weights and this tokenizer of one model?"),
+         ("datasets", "see the labels: python data.py inspect")),
+        high=1.1, window=5, after=10, guard="from_checkpoint",
+        explains=("loss_stuck", "loss_plateau", "grad_norm_high"),
+    ),
+    Rule(
+        "answers_unrelated", ("answers/rotated_gain",), "unrelated",
+        "an answer is as likely after another row's question as after its own",
+        "answers that do not belong to their questions, or questions that are not seen",
+        (("datasets", "are the columns of a row of one row? python data.py inspect"),),
+        low=0.02, window=2, guard="has_prompts", explains=("overfitting",),
+    ),
     # Supervised fine-tuning ("Key Metrics for SFT", "SFT Stability")
     Rule(
         "loss_stuck", ("train/loss",), "unmoved", "the loss has not moved since the first steps",
@@ -54,7 +397,8 @@ RULES: tuple[Rule, ...] = (
         (("learning_rate", "try 2 to 5 times as much (full fine-tuning 1e-5 to 5e-5, LoRA 1e-4 to 3e-4)"),
          ("weight_decay", "above 0.1 it can suppress LoRA", (0, 0.1)),
          ("datasets", "see the mask: python data.py inspect")),
-        high=0.97, window=50, after=60, guard="supervised",
+        tell="weights/moved says how far a step takes the weights: below 1e-5 it is the rate",
+        low=2.0, high=0.97, window=50, after=60, guard="supervised",
     ),
     Rule(
         "loss_plateau", ("train/loss",), "flat", "the loss has stopped falling, well above 0.5 to 2.0",
@@ -77,6 +421,7 @@ RULES: tuple[Rule, ...] = (
         (("learning_rate", "divide it by 2 to 5"), ("warmup_ratio", "try 0.05 to 0.1", (0.05, 1)),
          ("max_grad_norm", "1.0 clips what a bad batch can do", (1e-9, 1.0))),
         low=0.5, high=1.5, window=10, after=10, severity="critical", guard="supervised",
+        explains=("overfitting", "loss_*", "grad_norm_high", "worse_than_frequencies", "answers_unrelated"),
     ),
     Rule(
         "overfitting", ("eval/loss",), "rising", "held-out loss rises while training goes on",
@@ -84,7 +429,7 @@ RULES: tuple[Rule, ...] = (
         (("num_epochs", "fewer, or set max_steps"), ("weight_decay", "try 0.01 to 0.1", (0.01, math.inf)),
          ("lora_r", "8 to 32"), ("lora_dropout", "try 0.05", (0.05, 1)),
          ("val_set_size", "0.05 gives a steadier figure")),
-        high=0.03, window=2, after=3, unless="loss_diverging",
+        high=0.05, window=3, after=3,
     ),
     Rule(
         "grad_norm_high", ("train/grad_norm",), "outside", "gradients are large",
@@ -99,6 +444,7 @@ RULES: tuple[Rule, ...] = (
         (("learning_rate", "divide it by 2 to 5"), ("max_grad_norm", "1.0 clips it", (1e-9, 1.0)),
          ("warmup_ratio", "try 0.05 to 0.1", (0.05, 1))),
         high=100.0, window=1, after=5, severity="critical", guard="supervised",
+        explains=("grad_norm_high",),
     ),
     Rule(
         "grad_norm_vanishing", ("train/grad_norm",), "outside", "gradients are close to zero",
@@ -113,6 +459,7 @@ RULES: tuple[Rule, ...] = (
         "something other than the schedule sets it: an edited loop, a second scheduler, a wrong resume",
         (("lr_scheduler", "let dist.learning_rate alone set it"),),
         low=0.999, high=1.001, window=2, severity="critical",
+        explains=("loss_*", "weights_*", "update*", "grad_norm_*", "kl_*", "reward_*"),
     ),
     Rule(
         "loss_mis_scaled", ("train/loss_consistency",), "outside",
@@ -120,6 +467,7 @@ RULES: tuple[Rule, ...] = (
         "micro-batches are averaged separately, or divided by the wrong count (an edited loop)",
         (("gradient_accumulation_steps", "divide each micro-batch's sum by the tokens of the whole step"),),
         low=0.999, high=1.001, window=3, severity="critical", guard="supervised",
+        explains=("loss_*", "grad_norm_*"),
     ),
     Rule(
         "few_trained_tokens", ("trained_token_share",), "outside", "hardly any token is trained",
@@ -134,7 +482,8 @@ RULES: tuple[Rule, ...] = (
     ),
     # Reinforcement learning ("Key Metrics for RL", "RL/GRPO Stability")
     Rule(
-        "reward_stuck_at_zero", ("rewards/*/mean", "reward"), "stays_at", "no completion has earned anything",
+        "reward_stuck_at_zero", ("rewards/*/mean", "reward"), "earns_nothing",
+        "no completion has earned anything",
         "the reward function is broken, misses a column, or the task is too hard for this model",
         (("reward_funcs", "try it alone: python grpo.py test-rewards"),
          ("datasets", "has every row the column that it reads, e.g. answer?"),
@@ -159,6 +508,8 @@ RULES: tuple[Rule, ...] = (
         ("temperature", "0.8 to 1.0 explores more", (0.8, math.inf)),
          ("num_generations", "16 and more find differences", (16, math.inf))),
         high=0.9999, window=10, after=3, severity="critical",
+        tell="completions/identical_groups near 1: the sampler or the policy; near 0: the reward",
+        explains=("flat_groups", "no_signal", "no_gradient", "reward_stuck_at_zero", "weights_still"),
     ),
     Rule(
         "flat_groups", ("frac_reward_zero_std",), "outside", "in most groups all completions earn the same",
@@ -175,9 +526,10 @@ RULES: tuple[Rule, ...] = (
         ("beta", "0.01 to 0.1 holds it to its start", (0.01, math.inf)),
          ("num_generations", "16 and more", (16, math.inf))),
         low=0.01, window=10, severity="critical",
+        explains=("all_groups_flat", "flat_groups", "no_signal", "no_gradient", "samples_*"),
     ),
     Rule(
-        "entropy_high", ("entropy",), "outside", "the policy does not converge",
+        "entropy_high", ("entropy",), "climbs_above", "the policy does not converge",
         "too high a temperature or learning rate, or a base model that does not know the task",
         (("temperature", "lower it"), ("learning_rate", "halve it")), high=1.0, window=20, after=20,
     ),
@@ -187,22 +539,26 @@ RULES: tuple[Rule, ...] = (
         (("beta", "raise it"), ("learning_rate", "halve it"),
         ("num_iterations", "fewer passes over a batch", (0, 1))),
         high=2.0, window=3, severity="critical",
+        explains=("kl_drifting", "entropy_high", "clipping", "policy_gradient_large"),
     ),
     Rule(
         "kl_drifting", ("kl",), "outside", "the policy drifts away from where it began",
         "long training without a KL penalty, or a rather high learning rate",
         (("beta", "raise it"), ("learning_rate", "halve it")), high=0.5, window=10,
     ),
-    Rule(
-        "sampler_mismatch", ("sampling/sampling_logp_difference/mean",), "outside",
+    Rule(  # Broken in the first step it is neither staleness nor the rate; later it can be.
+        "sampler_mismatch", ("sampling/sampling_logp_difference/mean",), "from_the_start",
         "the sampler's log-probs are not the trainer's",
-        "the server's own settings (logprobs_mode, generation_config, another temperature), stale or wrong "
-        "weights there, or a precision that differs",
+        "in the first step: another temperature, other weights or another model there, log-probs that are "
+        "shifted by a token, dropout, a precision that differs. Later, after it was well: a sync that failed",
         (("vllm_server_base_url", "start the server there with `python grpo.py serve`, which sets them"),
          ("vllm_sync_interval", "lower it: sync more often", (0, 1)),
         ("vllm_dtype", "the same as the trainer's"),
          ("temperature", "the same for sampler and trainer")),
+        tell="the same completions scored again by the trainer at other temperatures and with the weights of "
+             "the start: what agrees is what the server has",
         high=0.1, window=5,
+        explains=("off_policy", "ratio_vanishing", "correction_*", "clipping", "kl_*"),
     ),
     Rule(
         "off_policy", ("sampling/sampling_logp_difference/mean",), "outside",
@@ -212,6 +568,7 @@ RULES: tuple[Rule, ...] = (
          ("off_policy_mask_threshold", "0.5 leaves stale samples out", (1e-9, 0.5)),
          _CORRECTION),
         high=1.0, window=2, severity="critical",
+        explains=("sampler_mismatch", "ratio_vanishing", "correction_*"),
     ),
     Rule(  # The page's table says to raise vllm_sync_interval here, its text to lower it: lower is right.
         "ratio_vanishing", ("sampling/importance_sampling_ratio/min",), "outside",
@@ -240,7 +597,7 @@ RULES: tuple[Rule, ...] = (
         high=0.2, window=5, after=2,
     ),
     Rule(
-        "clipping", ("clip_ratio/region_mean",), "outside", "the ratio is clipped on most tokens",
+        "clipping", ("clip_ratio/region_mean",), "pooled", "the ratio is clipped on most tokens",
         "the policy moves further in one batch than epsilon allows",
         (("learning_rate", "halve it"), ("num_iterations", "fewer passes over a batch", (0, 1)),
          ("epsilon", "wider clips less")),
@@ -248,11 +605,30 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "length_creep", ("completions/mean_length",), "creep", "completions grow and grow",
-        "the reward pays for length: reward hacking",
+        "the reward pays for length, which is reward hacking, or longer answers solve more of the task",
         (("reward_funcs", "see log_completions: what do the long ones earn? add or weigh `length`"),
          ("loss_type", "dr_grpo or dapo do not divide by a completion's own length"),
          ("mask_truncated_completions", "true keeps cut ones from teaching", (1, 1))),
-        high=1.5, window=40, after=40,
+        high=1.5, window=40, after=40, explains=("completions_clipped",),
+        tell="scores/correlation_with_length near 1 within groups, or right answers that do not get longer: "
+             "the reward pays for length",
+    ),
+    Rule(
+        "length_pays", ("scores/correlation_with_length",), "outside",
+        "within a group the longer completion earns more, nearly always",
+        "the reward can be had by writing more: reward hacking, or answers that the limit cuts off",
+        (("reward_funcs", "add or weigh `length`, and read what the long ones earn it for"),
+         ("log_completions", "true shows what the model writes", (1, 1))),
+        high=0.9, window=20, after=20, explains=("completions_clipped",),
+        tell="completions/clipped_ratio that falls as max_completion_length is raised: they were cut off",
+    ),
+    Rule(
+        "limit_hit_for_reward", ("completions/clipped_ratio",), "hits_limit_for_reward",
+        "more and more completions hit the length limit, and the reward rises with it",
+        "the reward can be had by writing on: reward hacking; a higher limit would only feed it",
+        (("reward_funcs", "see log_completions: what do the cut ones earn? add or weigh `length`"),
+         ("mask_truncated_completions", "true keeps cut ones from teaching", (1, 1))),
+        high=0.5, window=5, after=8, explains=("completions_clipped", "length_creep"),
     ),
     Rule(
         "completions_clipped", ("completions/clipped_ratio",), "outside",
@@ -269,6 +645,7 @@ RULES: tuple[Rule, ...] = (
         (("vllm_sync_interval", "lower it: sync more often", (0, 1)),
         ("async_prefetch", "costs one update", (0, 0))),
         high=1.0, plus="vllm_sync_interval", window=2,
+        explains=("sampler_mismatch", "off_policy", "ratio_vanishing", "correction_*"),
     ),
     Rule(
         "policy_gradient_large", ("train/grad_norm",), "outside", "gradients of the policy are large",
@@ -304,6 +681,135 @@ RULES: tuple[Rule, ...] = (
         ("learning_rate", "halve it")),
         high=0.0, severity="critical",
     ),
+    # What must hold for every batch of rollouts, and what tells a learned reward from a gamed one
+    Rule(
+        "kl_at_start", ("kl",), "at_first",
+        "the policy differs from the reference before any update",
+        "the reference is another model, or sees other tokens, another temperature or another precision",
+        (("base_model", "both are built from it"), ("temperature", "the same for both")),
+        high=0.01, severity="critical", guard="has_reference", explains=("kl_high", "kl_drifting"),
+    ),
+    Rule(
+        "reference_is_policy", ("kl",), "moved_but_zero",
+        "kl is exactly 0 though the weights have been updated",
+        "the reference is the policy itself: beta holds nothing",
+        (("beta", "see grpo.reference_model"), ("ref_model_sync_steps", "")),
+        low=0.0, window=5, after=8, severity="critical", guard="has_reference",
+    ),
+    Rule(
+        "ratio_not_one", ("ratio/first_use",), "outside",
+        "a batch's first use is not on policy: the ratio to π_old is not 1 (mean |log ratio|)",
+        "π_old was computed with other weights, another temperature or other tokens than the loss",
+        (("temperature", "the same in both passes"), ("num_iterations", "")),
+        high=0.05, severity="critical", explains=("clipping", "kl_*", "sampler_mismatch"),
+    ),
+    Rule(
+        "prompts_mixed_in_group", ("groups/mixed",), "outside",
+        "groups hold completions of different prompts: their mean is no baseline",
+        "completions were reordered between sampling and scoring",
+        (("num_generations", "the completions of a prompt must be adjacent"),), high=0.0,
+        severity="critical", explains=("reward_*", "flat_groups", "scores_not_its_own"),
+    ),
+    Rule(
+        "same_prompts_again", ("prompts/repeated",), "same_prompts",
+        "every batch has the same prompts as the one before",
+        "the batch's number does not reach the order of the prompts",
+        (("datasets", "see text.packing.PromptOrder"),), high=0.9, window=4, severity="critical",
+        explains=("entropy_collapse", "all_groups_flat", "flat_groups", "no_signal"),
+    ),
+    Rule(
+        "identical_completions", ("completions/identical_groups",), "identical",
+        "all completions of a group are the same, though the policy's entropy says that they should differ",
+        "the sampler: one seed for all, greedy decoding, or one completion copied",
+        (("temperature", "does it reach the sampler?"), ("num_generations", "")),
+        high=0.8, window=3, severity="critical",
+        explains=("all_groups_flat", "flat_groups", "no_signal", "no_gradient", "sampler_mismatch"),
+    ),
+    Rule(
+        "scores_not_its_own", ("scores/alone_difference",), "outside",
+        "a completion that is scored alone earns something else than in its batch",
+        "scores went to other completions, columns came from another row, or the function depends on the "
+        "batch",
+        (("reward_funcs", "it must judge completion i by row i alone: python grpo.py test-rewards"),),
+        tell="scored twice alone it earned the same: it is not the function's own randomness",
+        high=0.0, severity="critical",
+        explains=("reward_*", "flat_groups", "no_signal", "all_groups_flat", "length_*"),
+    ),
+    Rule(
+        "reward_is_random", ("scores/twice_difference",), "outside",
+        "the same completion earns something else each time",
+        "the reward function is random: there is nothing to learn but noise",
+        (("reward_funcs", "make it a function of the completion and its row"),), high=0.0, window=6,
+        explains=("reward_*", "entropy_*", "no_signal"),
+    ),
+    Rule(
+        "reward_prefers_wrong", ("scores/own_answer_gain",), "outside",
+        "a row's own answer earns less than another row's",
+        "the reward has the wrong sign, or compares with another row",
+        (("reward_funcs", "score the rows' answers: python grpo.py test-rewards"), ("reward_weights", "")),
+        low=-1e-3, severity="critical", explains=("reward_*", "length_*", "entropy_*"),
+    ),
+    Rule(
+        "advantage_against_reward", ("advantages/agreement",), "outside",
+        "within a group the better completion gets the lower advantage (correlation)",
+        "a sign: the advantages or the rewards are negated, or they belong to other completions",
+        (("reward_weights", "are they positive?"),), low=0.0, window=2, severity="critical",
+        explains=("reward_*", "length_*", "entropy_*"),
+    ),
+    Rule(
+        "advantages_off_centre", ("advantages/off_centre",), "outside",
+        "the advantages of a group do not add up to 0: they are not relative to its own completions",
+        "the mean was taken over other groups, or completions were reordered after it",
+        (("num_generations", "see grpo.group_advantages"),), high=0.05, window=2, severity="critical",
+        explains=("reward_*", "advantage_against_reward", "length_*", "entropy_*"),
+    ),
+    Rule(
+        "reward_not_learnt", ("reward",), "not_risen",
+        "after a hundred steps the reward has not risen by more than chance",
+        "a reward that does not depend on what the policy can change (noise), too small steps, or a task "
+        "that is as good as solved or far too hard",
+        (("reward_funcs", "does a better answer earn more? python grpo.py test-rewards"),
+         ("learning_rate", "try 2 to 5 times as much"), ("datasets", "prompts that are sometimes solved")),
+        tell="near-copies among siblings in rollouts/*.jsonl that earn very different rewards: noise",
+        window=40, after=100, guard="samples",
+    ),
+    Rule(
+        "advantages_off_scale", ("advantages/size",), "outside",
+        "advantages are thousands of times larger or smaller than 1",
+        "rewards of that scale with scale_rewards: none: clipping and beta mean something else then",
+        (("scale_rewards", "group divides by the group's standard deviation", ("group", "batch")),
+         ("reward_weights", "bring the rewards to a scale of 1")),
+        low=1e-3, high=50.0, window=3, explains=("policy_gradient_large", "no_gradient", "updates_*"),
+    ),
+    Rule(
+        "reward_dies", ("rewards/*/mean", "reward"), "drops_at_once",
+        "the reward falls from one step to the next while the completions stay what they were",
+        "the reward function changed, not the policy: a file, a server or a column that it reads is gone",
+        (("reward_funcs", "run it on completions from before and after: rollouts/*.jsonl has both"),),
+        window=4, after=24, severity="critical",
+        explains=("reward_collapse", "reward_stuck_at_zero", "all_groups_flat", "flat_groups", "no_signal",
+                  "no_gradient"),
+    ),
+    Rule(
+        "one_token_repeated", ("completions/repetition",), "outside",
+        "completions repeat one token (share of tokens equal to the one before)",
+        "the reward pays for it, or the policy has broken down",
+        (("reward_funcs", "see log_completions: what do they earn?"), ("learning_rate", "halve it"),
+         ("beta", "0.01 to 0.1 holds it to its start", (0.01, math.inf))),
+        high=0.5, window=5, after=5, severity="critical",
+        explains=("completions_clipped", "length_creep", "length_pays", "entropy_collapse"),
+    ),
+    Rule(
+        "prompts_cut", ("data/prompts_cut",), "outside",
+        "many prompts lose their beginning (share)",
+        "max_prompt_length cuts them from the left: instructions and system prompts are gone",
+        (("max_prompt_length", "raise it, or leave long prompts out"),), high=0.2,
+    ),
+    Rule(
+        "prompts_left_out", ("data/prompts_left_out",), "outside",
+        "many prompts are left out: they are longer than max_prompt_length (share)",
+        "a limit that is shorter than the data", (("max_prompt_length", "raise it"),), high=0.5,
+    ),
     # Energy-based fine-tuning (the page's EBFT note; ranges are of the cosine before doubling, raw features)
     Rule(
         "alignment_low", ("ebft/alignment_cosine",), "outside",
@@ -320,14 +826,15 @@ RULES: tuple[Rule, ...] = (
         (("diversity_coef", "lower it"), ("learning_rate", "halve it"),
         ("ce_coef", "0.03 to 0.1 holds the language", (0.03, math.inf))),
         low=0.95, window=10, after=20, severity="critical",
+        explains=("feature_distance_rising", "alignment_low"),
     ),
-    Rule(  # For independent whitened features it is 0 by construction: watch the entropy instead.
+    Rule(  # The page's bound is that of whitened features; raw ones of any two samples agree to 0.5 and more.
         "samples_alike", ("ebft/diversity",), "outside",
         "the samples of a prompt are all alike: mode collapse",
         "alignment outweighs the penalty on likeness, or the temperature leaves no choice",
         (("temperature", "try 0.8 to 1.0", (0.8, math.inf)), ("diversity_coef", "raise it"),
         ("learning_rate", "halve it")),
-        high=1.0, window=10, after=5, guard="raw_features",
+        high=1.0, window=10, after=5, guard="whitened_features",
     ),
     Rule(
         "samples_identical", ("ebft/pairwise_cosine",), "outside",
@@ -336,6 +843,15 @@ RULES: tuple[Rule, ...] = (
         (("temperature", "try 0.8 to 1.0", (0.8, math.inf)), ("diversity_coef", "raise it"),
          ("learning_rate", "halve it")),
         high=0.9999, window=5, after=3, severity="critical",
+        explains=("samples_alike", "samples_converge", "entropy_collapse"),
+    ),
+    Rule(
+        "samples_converge", ("ebft/spread",), "share_of_start",
+        "the samples of a prompt differ by a tenth of what they differed by at the start: mode collapse",
+        "alignment outweighs the penalty on likeness, or the temperature leaves no choice",
+        (("temperature", "try 0.8 to 1.0", (0.8, math.inf)), ("diversity_coef", "raise it"),
+         ("learning_rate", "halve it")),
+        low=0.1, window=10, after=20,
     ),
     Rule(
         "feature_distance_high", ("ebft/cfm_unwhitened",), "outside",
@@ -362,6 +878,24 @@ RULES: tuple[Rule, ...] = (
         "whitening_failed", ("ebft/whitening_fallbacks",), "outside", "features could not be whitened",
         "features that are not finite", (("bf16", "try false", (0, 0)), ("learning_rate", "halve it")),
         high=0.0,
+    ),
+    Rule(
+        "truths_misplaced", ("ebft/own_truth_gain",), "mean_below",
+        "samples agree no better with their own true completion than with another prompt's",
+        "the truths belong to other prompts, or the prompts do not reach the policy",
+        (("datasets", "is the answer of a row its own? python data.py inspect"),),
+        tell="ebft/truths_cosine near 1: the features tell nothing apart; else the truths are misplaced",
+        low=0.08, window=10, severity="critical",
+        explains=("alignment_*", "feature_distance_*", "entropy_high"),
+    ),
+    Rule(
+        "features_alike", ("ebft/truths_cosine",), "outside",
+        "the features of different true completions are the same: they tell nothing apart",
+        "a feature network that is broken or random, or layers without meaning",
+        (("feature_layers", "deeper layers see more of the meaning"), ("embed_method", ""),
+         ("use_whitening", "true counts what tells samples apart", (1, 1))),
+        high=0.9995, window=5, severity="critical",
+        explains=("truths_misplaced", "samples_*", "alignment_*"),
     ),
     # The system
     Rule(
@@ -396,13 +930,6 @@ def _types(config: dict) -> set[str]:
     return {str(spec.get("type")) for spec in config.get("datasets") or []}
 
 
-def of_training(rows: Iterable[dict]) -> Iterator[dict]:
-    """The rows that a run was judged by while it ran: all but the evaluation before its first step."""
-    for row in rows:
-        if row["step"] or any(not name.startswith(("eval/", "health/")) for name in row if name != "step"):
-            yield row
-
-
 def samples(config: dict) -> bool:
     """Whether this config's recipe trains on what the policy samples: GRPO and EBFT."""
     return "reward_funcs" in config or "feature_layers" in config
@@ -412,298 +939,9 @@ GUARDS: dict[str, Callable[[dict], Any]] = {
     "samples": samples,
     "supervised": lambda config: not samples(config),
     "has_prompts": lambda config: _types(config) & PROMPTED and _types(config) <= PROMPTED | {"text"},
-    "raw_features": lambda config: (
-        config.get("whitening", "none") == "none" and not config.get("use_whitening")
+    "whitened_features": lambda config: (
+        config.get("whitening", "none") != "none" or config.get("use_whitening")
     ),
+    "has_reference": lambda config: float(config.get("beta") or 0.0) > 0 and not config.get("lora_model_dir"),
+    "from_checkpoint": lambda config: not samples(config) and not config.get("random_init"),
 }
-
-ALIASES: dict[str, str] = {  # names in other trainers and in versions before 0.3
-    "loss": "train/loss", "eval_loss": "eval/loss", "grad_norm": "train/grad_norm",
-    "learning_rate": "train/learning_rate",
-}
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _check_outside(rule: Rule, seen: "Series") -> str | None:
-    last = seen.last(rule.window)
-    if len(last) < rule.window:
-        return None
-    steps = "" if rule.window == 1 else f" for {rule.window} steps"
-    if rule.low is not None and all(x < rule.low for x in last):
-        return f"{_figure(last[-1])}{steps}, below {rule.low:g}"
-    if rule.high is not None and all(x > rule.high for x in last):
-        return f"{_figure(last[-1])}{steps}, above {rule.high:g}"
-    return None
-
-
-def _check_stays_at(rule: Rule, seen: "Series") -> str | None:
-    last = seen.last(rule.window)
-    if len(last) == rule.window and all(abs(x - (rule.low or 0.0)) < 1e-9 for x in last):
-        return f"{_figure(last[-1])} for {rule.window} steps"
-    return None
-
-
-def _check_unmoved(rule: Rule, seen: "Series") -> str | None:
-    latest, first = median(seen.last(10)), median(seen.first)
-    if seen.count >= rule.window and latest > (rule.high or 1.0) * first:
-        return f"{_figure(latest)} after {seen.count} steps, {_figure(first)} at the start"
-    return None
-
-
-def _check_flat(rule: Rule, seen: "Series") -> str | None:
-    last = seen.last(rule.window)
-    half = len(last) // 2
-    if len(last) < rule.window or seen.progress > 0.6:  # late in a run a schedule ends in a plateau
-        return None
-    before, latest = median(last[:half]), median(last[half:])
-    if latest > (rule.high or 1.0) * before and latest > (rule.low or 0.0):
-        return f"{_figure(latest)}, {_figure(before)} {half} steps ago"
-    return None
-
-
-def _check_spike(rule: Rule, seen: "Series") -> str | None:
-    """The robust z-score of the last value: its distance from the median in units of the median deviation."""
-    *before, latest = seen.last(rule.window + 1)
-    if len(before) < 10:
-        return None
-    middle = median(before)
-    deviation = 1.4826 * median([abs(x - middle) for x in before]) + 0.01 * abs(middle) + 1e-12
-    if (latest - middle) / deviation > (rule.high or 0.0) and latest > (rule.low or 0.0) * middle:
-        return f"{_figure(latest)} after a median of {_figure(middle)} ({latest / middle:.1f} times as much)"
-    return None
-
-
-def _check_above_best(rule: Rule, seen: "Series") -> str | None:
-    """Medians of a window against the lowest such median so far; differences below `low` are noise."""
-    best, latest = min(seen.lowest, seen.first[0]), median(seen.last(rule.window))
-    if seen.count >= rule.window and latest > (rule.high or 1.0) * best and latest - best > (rule.low or 0.0):
-        return f"{_figure(latest)}, it was {_figure(best)}"
-    return None
-
-
-def _check_below_best(rule: Rule, seen: "Series") -> str | None:
-    best, latest = seen.highest, median(seen.last(rule.window))
-    if seen.count >= rule.window and best > 0 and latest < (rule.low or 0.0) * best:
-        return f"{_figure(latest)}, it was {_figure(best)}"
-    return None
-
-
-def _check_rising(rule: Rule, seen: "Series") -> str | None:
-    last, best = seen.last(rule.window), seen.least
-    if len(last) == rule.window and all(x > (1 + (rule.high or 0.0)) * best for x in last):
-        return f"{_figure(last[-1])}, it was {_figure(best)}"
-    return None
-
-
-def _check_creep(rule: Rule, seen: "Series") -> str | None:
-    """Each quarter of the window is above the one before, and the last above the first by factor `high`."""
-    last = seen.last(rule.window)
-    if len(last) < rule.window:
-        return None
-    size = len(last) // 4
-    quarters = [median(last[k * size : (k + 1) * size]) for k in range(4)]
-    rising = all(b > 1.01 * a for a, b in itertools.pairwise(quarters))
-    if rising and quarters[-1] > (rule.high or 1.0) * quarters[0]:
-        return f"{_figure(quarters[0])} → {_figure(quarters[-1])} in {rule.window} steps, without a pause"
-    return None
-
-
-def _check_jump(rule: Rule, seen: "Series") -> str | None:
-    last = seen.last(rule.window + 30)
-    before, latest = last[: -rule.window], last[-rule.window :]
-    if len(before) >= 10 and min(latest) > (rule.high or 1.0) * median(before):
-        return f"{_figure(median(latest))} for {rule.window} steps, before {_figure(median(before))}"
-    return None
-
-
-CHECKS: dict[str, Callable[[Rule, "Series"], str | None]] = {
-    "outside": _check_outside, "stays_at": _check_stays_at, "unmoved": _check_unmoved, "flat": _check_flat,
-    "spike": _check_spike, "above_best": _check_above_best, "below_best": _check_below_best,
-    "rising": _check_rising, "creep": _check_creep, "jump": _check_jump,
-}
-
-
-class Series:
-    """One metric as the rules see it: its last values, its first, and its best."""
-
-    def __init__(self) -> None:
-        self.values: collections.deque[float] = collections.deque(maxlen=256)
-        self.first: list[float] = []
-        self.count = 0
-        self.progress = 0.0  # of the run, 0 to 1
-        self.least = math.inf
-        self.lowest, self.highest = math.inf, -math.inf  # medians of ten values
-
-    def add(self, value: float, progress: float) -> None:
-        self.values.append(value)
-        self.count, self.progress = self.count + 1, progress
-        if len(self.first) < 10:
-            self.first.append(value)
-        self.least = min(self.least, value)
-        if self.count >= 10:
-            middle = median(self.last(10))
-            self.lowest, self.highest = min(self.lowest, middle), max(self.highest, middle)
-
-    def last(self, count: int) -> list[float]:
-        start = max(0, len(self.values) - count)
-        return list(itertools.islice(self.values, start, None))
-
-
-@dataclass
-class Verdict:
-    """A rule's change of state."""
-
-    rule: Rule
-    step: int
-    metric: str
-    ill: bool
-    found: str = ""  # the figures
-    rows: str = ""  # the batch that caused it
-
-    def line(self, config: dict) -> str:
-        if not self.ill:
-            return f"health: step {self.step}: {self.rule.name} is over: {self.metric} is back in its range"
-        advice = "; ".join(
-            f"{_with_value(option, config)}: {words}"
-            for option, words, *void in self.rule.fixes
-            if not _says_nothing_new(config.get(option), void)
-        )
-        where = f"{self.metric} {self.found}" + (f" (rows {self.rows})" if self.rows else "")
-        return (
-            f"health: step {self.step}: {self.rule.name}: {where}: {self.rule.says}. "
-            f"Cause: {self.rule.cause}. {advice}"
-        )
-
-
-def _says_nothing_new(value: Any, void: list) -> bool:
-    if not void or isinstance(value, str):
-        return bool(void) and value in void[0]
-    return isinstance(value, int | float) and void[0][0] <= value <= void[0][1]
-
-
-def _with_value(option: str, config: dict) -> str:
-    value = config.get(option)
-    if option not in config or isinstance(value, list | dict):
-        return option
-    return f"{option} is {value:g}" if isinstance(value, float) else f"{option} is {value}"
-
-
-def rules_of(config: dict, rules: Sequence[Rule] = RULES) -> list[Rule]:
-    """The rules that apply to a config, with its own ranges. Raises ConfigError for an unknown rule or an
-    invalid setting."""
-    own = config.get("health_rules") or {}
-    if not isinstance(own, dict):
-        raise ConfigError("health_rules", own, "must be {rule: {high: …}} or {rule: off}")
-    names = {rule.name for rule in rules}
-    for name, change in own.items():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            raise ConfigError(
-                "health_rules", name, f"is no rule{f'; did you mean {near[0]}?' if near else ''}"
-            )
-        known = ("low", "high", "window", "after", "severity")
-        if change not in (False, "off") and not (isinstance(change, dict) and set(change) <= set(known)):
-            raise ConfigError(
-                f"health_rules.{name}", change, f"must be off, or set some of {', '.join(known)}"
-            )
-        if isinstance(change, dict):
-            for key, value in change.items():
-                right = value in ("warning", "critical") if key == "severity" else (
-                    isinstance(value, int | float) and not isinstance(value, bool)
-                    and (key in ("low", "high") or (isinstance(value, int) and value >= (key == "window")))
-                )
-                if not right:
-                    raise ConfigError(f"health_rules.{name}.{key}", value, "is not a valid value")
-    found = []
-    for rule in rules:
-        change = own.get(rule.name, {})
-        if change in (False, "off") or (rule.guard and not GUARDS[rule.guard](config)):
-            continue
-        if rule.plus is not None and rule.high is not None:
-            rule = replace(rule, high=rule.high + float(config.get(rule.plus) or 0.0))
-        found.append(replace(rule, **change))
-    return found
-
-
-MEASURED = re.compile(r"time|second|memory|mfu|data_share|^ranks/")  # depend on the machine or the process
-
-
-class Doctor:
-    """Watches the metrics of a run, step by step, and reports each change of a rule's state."""
-
-    def __init__(self, config: dict, total_steps: int = 0):
-        self.config, self.total_steps = config, total_steps
-        self.rules = rules_of(config)
-        self.options: Any = SimpleNamespace(**config)
-        self.series: dict[str, Series] = {}
-        self.ill: dict[tuple[str, str], int] = {}  # (rule, metric) → observations since it was last seen ill
-        self.ever: dict[str, Verdict] = {}  # the first verdict of every rule that has spoken
-        self.readers: dict[str, list[Rule]] = {}  # metric → the rules that read it
-
-    def observe(
-        self, step: int, metrics: dict[str, float], rows: Callable[[], str] | None = None
-    ) -> list[Verdict]:
-        verdicts = []
-        progress = step / self.total_steps if self.total_steps else 0.0
-        rate = metrics.get("train/learning_rate")
-        if rate is not None and self.total_steps and "lr_scheduler" in self.config:
-            expected = dist.learning_rate(step - 1, self.options, self.total_steps)
-            metrics = {**metrics, "schedule/ratio": rate / expected if expected else 1.0 + rate}
-        figures = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
-        for name in figures:
-            self.series.setdefault(name, Series())
-        for name, value in figures.items():
-            if name not in self.readers:
-                self.readers[name] = [rule for rule in self.rules if self._reads(rule, name)]
-            if not self.readers[name]:
-                continue
-            seen = self.series[name]
-            seen.add(value, progress)
-            for rule in self.readers[name]:
-                finding = CHECKS[rule.check](rule, seen) if seen.count > rule.after else None
-                if rule.unless in {ill for ill, _ in self.ill}:
-                    finding = None
-                key = (rule.name, name)
-                if finding is not None and key not in self.ill:
-                    named = rows() if rows is not None and rule.check == "spike" else ""
-                    verdicts.append(Verdict(rule, step, name, True, finding, named))
-                    self.ever.setdefault(rule.name, verdicts[-1])
-                if finding is not None:
-                    self.ill[key] = 0
-                elif key in self.ill:
-                    self.ill[key] += 1
-                    if self.ill[key] >= max(3, rule.window):  # avoids flapping at the edge of a range
-                        del self.ill[key]
-                        verdicts.append(Verdict(rule, step, name, False))
-        # The most severe first, then in the order of the table.
-        order = {rule.name: index for index, rule in enumerate(self.rules)}
-        return sorted(verdicts, key=lambda v: (not v.ill, v.rule.severity != "critical", order[v.rule.name]))
-
-    def recall(self, rows: Iterable[dict]) -> None:
-        """Restore the state of a resumed run from its logged metrics: windows, best values and broken rules,
-        except for metrics that depend on the process (MEASURED)."""
-        for row in of_training(rows):
-            kept = {ALIASES.get(str(k), str(k)): v for k, v in row.items() if not MEASURED.search(k)}
-            self.observe(row["step"], kept)
-
-    def _reads(self, rule: Rule, name: str) -> bool:
-        """Whether a rule reads this metric: its first name that the run has."""
-        for pattern in rule.metrics:
-            if fnmatch.fnmatchcase(name, pattern):
-                return True
-            if any(fnmatch.fnmatchcase(other, pattern) for other in self.series if other != name):
-                return False
-        return False
-
-    @property
-    def status(self) -> str:
-        names = list(dict.fromkeys(name for name, _ in self.ill))
-        return "well" if not names else ", ".join(names)
-
-    def metrics(self) -> dict[str, float]:
-        """health/alarms, and health/<rule> = 1 for each that is ill."""
-        names = {name for name, _ in self.ill}
-        return {"health/alarms": float(len(names)), **{f"health/{name}": 1.0 for name in sorted(names)}}

@@ -152,7 +152,8 @@ class RolloutQueue:
         self.prefetched = prefetched  # the next batch, if it was collected early for a checkpoint
         self.under_way = False  # whether the engine samples the next batch
         self.seconds = 0.0  # spent on sending weights in the last `next`
-        self.metrics: dict[str, float] = {}  # of that sync
+        self.metrics: dict[str, float] = {}  # of that sync, and of the batch's prompts
+        self.prompts_before: set[int] = set()  # of the last batch
 
     def next(self, number: int, step: int, last: bool) -> list[Rollout]:
         """Batch `number`, after `step` optimiser steps; `last`: there is no other to prefetch. A
@@ -171,6 +172,11 @@ class RolloutQueue:
             self.seconds += timer()
             self.prefetch(number + 1)
             self.under_way = True
+        prompts = {r.prompt_index for r in rollouts if r.prompt_index >= 0}
+        if prompts and self.prompts_before:
+            repeated = len(prompts & self.prompts_before) / len(prompts)
+            self.metrics = {**self.metrics, "prompts/repeated": repeated, "prompts/in_batch": len(prompts)}
+        self.prompts_before = prompts
         return rollouts
 
     def settle(self, number: int, step: int) -> None:

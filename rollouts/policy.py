@@ -293,9 +293,11 @@ class Tally:
 
 
 @torch.no_grad()
-def tally_policy(tally: Tally, stats: dict[str, Any], batch: PolicyBatch, step: int) -> None:
+def tally_policy(
+    tally: Tally, stats: dict[str, Any], batch: PolicyBatch, step: int, first_use: bool = False
+) -> None:
     """Add one micro-batch to the policy metrics (reference page: Key Metrics for RL). `stats` holds
-    intermediate values of its loss."""
+    intermediate values of its loss. `first_use`: no update was made since π_old."""
     mask, old, sampled = stats["mask"], stats["old_logprobs"], batch.sampling_logprobs
     tokens, B = mask.sum().item(), mask.shape[0]
     if count := stats["nonfinite_hidden_states"]:
@@ -312,6 +314,8 @@ def tally_policy(tally: Tally, stats: dict[str, Any], batch: PolicyBatch, step: 
             tally.mean(name, (x * mask).sum().item(), tokens)
 
     masked_mean("entropy", stats["entropy"])
+    if first_use and "log_ratio" in stats:
+        masked_mean("ratio/first_use", stats["log_ratio"].abs())
     if "kl" in stats:
         masked_mean("kl", stats["kl"])
     if "clipped_low" in stats:

@@ -8,6 +8,7 @@ from typing import Any
 from data import Prompt, read_prompts
 from rollouts.rollout import ReplayEngine
 from run.config import ConfigError
+from text import findings
 from text.packing import PromptOrder, split_held_out, weights_of, with_weights
 from text.tokenizer import Tokenizer
 
@@ -21,6 +22,7 @@ class PromptData:
     batches: int  # generation batches in the run
     batches_per_epoch: int
     fingerprint: str
+    measured: dict[str, float]  # for the rules
 
     def longest(self, config: Any) -> int:
         """Tokens of the longest prompt and completion together, of those that are sampled here."""
@@ -37,8 +39,11 @@ def read_prompt_data(
     """Prompts for generation batches of `batch_size` completions, each used for `updates` optimiser steps.
     `how` goes to `read_prompts`. Raises ConfigError where there are too few."""
 
+    counts: dict[str, int] = {}
+
     def read(specs: list[dict]) -> tuple[list[Prompt], str]:
-        return read_prompts(specs, tokenizer, config, directory, config.max_prompt_length, **how)
+        longest = config.max_prompt_length
+        return read_prompts(specs, tokenizer, config, directory, longest, counts=counts, **how)
 
     train: list[Prompt] = []
     held_out: list[Prompt] = []
@@ -61,11 +66,13 @@ def read_prompt_data(
         held_out, _ = read(config.test_datasets)
     if replay is not None:
         order = PromptOrder([0], 1, config.seed)
-        return PromptData(train, held_out, order, replay, in_replay, in_replay, fingerprint)
+        return PromptData(train, held_out, order, replay, in_replay, in_replay, fingerprint, {})
     weights = weights_of(config.datasets)
     order = PromptOrder(
         [prompt.source for prompt in train], batch_size // config.num_generations, config.seed, weights
     )
     batches = math.ceil(config.max_steps / updates) if config.max_steps else order.batches(config.num_epochs)
     fingerprint = with_weights(fingerprint, weights)
-    return PromptData(train, held_out, order, None, batches, order.batches(1.0), fingerprint)
+    first = [row for number in range(min(order.batches(1.0), 2000)) for row in order.batch(number)]
+    measured = findings.of_prompts(train, held_out, first, counts["too_long"], tokenizer)
+    return PromptData(train, held_out, order, None, batches, order.batches(1.0), fingerprint, measured)

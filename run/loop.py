@@ -59,6 +59,7 @@ class Run:
         self.changed: dict[str, tuple[Any, Any]] = {}  # option → (the checkpoint's, ours)
         self.state: dict[str, Any] = {}  # stored in a checkpoint besides weights and optimiser, as JSON
         self.seconds = dist.Timer()  # since the start; read once
+        self.measured: dict[str, float] = {}  # before the first step: data/…, for the rules
         self.resume_from: Path | None = None
         self.checkpointer: Checkpointer
         self.logger: MetricLogger
@@ -226,7 +227,7 @@ def resume(
     """Load weights, optimisers and random state of the checkpoint, if there is one, and open the metrics.
     `moving` are other models that change during the run."""
     if run.resume_from is not None:
-        run.checkpointer.load(run.resume_from, model, optimizers, run.config.seed, moving)
+        run.measured |= run.checkpointer.load(run.resume_from, model, optimizers, run.config.seed, moving)
         changes = [f"{key} {shown(old)} → {shown(new)}" for key, (old, new) in run.changed.items()]
         if changes:
             log.info("options that differ from the checkpoint's: %s", ", ".join(changes))
@@ -239,6 +240,8 @@ def resume(
     run.logger = MetricLogger(
         run.config, run.output_dir, main=run.world.main, first_step=run.step, total_steps=run.total_steps
     )
+    if not run.step or any(name.endswith("not_restored") for name in run.measured):
+        run.logger.begin(run.measured, new=not run.step)
 
 
 def router_aux_coef(run: Run) -> float:

@@ -243,7 +243,7 @@ def test_the_effective_share_is_kish_s_over_the_whole_step(cut):
 def test_a_small_mismatch_over_long_completions_wastes_samples_and_the_rule_says_so():
     """64 completions of 8,192 tokens that differ by σ = 0.02 a token: the mean difference and the smallest
     ratio are both in their ranges, and the product keeps little of the batch."""
-    from health.rules import Doctor
+    from health.doctor import Doctor
 
     generator = torch.Generator().manual_seed(0)
     old = torch.zeros(64, 8192)

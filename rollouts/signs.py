@@ -1,0 +1,152 @@
+"""What a batch of rollouts shows of its sampler and its rewards: who is in a group, whether completions are
+copies, what the reward goes with, and whether a score is its completion's own."""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from data import Prompt
+from rollouts.rewards import RewardError, Scorer
+from rollouts.rollout import Rollout
+
+Scores = Sequence[dict[str, float | None]]  # by function, of each completion
+
+
+def of_groups(
+    rollouts: Sequence[Rollout], n: int, rewards: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Signs of a batch of adjacent groups of n. `rewards`: the weighted reward of each completion, NaN where
+    there is none."""
+    groups = [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+    found = {
+        "groups/mixed": _share(any(r.prompt_ids != group[0].prompt_ids for r in group) for group in groups),
+        "completions/identical_groups": _share(
+            all(r.completion_ids == group[0].completion_ids for r in group[1:])
+            for group in groups if len(group) > 1
+        ),
+        "completions/repetition": float(np.mean([_repetition(r.completion_ids) for r in rollouts])),
+    }
+    if rewards is None:
+        return found
+    values = np.array(rewards, float).reshape(len(groups), -1)
+    lengths = np.array([len(r.completion_ids) for r in rollouts], float).reshape(values.shape)
+    advantages = np.array([r.advantage for r in rollouts], float).reshape(values.shape)
+    judged = np.where(np.isnan(values).all(-1, keepdims=True), 0.0, values)
+    apart = values - np.nanmean(judged, -1, keepdims=True)
+    found |= _correlation("scores/correlation_with_length", apart, lengths - lengths.mean(-1, keepdims=True))
+    found |= _correlation("advantages/agreement", apart, advantages)
+    if (advantages != 0).any():
+        size = np.abs(advantages).mean()
+        found["advantages/off_centre"] = float(np.abs(advantages.mean(-1)).mean() / size)
+        found["advantages/size"] = float(np.abs(advantages[advantages != 0]).mean())
+    return found
+
+
+def _share(flags) -> float:
+    values = [float(flag) for flag in flags]
+    return sum(values) / len(values) if values else 0.0
+
+
+def _repetition(ids: Sequence[int]) -> float:
+    """Share of tokens equal to the one before; 0 for completions too short to tell."""
+    if len(ids) < 8:
+        return 0.0
+    return float(np.mean(np.array(ids[1:]) == np.array(ids[:-1])))
+
+
+def _correlation(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Correlation over all completions of values that are centred in their groups; left out where one of the
+    two does not vary."""
+    known = ~np.isnan(x)
+    x, y = x[known], y[known]
+    size = math.sqrt(float((x * x).sum() * (y * y).sum()))
+    scale = math.sqrt(float((x * x).mean())) if len(x) else 0.0
+    return {name: float((x * y).sum()) / size} if size and scale > 1e-9 else {}
+
+
+class ScoreChecks:
+    """Scores a few completions again, alone, in batches 1, 2, 4, 8, …; and once the rows' own answers."""
+
+    def __init__(self, scorer: Scorer):
+        self.scorer, self.batches = scorer, 0
+
+    def metrics(
+        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Scores
+    ) -> dict[str, float]:
+        """prompts[i] and scores[i] belong to rollouts[i]. A function that fails here is left alone: it was
+        judged where it is needed."""
+        self.batches += 1
+        if self.batches & (self.batches - 1):
+            return {}
+        with suppress(RewardError):
+            found = self._again(prompts, rollouts, scores)
+            if self.batches == 1 and not any(found.values()):
+                found |= self._own_answers(prompts)
+            return found
+        return {}
+
+    def _score(self, prompt: Prompt, ids: list[int]) -> dict[str, float | None]:
+        scores = self.scorer.finish(self.scorer.begin([prompt], [ids]))
+        return {name: values[0] for name, values in scores.items()}
+
+    def _again(
+        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Scores
+    ) -> dict[str, float]:
+        chosen = self._chosen(rollouts, scores)
+        once = [self._score(prompts[k], rollouts[k].completion_ids) for k in chosen]
+        twice = [self._score(prompts[k], rollouts[k].completion_ids) for k in chosen]
+        given = [{name: scores[k][name] for name in scores[k]} for k in chosen]
+        random = self._difference(once, twice)
+        # What differs each time differs from the batch too: only a stable score can be another row's.
+        return {
+            "scores/twice_difference": random,
+            "scores/alone_difference": 0.0 if random else self._difference(given, once),
+        }
+
+    @staticmethod
+    def _chosen(rollouts: Sequence[Rollout], scores: Scores) -> list[int]:
+        """Four completions, of different rewards where there are any."""
+        by_score: dict[str, list[int]] = {}
+        for k, score in enumerate(scores):
+            by_score.setdefault(repr(score), []).append(k)
+        piles, chosen = list(by_score.values()), []
+        while len(chosen) < min(4, len(rollouts)):
+            for pile in piles:
+                if pile and len(chosen) < 4:
+                    chosen.append(pile.pop(len(pile) // 2))
+        return chosen
+
+    @staticmethod
+    def _difference(a: Scores, b: Scores) -> float:
+        """The largest difference of two scores of the same completion, relative to their size."""
+        worst = 0.0
+        for first, second in zip(a, b, strict=True):
+            for name, x in first.items():
+                y = second.get(name)
+                if x is None or y is None:
+                    worst = max(worst, float(x is not y))
+                elif abs(x - y) > 1e-6 * max(abs(x), abs(y), 1e-6):
+                    worst = max(worst, abs(x - y) / max(abs(x), abs(y)))
+        return worst
+
+    def _own_answers(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """How much more a row's own answer earns than another row's: four rows with different answers."""
+        rows: dict[str, Prompt] = {}
+        for prompt in prompts:
+            answer = prompt.columns.get("answer")
+            if isinstance(answer, str) and answer.strip():
+                rows.setdefault(answer, prompt)
+        answers = list(rows)[:4]
+        if len(answers) < 2:
+            return {}
+        weights = self.scorer.config.reward_weights or [1.0] * len(self.scorer.functions)
+
+        def earned(prompt: Prompt, answer: str) -> float:
+            scores = self._score(prompt, self.scorer.tokenizer.encode(answer))
+            return sum(w * (s or 0.0) for w, s in zip(weights, scores.values(), strict=True))
+
+        own = [earned(rows[a], a) for a in answers]
+        others = [earned(rows[a], answers[(k + 1) % len(answers)]) for k, a in enumerate(answers)]
+        return {"scores/own_answer_gain": (sum(own) - sum(others)) / len(answers)}
