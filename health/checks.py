@@ -134,7 +134,7 @@ def _pooled(rule: Any, seen: Series, facts: Facts) -> str | None:
     config = facts.config
     slices = (config.get("steps_per_generation") or 1) // (config.get("gradient_accumulation_steps") or 1)
     uses = max(1, slices) * (config.get("num_iterations") or 1)
-    wanted = facts.observations(rule.window)
+    wanted = max(2, math.ceil(facts.observations(rule.window) / uses))
     if "num_iterations" not in config:  # another trainer's log: leave out first uses, which are exactly 0
         last = [x for x in seen.last(2 * wanted) if x > 0][-wanted:]
     else:
@@ -142,14 +142,15 @@ def _pooled(rule: Any, seen: Series, facts: Facts) -> str | None:
         last = [max(every[i : i + uses]) for i in range(len(every) % uses, len(every), uses)][-wanted:]
     if len(last) == wanted and all(x > rule.high for x in last):
         return f"{figure(max(last))} at most in each of {wanted} batches, above {rule.high:g}"
-    return None
+    return _outside(rule, seen, facts)  # or in many uses of one batch
 
 
 def _climbs_above(rule: Any, seen: Series, facts: Facts) -> str | None:
-    """Above the range and above where it began: a value that comes down into the range is on its way."""
+    """Above the range, not below where it began, and the reward does not rise: what comes down into the range
+    is on its way, and a policy that learns converges in its own time."""
     last, start = seen.last(facts.observations(rule.window)), median(seen.first)
-    found = _outside(rule, seen, facts)
-    if found is None or min(last) < 1.2 * start:
+    found, reward = _outside(rule, seen, facts), facts.series.get("reward")
+    if found is None or fmean(last) < 0.9 * start or (reward is not None and _has_risen(reward)):
         return None
     return f"{found}; it began at {figure(start)}"
 
@@ -260,12 +261,13 @@ def _rising(rule: Any, seen: Series, facts: Facts) -> str | None:
     if len(last) < rule.window or not all(x > (1 + (rule.high or 0.0)) * best for x in last):
         return None
     known = facts.series.get("eval/loss_rise_error")
-    earlier = seen.last(40)[: -rule.window]
+    values = seen.last(40)
+    earlier = values[: values.index(min(values)) + 1]
     error = known.values[-1] if known is not None and known.count else noise(earlier)
     training = facts.middle("train/loss")
     if training is not None and seen.at_least is not None and training > 1.01 * seen.at_least:
         return None
-    if last[-1] - best <= 3 * error or last[-1] < best + 0.75 * (last[0] - best):  # on its way back
+    if last[-1] - best <= 3 * error or last[-1] < best + 0.5 * (last[0] - best):  # on its way back
         return None
     return f"{figure(last[-1])} ± {figure(error)}, it was {figure(best)}"
 
@@ -420,6 +422,13 @@ def _hits_limit_for_reward(rule: Any, seen: Series, facts: Facts) -> str | None:
     return f"{figure(start)} → {figure(last[-1])} while the reward rose from {earned}"
 
 
+def _hits_limit(rule: Any, seen: Series, facts: Facts) -> str | None:
+    """Above the range, and not because the reward pays for it: then a higher limit is no remedy."""
+    found, reward = _outside(rule, seen, facts), facts.series.get("reward")
+    grown = fmean(seen.last(10)) - fmean(seen.first) > 0.2
+    return None if grown and reward is not None and _has_risen(reward) else found
+
+
 def _not_risen(rule: Any, seen: Series, facts: Facts) -> str | None:
     """The mean of the last values is within two standard errors of the first's, while groups disagree: what
     is solved has no room to rise."""
@@ -486,7 +495,7 @@ def _repeats(rule: Any, seen: Series, facts: Facts) -> str | None:
 def _unrelated(rule: Any, seen: Series, facts: Facts) -> str | None:
     """The mean lies below `low`; a model that starts from nothing learns late what belongs to what."""
     over = facts.middle("loss/over_frequencies", 5)
-    late = seen.progress >= 0.75 and over is not None and over < 0.95
+    late = seen.progress >= 0.75 and over is not None and over < 0.6
     if facts.config.get("random_init") and not late:
         return None
     return _mean_below(rule, seen, facts) if seen.count >= rule.window else None
@@ -501,7 +510,8 @@ CHECKS: dict[str, Callable[[Any, Series, Facts], str | None]] = {
     "longer_after_resume": _longer_after_resume, "share_of_start": _share_of_start,
     "never_above": _never_above, "uphill": _uphill, "still": _still, "moved_but_zero": _moved_but_zero,
     "left_over": _left_over, "thrown": _thrown, "mean_below": _mean_below, "not_risen": _not_risen,
-    "early": _early, "above_and_not_falling": _above_and_not_falling, "seen_before": _seen_before,
-    "stops_at_zero": _stops_at_zero, "hits_limit_for_reward": _hits_limit_for_reward,
-    "identical": _identical, "repeats": _repeats, "same_prompts": _same_prompts, "unrelated": _unrelated,
+    "hits_limit": _hits_limit, "early": _early, "above_and_not_falling": _above_and_not_falling,
+    "seen_before": _seen_before, "stops_at_zero": _stops_at_zero,
+    "hits_limit_for_reward": _hits_limit_for_reward, "identical": _identical, "repeats": _repeats,
+    "same_prompts": _same_prompts, "unrelated": _unrelated,
 }

@@ -143,7 +143,9 @@ HEALTHY = {  # the reference page's ranges, which take precedence over the rules
     "completions/clipped_ratio": (0.0, 0.3), "sampling/sampling_logp_difference/mean": (0.0, 0.1),
     "sampling/importance_sampling_ratio/min": (0.1, 1.0), "ebft/alignment_cosine": (0.3, 1.0),
 }
-RANGES = {"outside", "from_the_start", "pooled", "climbs_above", "mean_below", "still"}  # checks of a range
+RANGES = {
+    "outside", "hits_limit", "from_the_start", "pooled", "climbs_above", "mean_below", "still",
+}  # checks of a range
 ONCE = ("data/", "first_step/")  # measured once: a table, no curve
 COLOURS = ("#1f6f8b", "#c8553d", "#6b4e9b", "#b8860b", "#2e7d4f", "#7a7a7a")
 SILENT = ("health/", "num_tokens", "epoch", "step_time/", "skipped_micro_batches", "rows/fingerprint")
@@ -330,7 +332,7 @@ def limits(metric: str, page: RunPage) -> tuple[float | None, float | None]:
         if not any(fnmatch.fnmatchcase(metric, name) for name in rule.metrics) or rule.check not in RANGES:
             continue
         start = page.doctor.series[metric].first if metric in page.doctor.series else []
-        begun = 1.2 * median(start) if rule.check == "climbs_above" and start else -math.inf
+        begun = 0.9 * median(start) if rule.check == "climbs_above" and start else -math.inf
         low += [rule.low] if rule.low is not None else []
         high += [max(rule.high, begun)] if rule.high is not None else []
     return max(low, default=None), min(high, default=None)

@@ -619,7 +619,7 @@ RULES: tuple[Rule, ...] = (
         "the reward can be had by writing more: reward hacking, or answers that the limit cuts off",
         (("reward_funcs", "add or weigh `length`, and read what the long ones earn it for"),
          ("log_completions", "true shows what the model writes", (1, 1))),
-        high=0.9, window=20, after=20, explains=("completions_clipped",),
+        high=0.9, window=20, after=50, explains=("completions_clipped",),
         tell="completions/clipped_ratio that falls as max_completion_length is raised: they were cut off",
     ),
     Rule(
@@ -628,10 +628,10 @@ RULES: tuple[Rule, ...] = (
         "the reward can be had by writing on: reward hacking; a higher limit would only feed it",
         (("reward_funcs", "see log_completions: what do the cut ones earn? add or weigh `length`"),
          ("mask_truncated_completions", "true keeps cut ones from teaching", (1, 1))),
-        high=0.5, window=5, after=8, explains=("completions_clipped", "length_creep"),
+        high=0.5, window=5, after=45, explains=("completions_clipped", "length_pays"),
     ),
     Rule(
-        "completions_clipped", ("completions/clipped_ratio",), "outside",
+        "completions_clipped", ("completions/clipped_ratio",), "hits_limit",
         "many completions hit the length limit",
         "the limit is too short, or the model does not end its answers",
         (("max_completion_length", "raise it"),
@@ -727,19 +727,19 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "scores_not_its_own", ("scores/alone_difference",), "outside",
-        "a completion that is scored alone earns something else than in its batch",
+        "a completion that is scored alone earns something else than in its batch (in standard deviations)",
         "scores went to other completions, columns came from another row, or the function depends on the "
         "batch",
         (("reward_funcs", "it must judge completion i by row i alone: python grpo.py test-rewards"),),
         tell="scored twice alone it earned the same: it is not the function's own randomness",
-        high=0.0, severity="critical",
+        high=0.1, severity="critical",
         explains=("reward_*", "flat_groups", "no_signal", "all_groups_flat", "length_*"),
     ),
     Rule(
         "reward_is_random", ("scores/twice_difference",), "outside",
-        "the same completion earns something else each time",
+        "the same completion earns something else each time (in standard deviations of the batch's scores)",
         "the reward function is random: there is nothing to learn but noise",
-        (("reward_funcs", "make it a function of the completion and its row"),), high=0.0, window=6,
+        (("reward_funcs", "make it a function of the completion and its row"),), high=0.3, window=6,
         explains=("reward_*", "entropy_*", "no_signal"),
     ),
     Rule(

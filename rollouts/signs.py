@@ -98,12 +98,14 @@ class ScoreChecks:
         once = [self._score(prompts[k], rollouts[k].completion_ids) for k in chosen]
         twice = [self._score(prompts[k], rollouts[k].completion_ids) for k in chosen]
         given = [{name: scores[k][name] for name in scores[k]} for k in chosen]
-        random = self._difference(once, twice)
-        # What differs each time differs from the batch too: only a stable score can be another row's.
-        return {
-            "scores/twice_difference": random,
-            "scores/alone_difference": 0.0 if random else self._difference(given, once),
+        sizes = {
+            name: float(np.std([value for s in scores if (value := s[name]) is not None] or [0.0]))
+            for name in scores[0]
         }
+        random = self._difference(once, twice, sizes)
+        # What differs each time differs from the batch too: only a stable score can be another row's.
+        alone = self._difference(given, once, sizes) if random < 1e-6 else 0.0
+        return {"scores/twice_difference": random, "scores/alone_difference": alone}
 
     @staticmethod
     def _chosen(rollouts: Sequence[Rollout], scores: Scores) -> list[int]:
@@ -119,8 +121,9 @@ class ScoreChecks:
         return chosen
 
     @staticmethod
-    def _difference(a: Scores, b: Scores) -> float:
-        """The largest difference of two scores of the same completion, relative to their size."""
+    def _difference(a: Scores, b: Scores, sizes: dict[str, float]) -> float:
+        """The largest difference of two scores of the same completion, over the function's standard deviation
+        in the batch, or its size where all are the same."""
         worst = 0.0
         for first, second in zip(a, b, strict=True):
             for name, x in first.items():
@@ -128,7 +131,7 @@ class ScoreChecks:
                 if x is None or y is None:
                     worst = max(worst, float(x is not y))
                 elif abs(x - y) > 1e-6 * max(abs(x), abs(y), 1e-6):
-                    worst = max(worst, abs(x - y) / max(abs(x), abs(y)))
+                    worst = max(worst, abs(x - y) / (sizes[name] or max(abs(x), abs(y))))
         return worst
 
     def _own_answers(self, prompts: Sequence[Prompt]) -> dict[str, float]:

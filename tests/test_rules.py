@@ -151,9 +151,9 @@ ILL: dict[str, tuple[str, list, list, int]] = {
         {"reward": x, "reward_std": 0.3, "frac_reward_zero_std": 0.1} for x in noisy(0.5, 120, 0.1)], 105),
     "reward_dies": ("rewards/score/mean", noisy(0.6, 30, 0.05), [0.0] * 5, 4),
     "one_token_repeated": ("completions/repetition", noisy(0.02, 10), [0.9] * 6, 5),
-    "length_pays": ("scores/correlation_with_length", [0.1] * 20, [0.97] * 21, 20),
+    "length_pays": ("scores/correlation_with_length", [0.1] * 50, [0.97] * 21, 20),
     "limit_hit_for_reward": ("completions/clipped_ratio", [
-        {"completions/clipped_ratio": 0.05, "reward": x} for x in noisy(0.2, 20, 0.02)], [
+        {"completions/clipped_ratio": 0.05, "reward": x} for x in noisy(0.2, 45, 0.02)], [
         {"completions/clipped_ratio": 0.9, "reward": x} for x in noisy(0.8, 20, 0.02)], 8),
     "samples_converge": ("ebft/spread", noisy(0.5, 25), [0.01] * 11, 10),
     "truths_misplaced": ("ebft/own_truth_gain", [], [0.01, -0.02] * 6, 10),
