@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+KEPT = 256  # values that are kept of each metric
 BLOCK = 10  # values that are averaged for comparisons over a whole run
 
 
@@ -27,7 +28,7 @@ class Series:
     """One metric as the rules see it: its last values, its first, and its best."""
 
     def __init__(self) -> None:
-        self.values: collections.deque[float] = collections.deque(maxlen=256)
+        self.values: list[float] = []  # at least the last KEPT
         self.first: list[float] = []
         self.count = 0  # observations of this process and, where a run was resumed, those before
         self.progress = 0.0  # of the run, 0 to 1
@@ -41,6 +42,8 @@ class Series:
 
     def add(self, value: float, progress: float, training_loss: float | None = None) -> None:
         self.values.append(value)
+        if len(self.values) > 2 * KEPT:
+            del self.values[:KEPT]
         self.count, self.progress = self.count + 1, progress
         if len(self.first) < 10:
             self.first.append(value)
@@ -67,8 +70,7 @@ class Series:
         return math.sqrt(self._squares / (2 * max(1, self.count - 1)))
 
     def last(self, count: int) -> list[float]:
-        start = max(0, len(self.values) - count)
-        return list(itertools.islice(self.values, start, None))
+        return self.values[-count:]
 
 
 @dataclass
@@ -437,6 +439,8 @@ def _not_risen(rule: Any, seen: Series, facts: Facts) -> str | None:
         return None
     latest, first = fmean(seen.last(rule.window)), fmean(seen.first)
     error = seen.noise * math.sqrt(1 / rule.window + 1 / len(seen.first))
+    if 2 * error > 0.1 * max(abs(first), apart):  # too noisy to see a rise that matters
+        return None
     if latest - first > 2 * error or latest < first - 4 * error:  # a fall has rules of its own
         return None
     many = seen.count * facts.stride

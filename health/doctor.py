@@ -31,6 +31,12 @@ ALIASES: tuple[tuple[str, str], ...] = (
 )
 
 
+CONTEXT = (  # metrics that checks read beside their own
+    "eval/loss", "reward", "frac_reward_zero_std", "entropy", "completions/mean_length", "weights/", "data/",
+    "train/", "rows/", "prompts/", "scores/", "loss/",
+)
+
+
 def own_name(metric: str) -> str:
     """Our name of a metric of another trainer or an earlier version."""
     for pattern, name in ALIASES:
@@ -160,7 +166,8 @@ class Doctor:
         self.rules = rules_of(config)
         self.by_name = {rule.name: rule for rule in self.rules}
         self.options: Any = SimpleNamespace(**config)
-        self.series: dict[str, Series] = {}
+        self.names: set[str] = set()  # of all metrics that were logged
+        self.series: dict[str, Series] = {}  # of those that are read
         self.facts = Facts(config, self.series, stride)
         self.ill: dict[tuple[str, str], int] = {}  # (rule, metric) → observations since it was last seen ill
         self.ever: dict[str, Verdict] = {}  # the first verdict of every rule that has spoken
@@ -189,16 +196,19 @@ class Doctor:
             self.steps = (self.steps[0] if self.steps else step, step)
         metrics = metrics | self._schedule(step, metrics) | self._derived(metrics)
         figures = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
-        for name in figures:
-            self.series.setdefault(name, Series())
+        self.names.update(figures)
         training = self.facts.middle("train/loss")
         for name, value in figures.items():
             if name not in self.readers:
                 self.readers[name] = [rule for rule in self.rules if self._reads(rule, name)]
+            if not self.readers[name] and not name.startswith(CONTEXT):
+                continue
+            if name not in self.series:
+                self.series[name] = Series()
             self.series[name].add(value, progress, training)
         for name in figures:
-            seen = self.series[name]
             for rule in self.readers[name]:
+                seen = self.series[name]
                 found = None
                 if seen.count * self.facts.stride > rule.after:
                     found = CHECKS[rule.check](rule, seen, self.facts)
@@ -293,7 +303,7 @@ class Doctor:
         for pattern in rule.metrics:
             if fnmatch.fnmatchcase(name, pattern):
                 return True
-            if any(fnmatch.fnmatchcase(other, pattern) for other in self.series if other != name):
+            if any(fnmatch.fnmatchcase(other, pattern) for other in self.names if other != name):
                 return False
         return False
 

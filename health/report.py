@@ -300,7 +300,7 @@ def draw(metric: str, pages: list[RunPage]) -> str:
     axis.set_xlabel("step", fontsize=7)
     axis.tick_params(labelsize=7)
     if not positive:
-        axis.ticklabel_format(useOffset=False)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")  # no offset that overlaps the title
     axis.spines[["top", "right"]].set_visible(False)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})

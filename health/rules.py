@@ -421,7 +421,8 @@ RULES: tuple[Rule, ...] = (
         (("learning_rate", "divide it by 2 to 5"), ("warmup_ratio", "try 0.05 to 0.1", (0.05, 1)),
          ("max_grad_norm", "1.0 clips what a bad batch can do", (1e-9, 1.0))),
         low=0.5, high=1.5, window=10, after=10, severity="critical", guard="supervised",
-        explains=("overfitting", "loss_*", "grad_norm_high", "worse_than_frequencies", "answers_unrelated"),
+        explains=("overfitting", "loss_stuck", "loss_plateau", "loss_spike", "grad_norm_high",
+                  "worse_than_frequencies", "answers_unrelated"),
     ),
     Rule(
         "overfitting", ("eval/loss",), "rising", "held-out loss rises while training goes on",
@@ -526,7 +527,7 @@ RULES: tuple[Rule, ...] = (
         ("beta", "0.01 to 0.1 holds it to its start", (0.01, math.inf)),
          ("num_generations", "16 and more", (16, math.inf))),
         low=0.01, window=10, severity="critical",
-        explains=("all_groups_flat", "flat_groups", "no_signal", "no_gradient", "samples_*"),
+        explains=("all_groups_flat", "flat_groups", "no_signal", "no_gradient", "samples_alike"),
     ),
     Rule(
         "entropy_high", ("entropy",), "climbs_above", "the policy does not converge",
@@ -539,7 +540,8 @@ RULES: tuple[Rule, ...] = (
         (("beta", "raise it"), ("learning_rate", "halve it"),
         ("num_iterations", "fewer passes over a batch", (0, 1))),
         high=2.0, window=3, severity="critical",
-        explains=("kl_drifting", "entropy_high", "clipping", "policy_gradient_large"),
+        explains=("kl_drifting", "entropy_high", "clipping", "policy_gradient_large", "reward_collapse",
+                  "all_groups_flat", "flat_groups", "no_signal"),
     ),
     Rule(
         "kl_drifting", ("kl",), "outside", "the policy drifts away from where it began",

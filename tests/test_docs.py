@@ -163,7 +163,7 @@ def sources() -> dict[str, str]:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Constant) and re.search(r"(?m)^(import|from) ", str(node.value)):
                 found[f"{name}, string of line {node.lineno}"] = node.value
-    for path in (ROOT / "drills").glob("*.yaml"):
+    for path in (*(ROOT / "drills").glob("*.yaml"), *(ROOT / "faults").glob("*.yaml")):
         found[path.name] = yaml.safe_load(path.read_text(encoding="utf-8")).get("patch") or ""
     return found
 

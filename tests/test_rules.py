@@ -148,7 +148,7 @@ ILL: dict[str, tuple[str, list, list, int]] = {
     "advantages_off_centre": ("advantages/off_centre", [0.0] * 3, [0.6] * 3, 2),
     "advantages_off_scale": ("advantages/size", [0.8] * 3, [1e5] * 4, 3),
     "reward_not_learnt": ("reward", [], [
-        {"reward": x, "reward_std": 0.3, "frac_reward_zero_std": 0.1} for x in noisy(0.5, 120, 0.1)], 105),
+        {"reward": x, "reward_std": 0.3, "frac_reward_zero_std": 0.1} for x in noisy(0.5, 120, 0.02)], 105),
     "reward_dies": ("rewards/score/mean", noisy(0.6, 30, 0.05), [0.0] * 5, 4),
     "one_token_repeated": ("completions/repetition", noisy(0.02, 10), [0.9] * 6, 5),
     "length_pays": ("scores/correlation_with_length", [0.1] * 50, [0.97] * 21, 20),
