@@ -258,8 +258,11 @@ class Doctor:
         return found
 
     def _explained(self, name: str, speaking: set[str]) -> bool:
-        """Whether a rule that speaks explains this one."""
-        return any(other != name and explains(self.by_name[other], name) for other in speaking)
+        """Whether a rule that speaks explains this one. A warning never silences what is critical, for which
+        on_unhealthy may ask to stop."""
+        grave = self.by_name[name].severity == "critical"
+        causes = [self.by_name[other] for other in speaking if other != name]
+        return any(explains(c, name) and (c.severity == "critical" or not grave) for c in causes)
 
     def recall(self, rows: Iterable[dict]) -> None:
         """Restore the state of a resumed run from its logged metrics: windows, best values and broken rules,

@@ -565,12 +565,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "off_policy", ("sampling/sampling_logp_difference/mean",), "outside",
         "the sampler's weights are far from the trainer's",
-        "the server has not received weights for many updates, or has the wrong ones",
+        "the server has not received weights for many updates, or has the wrong ones; if it was so in the "
+        "first step, what sampler_mismatch says",
         (("vllm_sync_interval", "lower it: sync more often", (0, 1)),
          ("off_policy_mask_threshold", "0.5 leaves stale samples out", (1e-9, 0.5)),
          _CORRECTION),
         high=1.0, window=2, severity="critical",
-        explains=("sampler_mismatch", "ratio_vanishing", "correction_*"),
+        explains=("ratio_vanishing", "correction_*"),
     ),
     Rule(  # The page's table says to raise vllm_sync_interval here, its text to lower it: lower is right.
         "ratio_vanishing", ("sampling/importance_sampling_ratio/min",), "outside",
@@ -742,7 +743,7 @@ RULES: tuple[Rule, ...] = (
         "the same completion earns something else each time (in standard deviations of the batch's scores)",
         "the reward function is random: there is nothing to learn but noise",
         (("reward_funcs", "make it a function of the completion and its row"),), high=0.3, window=6,
-        explains=("reward_*", "entropy_*", "no_signal"),
+        explains=("reward_stuck_at_zero", "reward_collapse", "reward_not_learnt", "entropy_high"),
     ),
     Rule(
         "reward_prefers_wrong", ("scores/own_answer_gain",), "outside",

@@ -1,5 +1,5 @@
-"""Diagnosis: what is measured, one first cause, and no alarm where nothing is wrong. The faults themselves
-run in bench/faults.py; here are the measurements against hand-made data, and the cases that once were alarms."""
+"""Diagnosis: what is measured, one first cause, and no alarm where nothing is wrong. The faults run in
+bench/faults.py; here are the measurements against hand-made data, and the cases that once were alarms."""
 
 import json
 import math
@@ -44,9 +44,8 @@ def test_the_catalogue_is_large_and_every_entry_names_rules_that_exist():
     assert {f.base for f in catalogue.values()} == {"sft", "grpo", "ebft", "strided"}
 
 
-def test_no_rule_explains_itself_or_is_explained_by_what_it_explains():
+def test_no_rule_is_explained_by_what_it_explains():
     for a in RULES:
-        assert not explains(a, a.name) or "*" in "".join(a.explains), a.name
         for b in RULES:
             both = a is not b and explains(a, b.name) and explains(b, a.name)
             assert not both, f"{a.name} and {b.name} explain each other: both would be silent"
