@@ -521,7 +521,7 @@ class Sampler:
                 scores = self.scorer.finish(self.scorer.begin(each, [r.completion_ids for r in rollouts]))
             rewards = [{name: scores[name][i] for name in scores} for i in range(len(rollouts))]
             checks = self.score_checks if temperature is None and self.environment is None else None
-            return rewards, checks.metrics(each, rollouts, rewards) if checks is not None else {}
+            return rewards, checks.metrics(seed[1] + 1, each, rollouts, rewards) if checks else {}
 
         rewards_of, self.signs = dist.from_main(score, self.world)
         for rollout, rewards in zip(rollouts, rewards_of, strict=True):

@@ -31,6 +31,8 @@ ALIASES: tuple[tuple[str, str], ...] = (
 )
 
 
+UNLOGGED = "now/"  # begins the names of what is judged and not logged
+
 CONTEXT = (  # metrics that checks read beside their own
     "eval/loss", "reward", "frac_reward_zero_std", "entropy", "completions/mean_length", "weights/", "data/",
     "train/", "rows/", "prompts/", "scores/", "loss/",
@@ -192,6 +194,7 @@ class Doctor:
         verdicts, findings = [], []
         progress = step / self.total_steps if self.total_steps else 0.0
         self.facts.step = step
+        metrics = {name.removeprefix(UNLOGGED): value for name, value in metrics.items()}
         if step:
             self.steps = (self.steps[0] if self.steps else step, step)
         metrics = metrics | self._schedule(step, metrics) | self._derived(metrics)
@@ -269,15 +272,18 @@ class Doctor:
         except for metrics that depend on the process (MEASURED)."""
         self._recalling, rows = True, list(rows)
         for row in rows:
-            if row["step"] == 0 or not any(True for _ in of_training([row])):
-                self.begin({k: v for k, v in row.items() if k.startswith("data/")})
-                continue
-            kept = {own_name(str(k)): v for k, v in row.items() if not MEASURED.search(str(k))}
-            self.observe(row["step"], kept)
+            self.read({own_name(str(k)): v for k, v in row.items() if not MEASURED.search(str(k))})
         if self.steps is not None:
             self.facts.first_step = self.steps[1] + 1
         self._recalling = False
         self.agree_with(rows)
+
+    def read(self, row: dict) -> list[Verdict]:
+        """Judge a logged row: what was measured before the first step apart from the rest."""
+        before = {k: v for k, v in row.items() if k.startswith("data/")}
+        rest = {k: v for k, v in row.items() if k != "step" and not k.startswith(("data/", "health/"))}
+        verdicts = self.begin(before) if before else []
+        return verdicts + (self.observe(row["step"], rest) if any(True for _ in of_training([row])) else [])
 
     def agree_with(self, rows: list[dict]) -> None:
         """Take over what the run said while it ran (health/… in its rows): it knew every step, its config of

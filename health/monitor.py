@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dist
-from health.doctor import Doctor, Verdict, rules_of
+from health.doctor import UNLOGGED, Doctor, Verdict, rules_of
 from run.config import BallastError, ConfigError, check_at_least_one
 from run.files import write_atomically
 from run.log import log
@@ -125,6 +125,7 @@ class MetricLogger:
         self.doctor: Doctor | None = None
         self.action = "warn"  # what the rules ask for: warn (continue), checkpoint_and_stop, or stop
         self.why = ""
+        self.measured: dict[str, float] = {}  # before the first step, until its line is written
         self.bar: tqdm | None = None
         self.file: Any = None
         self.tensorboard: Any = None
@@ -173,7 +174,9 @@ class MetricLogger:
         kept = []
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
-            logged = [(line, row) for line in lines if (row := _logged(line)) and row["step"] <= first_step]
+            # A run that begins anew measures again what is logged as step 0.
+            last = first_step or -1
+            logged = [(line, row) for line in lines if (row := _logged(line)) and row["step"] <= last]
             write_atomically(path, "".join(line + "\n" for line, _ in logged))
             kept = [row for _, row in logged]
         self.file = path.open("a", encoding="utf-8")
@@ -197,12 +200,12 @@ class MetricLogger:
         self._say(self.doctor.observe(step, metrics, rows))
 
     def begin(self, measured: dict[str, float], new: bool) -> None:
-        """Judge the settings and what was `measured` before the first step; a new run writes it as step 0."""
+        """Judge the settings and what was `measured` before the first step; a new run writes it with its
+        first line of metrics."""
         if self.doctor is None:
             return
         self._say(self.doctor.begin(measured))
-        if new:
-            self.log(0, measured, show=False)
+        self.measured = measured if new else {}
 
     def _say(self, verdicts: list[Verdict]) -> None:
         assert self.doctor is not None
@@ -239,11 +242,14 @@ class MetricLogger:
         if self.bar is not None:
             self.bar.update()
 
-    def log(self, step: int, metrics: dict[str, float], show: bool = True) -> None:
-        """Write the metrics of a step that is done (`step` counts from 1); on the console too if `show`."""
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a step that is done (`step` counts from 1)."""
         if not self.main:
             return
-        metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}  # JSON has no NaN
+        measured, self.measured = self.measured, {}
+        metrics = {  # JSON has no NaN
+            k: v for k, v in (measured | metrics).items() if math.isfinite(v) and not k.startswith(UNLOGGED)
+        }
         if self.doctor is not None:
             metrics = {**metrics, **self.doctor.metrics()}
         if self.file is not None:
@@ -257,8 +263,6 @@ class MetricLogger:
         if self.wandb is not None:
             with self._reporting("wandb"):
                 self.wandb.log(metrics, step=step)
-        if not show:
-            return
         shown = [f"{label} {metrics[key]:{form}}" for key, (label, form) in FORMATS.items() if key in metrics]
         if self.doctor is not None and self.doctor.ill:
             shown.append(f"unhealthy: {self.doctor.status}")
@@ -371,7 +375,7 @@ class HeldOutLosses:
             return {"eval/loss": loss}
         found = {"eval/loss": loss, "eval/loss_error": self._error(nll, tokens)}
         if self.best is not None and len(self.best[1]) == len(nll):
-            found["eval/loss_rise_error"] = self._error(nll - self.best[1], tokens)
+            found[f"{UNLOGGED}eval/loss_rise_error"] = self._error(nll - self.best[1], tokens)
         if self.best is None or loss < self.best[0]:
             self.best = loss, nll
         return found

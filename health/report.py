@@ -93,15 +93,11 @@ def judge(history: list[dict], config: dict) -> tuple[Doctor, list[Verdict]]:
     between = [b - a for a, b in itertools.pairwise(steps) if b > a]
     try:
         doctor = Doctor(known, history[-1]["step"], round(median(between)) if between else 1)
-        verdicts = doctor.begin({})
+        verdicts = [] if any(k.startswith("data/") for row in history for k in row) else doctor.begin({})
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError("config.yaml", None, f"holds an option of the wrong type ({error})") from None
     for row in history:
-        metrics = {k: v for k, v in row.items() if k != "step" and not k.startswith("health/")}
-        if not any(True for _ in of_training([row])):
-            verdicts += doctor.observe(0, {k: v for k, v in metrics.items() if k.startswith("data/")})
-        else:
-            verdicts += doctor.observe(row["step"], metrics)
+        verdicts += doctor.read(row)
     doctor.agree_with(history)
     shown = [v for v in verdicts if v.rule.name in doctor.ever]
     known_names = {v.rule.name for v in shown}

@@ -97,13 +97,13 @@ class Vitals:
             self._pending["first_step/gradients_left"] = self.gradients_left
         if len(self.rows) == 5 and any(self.rows):
             together = [name for row in self.rows for name in row]
-            self._pending["rows/distinct"] = len(set(together)) / max(1, len(together))
-            self._pending["rows/in_step"] = len(together) / 5
+            self._pending["now/rows/distinct"] = len(set(together)) / max(1, len(together))
+            self._pending["now/rows/in_step"] = len(together) / 5
         if not self._begun:
             self._begun = True
             self._pending |= self._first_step(step, batches, losses, loss_of, restored)
         self.seen += 1
-        if self.seen <= 5 or step % EVERY == 0:
+        if self._measured(step) or self.seen <= 5:
             self._before = sampled([p for _, p in self.named])
             self._gradients = [
                 sampled([p.grad])[0] if p.grad is not None else torch.zeros_like(before)
@@ -302,7 +302,8 @@ class Vitals:
     # After the update -------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """What was found in this step."""
+        """What was found in this step. What a run that was never stopped would not have measured here begins
+        with now/: it is judged, and not logged, so that a resumed run logs the same."""
         found, self._pending = self._pending, {}
         if self._again is not None:
             found, self._again = found | self._again(), None
@@ -314,7 +315,22 @@ class Vitals:
             now = sampled(list(self.frozen.parameters()))
             same = [torch.equal(a, b.to(a.device)) for a, b in zip(self.frozen_before, now, strict=True)]
             found["weights/frozen_moved"] = float(not all(same) and not self._may_move())
-        return found
+        return {name if self._regular(name) else f"now/{name}": value for name, value in found.items()}
+
+    def _regular(self, name: str) -> bool:
+        """Whether every run measures this in this step, also one that was never stopped."""
+        if name.startswith(("now/", "answers/", "rows/")):
+            return True
+        if name in ("first_step/loss_change", "first_step/better_likelier"):
+            return self.step <= 2
+        if name.startswith("first_step/") or name == "weights/frozen_share":
+            return self.step == 1
+        return self._measured(self.step)
+
+    @staticmethod
+    def _measured(step: int) -> bool:
+        """Whether the weights are measured in this step, whenever the process began."""
+        return step <= 5 or step % EVERY == 0
 
     def _may_move(self) -> bool:
         return bool(getattr(self.config, "ref_model_sync_steps", None))

@@ -175,7 +175,9 @@ class RolloutQueue:
         prompts = {r.prompt_index for r in rollouts if r.prompt_index >= 0}
         if prompts and self.prompts_before:
             repeated = len(prompts & self.prompts_before) / len(prompts)
-            self.metrics = {**self.metrics, "prompts/repeated": repeated, "prompts/in_batch": len(prompts)}
+            self.metrics = {
+                **self.metrics, "now/prompts/repeated": repeated, "now/prompts/in_batch": float(len(prompts)),
+            }
         self.prompts_before = prompts
         return rollouts
 

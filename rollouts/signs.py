@@ -70,19 +70,18 @@ class ScoreChecks:
     """Scores a few completions again, alone, in batches 1, 2, 4, 8, …; and once the rows' own answers."""
 
     def __init__(self, scorer: Scorer):
-        self.scorer, self.batches = scorer, 0
+        self.scorer = scorer
 
     def metrics(
-        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Scores
+        self, batch: int, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], scores: Scores
     ) -> dict[str, float]:
-        """prompts[i] and scores[i] belong to rollouts[i]. A function that fails here is left alone: it was
-        judged where it is needed."""
-        self.batches += 1
-        if self.batches & (self.batches - 1):
+        """Of generation batch number `batch`, from 1; prompts[i] and scores[i] belong to rollouts[i]. A
+        function that fails here is left alone: it was judged where it is needed."""
+        if batch & (batch - 1):
             return {}
         with suppress(RewardError):
             found = self._again(prompts, rollouts, scores)
-            if self.batches == 1 and not any(found.values()):
+            if batch == 1 and not any(found.values()):
                 found |= self._own_answers(prompts)
             return found
         return {}

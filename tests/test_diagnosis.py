@@ -211,7 +211,7 @@ def test_the_error_of_a_held_out_loss_is_the_jackknifes():
     assert first["eval/loss_error"] == pytest.approx(jackknife, rel=0.02)
     risen = [(float(n + 0.1 * t), int(t)) for n, t in zip(nll, tokens, strict=True)]
     again = losses.metrics(risen, world)  # all rows alike: the rise is sure, though the loss is not
-    assert again["eval/loss_rise_error"] < 1e-12 < again["eval/loss_error"]
+    assert again["now/eval/loss_rise_error"] < 1e-12 < again["eval/loss_error"]
 
 
 class Letters:
@@ -340,7 +340,7 @@ def check_scores(function, given=None) -> dict[str, float]:
     scorer = Scores(function)
     scores = [{"score": function(p.columns["answer"], chr(r.completion_ids[0]))}
               for p, r in zip(prompts, rollouts, strict=True)]
-    return signs.ScoreChecks(scorer).metrics(prompts, rollouts, given or scores)  # type: ignore[arg-type]
+    return signs.ScoreChecks(scorer).metrics(1, prompts, rollouts, given or scores)  # type: ignore[arg-type]
 
 
 def test_scores_are_checked_by_scoring_again():
