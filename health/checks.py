@@ -371,6 +371,15 @@ def _still(rule: Any, seen: Series, facts: Facts) -> str | None:
     return _outside(rule, seen, facts)
 
 
+def _only_decay(rule: Any, seen: Series, facts: Facts) -> str | None:
+    """Above the range, by updates as long as the rate times the weight decay."""
+    moved, rate = facts.middle("weights/moved", 1), facts.middle("train/learning_rate", 1)
+    decay, found = float(facts.config.get("weight_decay") or 0.0), _still(rule, seen, facts)
+    if found is None or not moved or not rate or not decay or moved > 1.1 * rate * decay:
+        return None
+    return f"{found}; a step of {figure(moved)} is learning_rate · weight_decay"
+
+
 def _moved_but_zero(rule: Any, seen: Series, facts: Facts) -> str | None:
     """0 all the time while the weights move."""
     moved = facts.middle("weights/moved", 3)
@@ -512,10 +521,10 @@ CHECKS: dict[str, Callable[[Any, Series, Facts], str | None]] = {
     "below_best": _below_best, "rising": _rising, "creep": _creep, "jump": _jump,
     "drops_at_once": _drops_at_once, "after_resume": _after_resume,
     "longer_after_resume": _longer_after_resume, "share_of_start": _share_of_start,
-    "never_above": _never_above, "uphill": _uphill, "still": _still, "moved_but_zero": _moved_but_zero,
-    "left_over": _left_over, "thrown": _thrown, "mean_below": _mean_below, "not_risen": _not_risen,
-    "hits_limit": _hits_limit, "early": _early, "above_and_not_falling": _above_and_not_falling,
-    "seen_before": _seen_before, "stops_at_zero": _stops_at_zero,
-    "hits_limit_for_reward": _hits_limit_for_reward, "identical": _identical, "repeats": _repeats,
-    "same_prompts": _same_prompts, "unrelated": _unrelated,
+    "never_above": _never_above, "uphill": _uphill, "still": _still, "only_decay": _only_decay,
+    "moved_but_zero": _moved_but_zero, "left_over": _left_over, "thrown": _thrown,
+    "mean_below": _mean_below, "not_risen": _not_risen, "hits_limit": _hits_limit, "early": _early,
+    "above_and_not_falling": _above_and_not_falling, "seen_before": _seen_before,
+    "stops_at_zero": _stops_at_zero, "hits_limit_for_reward": _hits_limit_for_reward,
+    "identical": _identical, "repeats": _repeats, "same_prompts": _same_prompts, "unrelated": _unrelated,
 }

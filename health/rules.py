@@ -331,6 +331,15 @@ RULES: tuple[Rule, ...] = (
         explains=("loss_stuck", "loss_plateau"),
     ),
     Rule(
+        "only_decay_moves", ("weights/shrinking",), "only_decay",
+        "nothing but the weight decay moves the weights, though there are gradients (cosine of −Δw and w)",
+        "gradients are lost between the backward pass and the update: scaled or clipped to nothing, below "
+        "adam_epsilon, or of tensors that the optimiser does not hold",
+        (("max_grad_norm", "1.0", (0.01, math.inf)), ("adam_epsilon", "1e-8", (0, 1e-6))),
+        high=0.9, window=3, severity="critical",
+        explains=("update_is_decay", "loss_*", "tensor_not_trained", "updates_*", "reward_*"),
+    ),
+    Rule(
         "update_is_decay", ("weights/shrinking",), "outside",
         "updates mostly shrink the weights: the decay outweighs the gradient (cosine of −Δw and w)",
         "weight_decay times learning_rate is larger than what the gradient moves",

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 import dist
 from dist import World
 from model import Transformer, without_gradients
+from run.log import log
 from text.tokenizer import IGNORE
 
 SAMPLE = 256  # elements of each tensor
@@ -64,7 +65,6 @@ class Vitals:
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.step = 0
         self.seen = 0  # updates of this process
-        self.measures: list[dict[str, float]] = []
         self.frozen_before = sampled(list(frozen.parameters())) if frozen is not None else []
         self.gradients_left = 0.0  # share of the tensors that have one when a step begins
         self.rows: collections.deque[list[str]] = collections.deque(maxlen=5)
@@ -72,6 +72,7 @@ class Vitals:
         self._gradients: list[Tensor] = []
         self._pending: dict[str, float] = {}
         self._still = dict.fromkeys((name for name, _ in self.named), 0)
+        self._named = False  # have tensors that stay the same been logged
         self._begun = False  # has this process measured the first step
         self._again: Callable[[], dict[str, float]] | None = None  # the same batch after the update
 
@@ -87,8 +88,7 @@ class Vitals:
         loss_of: Callable[[Any], Any], restored: Callable[[], AbstractContextManager],
     ) -> None:
         """Take samples of weights and gradients where this step is measured, and probe the first step. A
-        collective in a run's first step. `restored()` has
-        the random state of the first micro-batch inside, and leaves the one outside as it is."""
+        collective in a run's first step. Inside `restored()` is the random state of the first micro-batch."""
         self.step, self._pending = step, {}
         if supervised(batches[0]):  # rollouts repeat the rows of their prompts
             self.rows.append(names)
@@ -181,11 +181,12 @@ class Vitals:
         documents = torch.arange(2 * PROBE, device=device) // PROBE
         together = hidden(torch.cat([one, other]), documents)
         padded = hidden(torch.cat([one, torch.zeros_like(other)]), torch.where(documents == 0, 0, -1))
+        ahead = hidden(changed)
         if again > self._tolerance():
             return {"first_step/repeat": again}
         return {
             # A dynamic rope depends on the length, here the same in both.
-            "first_step/future": gap(alone[:half], hidden(changed)[:half]),
+            "first_step/future": gap(alone[:half], ahead[:half]),
             "first_step/documents": max(gap(alone, together[:PROBE]), gap(after, together[PROBE:])),
             "first_step/padding": gap(alone, padded[:PROBE]),
         }
@@ -200,12 +201,12 @@ class Vitals:
         few = (targets != IGNORE).flatten().nonzero().flatten()[:64]
         kept = torch.full_like(targets.flatten(), IGNORE)
         kept[few] = targets.flatten()[few]
-        if not len(few):
-            return {}
         _, sums = loss_of(dataclasses.replace(batch, targets=kept.view_as(targets)))
         states, _ = self.model.hidden_states(
             ids, position_ids=batch.position_ids, document_ids=documents
         )
+        if not len(few):  # after the forward passes, in which every rank takes part
+            return {}
         logits = self.model.logits(states.flatten(0, 1)[few]).float()
         plain = torch.nn.functional.cross_entropy(logits, kept[few], reduction="sum")
         difference = abs(float(sums["nll"]) - float(plain)) / max(abs(float(plain)), 1e-2 * len(few))
@@ -226,13 +227,16 @@ class Vitals:
 
     def _rotated_answers(self, batches: Sequence[Any]) -> dict[str, float]:
         """How much likelier an answer is after its own prompt than after the next row's: relative difference
-        of the NLL. Only for batches of rows with one prompt and one answer."""
+        of the NLL. Only for batches of rows with one prompt and one answer; the same rows on every rank. A
+        collective."""
         if not supervised(batches[0]):
             return {}
-        rows = [row for batch in batches[:4] for row in _prompts_and_answers(batch)]
-        rows = [row for row in rows if len(row[0]) and len(row[1])][:16]
-        if len(rows) < 4:
+        own = [(p.tolist(), a.tolist()) for b in batches[:4] for p, a in _prompts_and_answers(b)][:16]
+        every = [row for of_rank in dist.gather(own, self.world) for row in of_rank if row[0] and row[1]][:16]
+        if len(every) < 4:
             return {}
+        device = self.world.device
+        rows = [(torch.tensor(p, device=device), torch.tensor(a, device=device)) for p, a in every]
         with without_gradients(self.model):
             self.model.eval()
             right = self._answer_nll([(p, a) for p, a in rows])
@@ -379,12 +383,10 @@ class Vitals:
         still = [name for name in names if self._still[name] >= 3 and name not in routed]
         if total(changed, every):
             found["weights/still_tensors"] = len(still) / len(names)
+            if still and not self._named:
+                self._named, more = True, f" and {len(still) - 3} more" if len(still) > 3 else ""
+                log.info("these have not changed in three measurements: %s%s", ", ".join(still[:3]), more)
         return found
-
-    @property
-    def still(self) -> list[str]:
-        """Tensors that have not changed in the last three measurements."""
-        return [name for name, count in self._still.items() if count >= 3]
 
 
 def _prompts_and_answers(batch: Any) -> list[tuple[Tensor, Tensor]]:

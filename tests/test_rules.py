@@ -17,6 +17,7 @@ from run.config import ConfigError, parse_config
 CONFIG = {
     "learning_rate": 1e-3, "temperature": 0.6, "vllm_sync_interval": 4, "num_generations": 8, "beta": 0.0,
     "datasets": [{"path": "x", "type": "chat"}], "whitening": "none", "on_unhealthy": "warn", "lora_r": 16,
+    "weight_decay": 0.1,
 }
 
 
@@ -128,6 +129,9 @@ ILL: dict[str, tuple[str, list, list, int]] = {
         {"weights/moved": 0.3, "train/loss": 2.0 + k} for k in range(8)], 7),
     "tensor_not_trained": ("weights/still_tensors", [0.0] * 3, [0.2] * 5, 4),
     "frozen_unasked": ("weights/frozen_share", [], [0.99], 1),
+    "only_decay_moves": ("weights/shrinking", [], [{
+        "weights/shrinking": 1.0, "weights/moved": 1e-4, "train/learning_rate": 1e-3, "train/grad_norm": 0.5,
+    }] * 4, 3),
     "update_is_decay": ("weights/shrinking", [0.01] * 4, [0.9] * 4, 3),
     "update_goes_uphill": ("weights/along_gradient", [], [-0.6] * 3, 2),
     "frozen_network_moves": ("weights/frozen_moved", [0.0] * 2, [1.0], 1),
