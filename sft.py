@@ -304,7 +304,8 @@ def read_data(run: Run, config: Config) -> tuple[Dataset, Batches, Dataset, Batc
     order = ordered(rows, dataset, weights_of(config.datasets), units, shuffle=True)
     eval_order = ordered(held_out_rows, held_out, weights, config.micro_batch_size, shuffle=False)
     kinds = [str(spec.get("type")) for spec in config.datasets]
-    run.measured |= findings.of_rows(dataset, order, held_out, held_out_rows, run.tokenizer, kinds)
+    if config.health and run.world.main:
+        run.measured |= findings.of_rows(dataset, order, held_out, held_out_rows, run.tokenizer, kinds)
     return dataset, order, held_out, eval_order
 
 

@@ -326,11 +326,11 @@ class Doctor:
         verdicts = sorted(self.ever.values(), key=lambda verdict: verdict.weight)
         causes: list[tuple[Verdict, list[Verdict]]] = []
         for verdict in verdicts:
-            of = next((c for c, _ in causes if explains(c.rule, verdict.rule.name)), None)
-            if of is None:
+            under = next((of for cause, of in causes if explains(cause.rule, verdict.rule.name)), None)
+            if under is None:
                 causes.append((verdict, []))
             else:
-                next(found for c, found in causes if c is of).append(verdict)
+                under.append(verdict)
         return causes
 
     def evidence(self) -> str:

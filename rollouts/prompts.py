@@ -73,6 +73,8 @@ def read_prompt_data(
     )
     batches = math.ceil(config.max_steps / updates) if config.max_steps else order.batches(config.num_epochs)
     fingerprint = with_weights(fingerprint, weights)
-    first = [row for number in range(min(order.batches(1.0), 2000)) for row in order.batch(number)]
-    measured = findings.of_prompts(train, held_out, first, counts["too_long"], tokenizer)
+    measured = {}
+    if config.health:
+        first = [row for number in range(min(order.batches(1.0), 2000)) for row in order.batch(number)]
+        measured = findings.of_prompts(train, held_out, first, counts["too_long"], tokenizer)
     return PromptData(train, held_out, order, None, batches, order.batches(1.0), fingerprint, measured)

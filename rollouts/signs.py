@@ -79,12 +79,19 @@ class ScoreChecks:
         function that fails here is left alone: it was judged where it is needed."""
         if batch & (batch - 1):
             return {}
+        declared = self._declared() if batch == 1 else {}
         with suppress(RewardError):
             found = self._again(prompts, rollouts, scores)
             if batch == 1 and not any(found.values()):
                 found |= self._own_answers(prompts)
-            return found
-        return {}
+            return declared | found
+        return declared
+
+    def _declared(self) -> dict[str, float]:
+        """rewards/<name>/best of each function that has a range, as in score.reward_range = (-1, 0)."""
+        functions = self.scorer.functions.items()
+        ranges = {name: getattr(function, "reward_range", None) for name, function in functions}
+        return {f"rewards/{name}/best": float(found[1]) for name, found in ranges.items() if found}
 
     def _score(self, prompt: Prompt, ids: list[int]) -> dict[str, float | None]:
         scores = self.scorer.finish(self.scorer.begin([prompt], [ids]))

@@ -348,6 +348,12 @@ def test_scores_are_checked_by_scoring_again():
     assert right["scores/alone_difference"] == 0 == right["scores/twice_difference"]
     assert right["scores/own_answer_gain"] == 1
     assert check_scores(lambda answer, text: -float(answer == text))["scores/own_answer_gain"] == -1
+
+    def penalty(answer: str, text: str) -> float:
+        return -float(answer != text)
+
+    penalty.reward_range = (-1, 0)  # type: ignore[attr-defined]
+    assert check_scores(penalty)["rewards/score/best"] == 0
     noise = random.Random(0)
     assert check_scores(lambda answer, text: noise.random())["scores/twice_difference"] > 0.3
     rotated = [{"score": x} for x in (0.0, 1.0, 1.0, 1.0)]
