@@ -518,11 +518,23 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, norm: Tensor
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, without a graph."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def samples(tensors: Iterable[Tensor], most: int) -> list[Tensor]:
+    """At most so many elements of this process's part of each tensor, evenly spaced: 1-D, views where the
+    tensor is contiguous."""
+    flat = (local(tensor).reshape(-1) for tensor in tensors)
+    return [x[:: max(1, -(-x.numel() // most))] for x in flat]
+
+
 @torch.no_grad()
 def mix_weights(into: nn.Module, other: nn.Module, weight: float) -> None:
     """into ← weight · other + (1 − weight) · into; each rank updates its own rows."""
     for a, b in zip(into.parameters(), other.parameters(), strict=True):
-        a, b = (x.to_local() if isinstance(x, DTensor) else x for x in (a, b))
+        a, b = local(a), local(b)
         a.lerp_(b.to(a.dtype), weight)
 
 

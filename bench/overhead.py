@@ -1,5 +1,7 @@
-"""What the rules cost: the median time from step to step with health on and off, in turn, of the drills'
-healthy runs.
+"""What the rules and their measurements cost, in the drills' healthy runs: the time that is spent inside of
+them, as a share of the run, told apart in what is done once (the first five steps) and what every step pays;
+and the median time from step to step with health on over that with health off, which this machine's noise
+blurs by some per cent.
 
     python bench/overhead.py [--steps 200] [--rounds 3]
 """
@@ -15,19 +17,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from health import drill
 
+ONCE = 5  # steps in which a run is probed that it is not later
+
 CLOCK = """
-import dist, json, time
-beat, times = dist.beat, []
+import json, time
+import dist, health.doctor, health.vitals, rollouts.signs
+inside, times = [0.0], []
+def clocked(owner, name):
+    function = getattr(owner, name)
+    def call(*given, **named):
+        begun = time.perf_counter()
+        try:
+            return function(*given, **named)
+        finally:
+            inside[0] += time.perf_counter() - begun
+    setattr(owner, name, call)
+for name in ("step_begins", "before_update", "metrics"):
+    clocked(health.vitals.Vitals, name)
+for name in ("begin", "observe", "metrics"):
+    clocked(health.doctor.Doctor, name)
+clocked(rollouts.signs, "of_groups")
+clocked(rollouts.signs.ScoreChecks, "metrics")
+beat = dist.beat
 def timed(step, world):
-    times.append(time.perf_counter())
+    times.append((time.perf_counter(), inside[0]))
     open("TIMES", "w").write(json.dumps(times)) if step == LAST else None
     beat(step, world)
 dist.beat = timed
 """
 
 
-def interval(root: Path, base: str, steps: int, health: bool) -> float:
-    """Median seconds from one step's beginning to the next one's."""
+def timed(root: Path, base: str, steps: int, health: bool) -> list[list[float]]:
+    """Of each step's beginning: the time, and the seconds spent in measurements until then."""
     out = root / "runs" / f"overhead-{base}-{health}"
     times = root / "times.json"
     patch = CLOCK.replace("TIMES", str(times)).replace("LAST", str(steps))
@@ -36,8 +57,11 @@ def interval(root: Path, base: str, steps: int, health: bool) -> float:
         options["eval_steps"] = steps
     done = drill.run(root, base, options, patch)
     assert done.code == 0, done.said()
-    stamps = json.loads(times.read_text())
-    return statistics.median(b - a for a, b in itertools.pairwise(stamps[5:]))
+    return json.loads(times.read_text())
+
+
+def median_step(stamps: list[list[float]]) -> float:
+    return statistics.median(b[0] - a[0] for a, b in itertools.pairwise(stamps[ONCE:]))
 
 
 if __name__ == "__main__":
@@ -50,11 +74,16 @@ if __name__ == "__main__":
     given = parser.parse_args()
     place = given.root.absolute()
     drill.prepare(place)
-    print(f"{'recipe':<8}{'off, ms':>10}{'on, ms':>10}{'ratio':>8}   medians of {given.steps} steps")
+    print(f"{'recipe':<8}{'step, ms':>10}{'inside':>10}{'once, steps':>13}{'on/off':>9}   "
+          f"medians of {given.rounds} rounds, {given.steps} steps")
     for base in ("sft", "grpo", "ebft"):
-        pairs = [
-            [interval(place, base, given.steps, on) for on in (False, True)] for _ in range(given.rounds)
-        ]
-        off, on = (min(p[k] for p in pairs) for k in (0, 1))
-        ratio = statistics.median(b / a for a, b in pairs)
-        print(f"{base:<8}{1000 * off:>10.2f}{1000 * on:>10.2f}{ratio:>8.4f}", flush=True)
+        found = []
+        for _ in range(given.rounds):
+            off, on = (timed(place, base, given.steps, health) for health in (False, True))
+            step = median_step(on)
+            (begun, spent), (ended, total) = on[ONCE], on[-1]
+            found.append(
+                (1000 * step, (total - spent) / (ended - begun), spent / step, step / median_step(off))
+            )
+        step, share, once, ratio = map(statistics.median, zip(*found, strict=True))
+        print(f"{base:<8}{step:>10.2f}{share:>10.2%}{once:>13.2f}{ratio:>9.4f}", flush=True)

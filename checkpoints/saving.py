@@ -32,11 +32,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
 from checkpoints.adapters import rows_are_served, save_adapter
 from checkpoints.weights import save_pretrained
-from dist import World, from_main, seed_everything
+from dist import World, from_main, samples, seed_everything
 from model import Transformer
 from run.config import BallastError, ConfigError, check_at_least_one, check_interval
 from run.files import publish, write_atomically
@@ -383,11 +382,7 @@ def _sums(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[flo
     """[Σ|w| of the trained weights, Σ|s| of the optimisers' state] over a sample of each tensor, here."""
 
     def total(tensors: Iterable[Tensor]) -> float:
-        found = 0.0
-        for tensor in tensors:
-            flat = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().reshape(-1)
-            found += float(flat[:: max(1, flat.numel() // 64)].double().abs().sum())
-        return found
+        return sum(float(x.double().abs().sum()) for x in samples(tensors, 64))
 
     states = (value for optimizer in optimizers for state in optimizer.state.values()
               for value in state.values() if isinstance(value, Tensor))

@@ -54,7 +54,8 @@ class Series:
             self._squares += (value - self._previous) ** 2
         self._previous, self._sum = value, self._sum + value
         if self.count >= 10:
-            self.lowest = min(self.lowest, median(self.last(10)))
+            middle = sorted(self.values[-10:])[4:6]  # at every step: statistics.median is slow
+            self.lowest = min(self.lowest, sum(middle) / 2)
         if self.count % BLOCK == 0:
             self.blocks.append(self._sum / BLOCK)
             self.began = self.began if self.count > BLOCK else self.blocks[0]
@@ -102,6 +103,9 @@ def _steps(count: int, facts: Facts) -> str:
 
 
 def _outside(rule: Any, seen: Series, facts: Facts) -> str | None:
+    latest = seen.values[-1]
+    if (rule.low is None or latest >= rule.low) and (rule.high is None or latest <= rule.high):
+        return None  # as it is nearly always
     wanted = facts.observations(rule.window)
     last = seen.last(wanted)
     if len(last) < wanted:

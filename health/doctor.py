@@ -194,28 +194,30 @@ class Doctor:
         verdicts, findings = [], []
         progress = step / self.total_steps if self.total_steps else 0.0
         self.facts.step = step
-        metrics = {name.removeprefix(UNLOGGED): value for name, value in metrics.items()}
+        figures = {
+            name.removeprefix(UNLOGGED): float(value) for name, value in metrics.items()
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        }
         if step:
             self.steps = (self.steps[0] if self.steps else step, step)
-        metrics = metrics | self._schedule(step, metrics) | self._derived(metrics)
-        figures = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
+        figures |= self._schedule(step, figures) | self._derived(figures)
         self.names.update(figures)
         training = self.facts.middle("train/loss")
         for name, value in figures.items():
             if name not in self.readers:
                 self.readers[name] = [rule for rule in self.rules if self._reads(rule, name)]
-            if not self.readers[name] and not name.startswith(CONTEXT):
-                continue
-            if name not in self.series:
-                self.series[name] = Series()
-            self.series[name].add(value, progress, training)
+                if self.readers[name] or name.startswith(CONTEXT):
+                    self.series[name] = Series()
+            if name in self.series:
+                self.series[name].add(value, progress, training)
         for name in figures:
             for rule in self.readers[name]:
                 seen = self.series[name]
                 found = None
                 if seen.count * self.facts.stride > rule.after:
                     found = CHECKS[rule.check](rule, seen, self.facts)
-                findings.append((rule, name, found))
+                if found is not None or (rule.name, name) in self.ill:
+                    findings.append((rule, name, found))
         speaking = {name for name, _ in self.ill} | {rule.name for rule, _, found in findings if found}
         for rule, name, found in findings:
             if found is not None and self._explained(rule.name, speaking):
@@ -233,8 +235,9 @@ class Doctor:
                     del self.ill[key]
                     verdicts.append(Verdict(rule, step, name, False))
         # The most severe first, then in the order of the table.
-        order = {rule.name: index for index, rule in enumerate(self.rules)}
-        return sorted(verdicts, key=lambda v: (not v.ill, v.rule.severity != "critical", order[v.rule.name]))
+        order = [*self.by_name]
+        return sorted(verdicts, key=lambda v: (
+            not v.ill, v.rule.severity != "critical", order.index(v.rule.name)))
 
     def _schedule(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """The learning rate over the schedule's. The past is not judged by the schedule of now: a run that
@@ -310,9 +313,12 @@ class Doctor:
     def _reads(self, rule: Rule, name: str) -> bool:
         """Whether a rule reads this metric: its first name that the run has."""
         for pattern in rule.metrics:
-            if fnmatch.fnmatchcase(name, pattern):
+            if not set(pattern) & set("*?["):  # a plain name, as most are
+                if pattern == name or pattern in self.names:
+                    return pattern == name
+            elif fnmatch.fnmatchcase(name, pattern):
                 return True
-            if any(fnmatch.fnmatchcase(other, pattern) for other in self.names if other != name):
+            elif any(fnmatch.fnmatchcase(other, pattern) for other in self.names):
                 return False
         return False
 

@@ -89,13 +89,12 @@ ORDER = ("forward", "loss", "backward", "parameter", "unseen")  # the first of a
 
 def not_finite(tensor: Tensor) -> Tensor:
     """Mask of the NaN and infinite values in this process's shard."""
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return ~torch.isfinite(tensor.detach())
+    return ~torch.isfinite(dist.local(tensor))
 
 
 def described(tensor: Tensor) -> str:
     """'3 NaN, 1 Inf of 512'."""
-    tensor = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    tensor = dist.local(tensor)
     nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     counts = ", ".join(f"{n:,} {name}" for n, name in ((nan, "NaN"), (inf, "Inf")) if n)
     return f"{counts or 'none'} of {tensor.numel():,}"
@@ -103,7 +102,7 @@ def described(tensor: Tensor) -> str:
 
 def span(tensor: Tensor) -> str:
     """The range of the finite values, and the counts of the others."""
-    tensor = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().float()
+    tensor = dist.local(tensor).float()
     finite = tensor[torch.isfinite(tensor)]
     if not finite.numel():
         return "nothing finite" if tensor.numel() else "nothing at all"

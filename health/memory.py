@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+import dist
 import kernels
 from checkpoints.adapters import apply_lora
 from checkpoints.families import Architecture
@@ -92,7 +92,7 @@ def optimizer_bytes(optimizers: list) -> int:
 
 
 def _local_bytes(tensor: torch.Tensor) -> int:
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    tensor = dist.local(tensor)
     return tensor.numel() * tensor.element_size()
 
 

@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 
 import dist
 from dist import World
@@ -29,18 +29,16 @@ EVERY = 10  # steps between two measurements, after the first few
 PROBE = 48  # tokens of each probe document
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, without a graph."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+def sampled(tensors: Iterable[Tensor]) -> Tensor:
+    """At most SAMPLE elements of each tensor, evenly spaced: fp32 [tensors, SAMPLE], 0 after the last."""
+    parts = [x.float() for x in dist.samples(tensors, SAMPLE)]
+    return pad_sequence(parts, batch_first=True) if parts else torch.zeros(0, 0)
 
 
-def sampled(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """At most SAMPLE elements of each tensor, evenly spaced."""
-    samples = []
-    for tensor in tensors:
-        flat = local(tensor).reshape(-1)
-        samples.append(flat[:: max(1, -(-flat.numel() // SAMPLE))].clone())
-    return samples
+def _gradient(parameter: Tensor) -> Tensor:
+    """0, without the memory of the whole, where there is none."""
+    own = dist.local(parameter)
+    return parameter.grad if parameter.grad is not None else own.new_zeros(()).expand(own.shape)
 
 
 def kind_of(name: str) -> str:
@@ -63,13 +61,15 @@ class Vitals:
     def __init__(self, model: Transformer, config: Any, world: World, frozen: nn.Module | None = None):
         self.model, self.config, self.world, self.frozen = model, config, world, frozen
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.sizes = [dist.local(p).numel() for _, p in self.named]  # of this process's part
+        self.counts = [len(x) for x in dist.samples((p for _, p in self.named), SAMPLE)]
         self.step = 0
         self.seen = 0  # updates of this process
-        self.frozen_before = sampled(list(frozen.parameters())) if frozen is not None else []
+        self.frozen_before = sampled(frozen.parameters()) if frozen is not None else None
         self.gradients_left = 0.0  # share of the tensors that have one when a step begins
         self.rows: collections.deque[list[str]] = collections.deque(maxlen=5)
-        self._before: list[Tensor] = []
-        self._gradients: list[Tensor] = []
+        self._before: Tensor | None = None  # samples of the weights, and of their gradients
+        self._gradients: Tensor | None = None
         self._pending: dict[str, float] = {}
         self._still = dict.fromkeys((name for name, _ in self.named), 0)
         self._named = False  # have tensors that stay the same been logged
@@ -104,13 +104,10 @@ class Vitals:
             self._pending |= self._first_step(step, batches, losses, loss_of, restored)
         self.seen += 1
         if self._measured(step) or self.seen <= 5:
-            self._before = sampled([p for _, p in self.named])
-            self._gradients = [
-                sampled([p.grad])[0] if p.grad is not None else torch.zeros_like(before)
-                for (_, p), before in zip(self.named, self._before, strict=True)
-            ]
+            self._before = sampled(p for _, p in self.named)
+            self._gradients = sampled(_gradient(p) for _, p in self.named)
         self._again = None
-        if self.seen <= 2 and self._before and not hasattr(batches[0], "advantages"):
+        if self.seen <= 2 and self._before is not None and not hasattr(batches[0], "advantages"):
             self._again = functools.partial(self._descent, batches, losses, loss_of, restored)
         elif self.seen <= 2 and hasattr(batches[0], "rollouts"):
             some = [b for b in batches[:2] if hasattr(b, "rollouts")]
@@ -219,7 +216,7 @@ class Vitals:
         difference = size = 0.0
         for name, frozen in self.frozen.named_parameters():
             if name in own and own[name].shape == frozen.shape:
-                a, b = (x.float() for x in sampled([own[name], frozen]))
+                a, b = sampled([own[name]]), sampled([frozen])
                 if a.shape == b.shape:
                     difference += float((a.to(b.device) - b).square().sum())
                     size += float(a.square().sum())
@@ -270,12 +267,10 @@ class Vitals:
         if not all("loss" in sums for sums in found):
             return {}
         change = sum(float(sums["loss"]) for sums in found) - sum(map(float, losses))
-        expected = 0.0
-        now = sampled([p for _, p in self.named])
-        for (_, p), a, b, g in zip(self.named, self._before, now, self._gradients, strict=True):
-            if len(g):
-                weight = local(p).numel() / len(g)
-                expected += weight * float(((b.float() - a.float()) * g.float()).sum())
+        assert self._before is not None and self._gradients is not None
+        along = ((sampled(p for _, p in self.named) - self._before) * self._gradients).sum(-1)
+        counts, sizes = (torch.tensor(x, device=along.device) for x in (self.counts, self.sizes))
+        expected = float((along * sizes / counts.clamp(1)).sum())
         change, expected = dist.all_reduce([change, expected], self.world)
         change /= self.world.size  # the parts of all ranks carry a factor of their number
         return {"first_step/loss_change": change / expected} if abs(expected) > 1e-12 else {}
@@ -311,14 +306,13 @@ class Vitals:
         found, self._pending = self._pending, {}
         if self._again is not None:
             found, self._again = found | self._again(), None
-        if self._before:
-            found |= self._movement()
-            self._before, self._gradients = [], []
-        if self.frozen_before and self.step % EVERY == 0:
-            assert self.frozen is not None
-            now = sampled(list(self.frozen.parameters()))
-            same = [torch.equal(a, b.to(a.device)) for a, b in zip(self.frozen_before, now, strict=True)]
-            found["weights/frozen_moved"] = float(not all(same) and not self._may_move())
+        if self._before is not None and self._gradients is not None:
+            found |= self._movement(self._before, self._gradients)
+            self._before = self._gradients = None
+        if self.frozen is not None and self.frozen_before is not None and self.step % EVERY == 0:
+            now = sampled(self.frozen.parameters()).to(self.frozen_before.device)
+            same = torch.equal(self.frozen_before, now)
+            found["weights/frozen_moved"] = float(not same and not self._may_move())
         return {name if self._regular(name) else f"now/{name}": value for name, value in found.items()}
 
     def _regular(self, name: str) -> bool:
@@ -339,31 +333,23 @@ class Vitals:
     def _may_move(self) -> bool:
         return bool(getattr(self.config, "ref_model_sync_steps", None))
 
-    def _movement(self) -> dict[str, float]:
-        after = sampled([p for _, p in self.named])
+    def _movement(self, w: Tensor, g: Tensor) -> dict[str, float]:
+        """From samples of the weights before the update and of their gradients."""
         names = [name for name, _ in self.named]
-        columns = []
-        for before, now, gradient in zip(self._before, after, self._gradients, strict=True):
-            w, g = before.float(), gradient.float()
-            delta = now.float() - w
-            columns.append(torch.stack([
-                (now != before).sum().float(), torch.tensor(float(len(w)), device=w.device),
-                delta.square().sum(), w.square().sum(), (delta * w).sum(), (delta * g).sum(),
-                g.square().sum(),
-            ]))
-        table = torch.stack(columns).double().cpu()
-        changed, count, d2, w2, dw, dg, g2 = table.T.tolist()
+        delta = sampled(p for _, p in self.named) - w
+        products = [(delta != 0).float(), delta.square(), w.square(), delta * w, delta * g, g.square()]
+        changed, d2, w2, dw, dg, g2 = torch.stack(products).sum(-1).tolist()
         # Of an embedding and a head only the rows of the batch's tokens need to change.
         inner = [k for k, name in enumerate(names) if kind_of(name) not in ("embedding", "head")]
         inner = inner or [*range(len(names))]
 
-        def total(values: list[float], rows: Sequence[int]) -> float:
+        def total(values: Sequence[float], rows: Sequence[int]) -> float:
             return sum(values[k] for k in rows)
 
         every = range(len(names))
         length = math.sqrt(total(d2, every))
         found = {
-            "weights/changed": total(changed, inner) / max(1.0, total(count, inner)),
+            "weights/changed": total(changed, inner) / max(1.0, total(self.counts, inner)),
             "weights/moved": length / max(math.sqrt(total(w2, every)), 1e-12),
         }
         matrices = [k for k in every if self.named[k][1].dim() >= 2 and w2[k] > 0 and d2[k] > 0]

@@ -1,6 +1,7 @@
 """What a batch of rollouts shows of its sampler and its rewards: who is in a group, whether completions are
 copies, what the reward goes with, and whether a score is its completion's own."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ def of_groups(
             all(r.completion_ids == group[0].completion_ids for r in group[1:])
             for group in groups if len(group) > 1
         ),
-        "completions/repetition": float(np.mean([_repetition(r.completion_ids) for r in rollouts])),
+        "completions/repetition": _repetition([r.completion_ids for r in rollouts]),
     }
     if rewards is None:
         return found
@@ -49,11 +50,14 @@ def _share(flags) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _repetition(ids: Sequence[int]) -> float:
-    """Share of tokens equal to the one before; 0 for completions too short to tell."""
-    if len(ids) < 8:
-        return 0.0
-    return float(np.mean(np.array(ids[1:]) == np.array(ids[:-1])))
+def _repetition(completions: Sequence[Sequence[int]]) -> float:
+    """Share of tokens equal to the one before, averaged; 0 for completions too short to tell."""
+    lengths = np.array([len(ids) for ids in completions])
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    flat = np.fromiter(itertools.chain.from_iterable(completions), np.int64, len(rows))
+    repeated = (flat[1:] == flat[:-1]) & (rows[1:] == rows[:-1])
+    counts = np.bincount(rows[1:][repeated], minlength=len(lengths))
+    return float(np.where(lengths >= 8, counts / np.maximum(lengths - 1, 1), 0.0).mean())
 
 
 def _correlation(name: str, x: np.ndarray, y: np.ndarray) -> dict[str, float]:

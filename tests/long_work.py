@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
     assert dist.from_main(lambda: slow(1), world, long=True) == 1
     assert dist.main_first(lambda: slow(2), world) == 2
-    print("rank", world.rank, "has both", flush=True)
+    sys.stdout.write(f"rank {world.rank} has both\n")  # in one piece: two ranks write at once
+    sys.stdout.flush()
     dist.from_main(lambda: slow(3), world)  # not announced: a collective's limit holds
     print("no limit", flush=True)

@@ -178,7 +178,7 @@ def test_a_sharded_vocabulary_gives_every_rank_the_whole_result(tmp_path):
         "def loss(m): return (m.logprobs * torch.arange(9)).sum() + m.entropy.sum()\n"
         "a = torch.autograd.grad(loss(whole), (h, w)); b = torch.autograd.grad(loss(got), (h, mine))\n"
         "torch.testing.assert_close(b[0], a[0]); torch.testing.assert_close(b[1], a[1][part])\n"
-        "print('same on rank', r, flush=True)\n"
+        "sys.stdout.write(f'same on rank {r}\\n'); sys.stdout.flush()\n"
     )
     done = run_program(script, str(ROOT), ranks=2)
     assert done.stdout.count("same on rank") == 2, done.stderr
