@@ -5,7 +5,8 @@ written as transformers and vLLM load them.
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -207,6 +208,22 @@ class Weights:
                 f"{self.directory}: tensor {name} has shape {view.get_shape()}, config.json says {shape}"
             )
         return low_precision.quantize(kind, view[:].to(device))
+
+
+def untrained_rows(directory: Path, ids: Iterable[int]) -> list[int]:
+    """Those of `ids` whose row of the embedding no text has trained: shorter than a tenth of the median row,
+    or equal to that of another of them. Reads these rows and a sample of the others."""
+    weights = Weights(directory)
+    name = "model.embed_tokens.weight"
+    if name not in weights:
+        return []
+    view = weights.slice(name)
+    count = view.get_shape()[0]
+    lengths = [view[k : k + 1].float().norm() for k in range(0, count, max(1, count // 256))]
+    least = 0.1 * float(torch.stack(lengths).median())
+    rows = {i: view[i : i + 1].float() for i in sorted(set(ids)) if i < count}
+    twins = Counter(row.numpy().tobytes() for row in rows.values())
+    return [i for i, row in rows.items() if float(row.norm()) < least or twins[row.numpy().tobytes()] > 1]
 
 
 def weights_fingerprint(directory: Path) -> str:

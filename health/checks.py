@@ -170,9 +170,12 @@ def _stays_at(rule: Any, seen: Series, facts: Facts) -> str | None:
 
 
 def _has_risen(seen: Series) -> bool:
-    """Whether the mean of the last ten values lies four standard errors above that of the first."""
-    rise = fmean(seen.last(10)) - fmean(seen.first)
-    return seen.count >= 20 and rise > 4 * seen.noise / math.sqrt(5)
+    """Whether the mean of the last ten values, or of half of them all, lies four standard errors above that
+    of the first."""
+    size = min(10, seen.count // 2)
+    if size < 4:
+        return False
+    return fmean(seen.last(size)) - fmean(seen.first[:size]) > 4 * seen.noise * math.sqrt(2 / size)
 
 
 def _earns_nothing(rule: Any, seen: Series, facts: Facts) -> str | None:
@@ -430,8 +433,11 @@ def _hits_limit_for_reward(rule: Any, seen: Series, facts: Facts) -> str | None:
     last = seen.last(wanted)
     if reward is None or len(last) < wanted or min(last) < (rule.high or 0.0):
         return None
-    start = fmean(seen.first)
+    start = fmean(seen.first[:3])
     if fmean(last) - start < 0.2 or not _has_risen(reward):
+        return None
+    pays = facts.middle("scores/correlation_with_length", 20)
+    if seen.count * facts.stride < 45 and (pays is None or pays < 0.3):  # so early only with this sign
         return None
     earned = f"{figure(fmean(reward.first))} to {figure(fmean(reward.last(10)))}"
     return f"{figure(start)} → {figure(last[-1])} while the reward rose from {earned}"
@@ -440,7 +446,7 @@ def _hits_limit_for_reward(rule: Any, seen: Series, facts: Facts) -> str | None:
 def _hits_limit(rule: Any, seen: Series, facts: Facts) -> str | None:
     """Above the range, and not because the reward pays for it: then a higher limit is no remedy."""
     found, reward = _outside(rule, seen, facts), facts.series.get("reward")
-    grown = fmean(seen.last(10)) - fmean(seen.first) > 0.2
+    grown = fmean(seen.last(5)) - fmean(seen.first[:3]) > 0.2
     return None if grown and reward is not None and _has_risen(reward) else found
 
 

@@ -119,6 +119,22 @@ RULES: tuple[Rule, ...] = (
         (("datasets", "read the files as UTF-8 and look at the rows: python data.py inspect"),), high=0.02,
     ),
     Rule(
+        "untrained_tokens", ("data/untrained_tokens",), "outside",
+        "rows hold tokens whose row of the embedding was never trained, and the adapter does not train it "
+        "(share of all tokens)",
+        "a base model's reserved tokens, as a chat template takes them: the model cannot tell them apart",
+        (("adapter", "train in full, or start from the chat model"),
+         ("chat_template", "a template that writes tokens the model knows"),
+         ("special_tokens", "name new tokens: their rows are trained")), high=0.0,
+    ),
+    Rule(
+        "new_tokens_unused", ("data/new_tokens_unused",), "outside",
+        "some tokens that the config adds occur in no row: nothing trains them (share of them)",
+        "they are spelled otherwise in the data, or the chat template writes others",
+        (("special_tokens", "write them as the rows do, or remove them"),
+         ("chat_template", "does it write them?")), high=0.0,
+    ),
+    Rule(
         "answer_in_prompt", ("data/answer_in_prompt",), "outside",
         "nearly every answer stands word for word in its own prompt",
         "a column that holds the answer was put into the prompt: the model learns to copy",
@@ -271,7 +287,7 @@ RULES: tuple[Rule, ...] = (
         "another checkpoint, random weights, or weights that were loaded only in part",
         (("base_model", "both are built from it: see checkpoints.building"),), high=0.05,
         severity="critical",
-        explains=("kl_*", "alignment_*", "feature_*", "features_*", "truths_*", "frozen_network_moves"),
+        explains=("kl_*", "alignment_*", "feature_*", "features_*", "truths_*", "frozen_network_*"),
     ),
     # Do the weights move, and as they should?
     Rule(
@@ -356,10 +372,19 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "frozen_network_moves", ("weights/frozen_moved",), "outside",
-        "the frozen network (reference, features) changes",
-        "it shares its tensors with the model, or an optimiser holds them",
+        "frozen weights change (of the reference, the feature network, or the base under an adapter)",
+        "they share their tensors with the model, or an optimiser holds them",
         (("base_model", "see checkpoints.building: a frozen copy has its own tensors"),),
         high=0.0, severity="critical",
+        explains=("alignment_*", "feature_*", "features_*", "truths_*", "reference_is_policy", "kl_*",
+                  "frozen_network_drifts"),
+    ),
+    Rule(
+        "frozen_network_drifts", ("weights/frozen_answers_moved",), "outside",
+        "the frozen network gives a probe text other hidden states than at the start (in units of what "
+        "rounding explains), with the same weights",
+        "what is trained takes part in it: the adapter is not switched off",
+        (("adapter", "see checkpoints.adapters.base_of"),), high=1.0, severity="critical",
         explains=("alignment_*", "feature_*", "features_*", "truths_*", "reference_is_policy", "kl_*"),
     ),
     Rule(
@@ -640,7 +665,7 @@ RULES: tuple[Rule, ...] = (
         "the reward can be had by writing on: reward hacking; a higher limit would only feed it",
         (("reward_funcs", "see log_completions: what do the cut ones earn? add or weigh `length`"),
          ("mask_truncated_completions", "true keeps cut ones from teaching", (1, 1))),
-        high=0.5, window=5, after=45, explains=("completions_clipped", "length_pays"),
+        high=0.5, window=5, after=8, explains=("completions_clipped", "length_pays"),
     ),
     Rule(
         "completions_clipped", ("completions/clipped_ratio",), "hits_limit",
@@ -756,10 +781,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "reward_prefers_wrong", ("scores/own_answer_gain",), "outside",
-        "a row's own answer earns less than another row's",
+        "a row's own answer earns less than another row's (difference in standard deviations)",
         "the reward has the wrong sign, or compares with another row",
         (("reward_funcs", "score the rows' answers: python grpo.py test-rewards"), ("reward_weights", "")),
-        low=-1e-3, severity="critical", explains=("reward_*", "length_*", "entropy_*"),
+        low=-1.5, severity="critical", explains=("reward_*", "length_*", "entropy_*"),
     ),
     Rule(
         "advantage_against_reward", ("advantages/agreement",), "outside",

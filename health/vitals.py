@@ -12,13 +12,14 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import dist
+from checkpoints.adapters import base_of
 from dist import World
 from model import Transformer, without_gradients
 from run.log import log
@@ -65,7 +66,10 @@ class Vitals:
         self.counts = [len(x) for x in dist.samples((p for _, p in self.named), SAMPLE)]
         self.step = 0
         self.seen = 0  # updates of this process
-        self.frozen_before = sampled(frozen.parameters()) if frozen is not None else None
+        base = [p for p in model.parameters() if not p.requires_grad]  # under an adapter
+        self.still = [] if self._may_move() else base if frozen is None else [*frozen.parameters()]
+        self.still_before = sampled(self.still)
+        self.probed: Tensor | None = None  # hidden states of a probe text in the frozen network, at first
         self.gradients_left = 0.0  # share of the tensors that have one when a step begins
         self.rows: collections.deque[list[str]] = collections.deque(maxlen=5)
         self._before: Tensor | None = None  # samples of the weights, and of their gradients
@@ -99,6 +103,9 @@ class Vitals:
             together = [name for row in self.rows for name in row]
             self._pending["now/rows/distinct"] = len(set(together)) / max(1, len(together))
             self._pending["now/rows/in_step"] = len(together) / 5
+        # With an adapter the frozen network is the model without it; SFT has none.
+        if not supervised(batches[0]) and (self.frozen is not None or self.config.adapter):
+            self._pending |= self._frozen_answers(step)
         if not self._begun:
             self._begun = True
             self._pending |= self._first_step(step, batches, losses, loss_of, restored)
@@ -147,6 +154,11 @@ class Vitals:
             found["weights/frozen_share"] = 1 - trained / max(1, every)
         return found
 
+    def _probe_ids(self, count: int) -> Tensor:
+        """Any ids serve: what is compared is the same document in another company or at another time."""
+        ids = torch.arange(count, device=self.world.device) * 7919 + 13
+        return ids % min(30000, self.model.arch.vocab_size)
+
     def _tolerance(self) -> float:
         """Relative difference between two computations of the same that rounding explains."""
         low = self.config.bf16 and self.world.device.type == "cuda"
@@ -156,9 +168,7 @@ class Vitals:
     def _structure(self) -> dict[str, float]:
         """Relative differences of hidden states that a decoder must not show: with later tokens changed, with
         a neighbour in the row, with padding after the document."""
-        device, rows = self.world.device, self.model.arch.vocab_size
-        # Any ids serve: what is compared is the same document in another company.
-        ids = (torch.arange(3 * PROBE, device=device) * 7919 + 13) % min(rows, 30000)
+        device, ids = self.world.device, self._probe_ids(3 * PROBE)
         one, other, changed = ids[:PROBE], ids[PROBE : 2 * PROBE], ids[:PROBE].clone()
         half = PROBE // 2
         changed[half:] = ids[2 * PROBE :][: PROBE - half]
@@ -208,6 +218,23 @@ class Vitals:
         plain = torch.nn.functional.cross_entropy(logits, kept[few], reduction="sum")
         difference = abs(float(sums["nll"]) - float(plain)) / max(abs(float(plain)), 1e-2 * len(few))
         return {"first_step/loss_difference": difference / tolerance}
+
+    def _frozen_answers(self, step: int) -> dict[str, float]:
+        """How far the frozen network's hidden states of a probe text are from those in the beginning: its
+        weights may be still while an adapter is not switched off. A collective in some steps."""
+        if self._may_move() or (self._begun and step != EVERY and step % (10 * EVERY)):
+            return {}
+        ids = self._probe_ids(PROBE)
+        training = self.model.training
+        self.model.eval()
+        with without_gradients(self.model), base_of(self.model, cast(Any, self.frozen)) as network:
+            states = network.hidden_states(ids[None], document_ids=torch.zeros_like(ids)[None])[0].float()
+        self.model.train(training)
+        if self.probed is None:
+            self.probed = states
+            return {}
+        gap = float((states - self.probed).norm() / self.probed.norm().clamp(min=1e-6))
+        return {"weights/frozen_answers_moved": gap / self._tolerance()}
 
     def _frozen_difference(self) -> float:
         """‖frozen − model‖ / ‖model‖ on a sample of the tensors that both have."""
@@ -309,10 +336,9 @@ class Vitals:
         if self._before is not None and self._gradients is not None:
             found |= self._movement(self._before, self._gradients)
             self._before = self._gradients = None
-        if self.frozen is not None and self.frozen_before is not None and self.step % EVERY == 0:
-            now = sampled(self.frozen.parameters()).to(self.frozen_before.device)
-            same = torch.equal(self.frozen_before, now)
-            found["weights/frozen_moved"] = float(not same and not self._may_move())
+        if self.still and self.step % EVERY == 0:
+            now = sampled(self.still).to(self.still_before.device)
+            found["weights/frozen_moved"] = float(not torch.equal(self.still_before, now))
         return {name if self._regular(name) else f"now/{name}": value for name, value in found.items()}
 
     def _regular(self, name: str) -> bool:

@@ -162,4 +162,6 @@ class ScoreChecks:
 
         own = [earned(rows[a], a) for a in answers]
         others = [earned(rows[a], answers[(k + 1) % len(answers)]) for k, a in enumerate(answers)]
-        return {"scores/own_answer_gain": (sum(own) - sum(others)) / len(answers)}
+        # In standard deviations of all of them: a score that knows no answer is apart by chance.
+        apart = (sum(own) - sum(others)) / len(answers) / max(float(np.std(own + others)), 1e-9)
+        return {"scores/own_answer_gain": apart}

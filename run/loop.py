@@ -25,7 +25,7 @@ from checkpoints import building
 from checkpoints.adapters import adapter_base, adopt_adapter
 from checkpoints.families import Architecture
 from checkpoints.saving import Checkpointer, peek, save_final
-from checkpoints.weights import read_architecture, resized, weights_fingerprint
+from checkpoints.weights import read_architecture, resized, untrained_rows, weights_fingerprint
 from data import load_tokenizer, trained_tokenizer
 from health import memory, report
 from health.monitor import MetricLogger, check_wandb, say_saved
@@ -100,6 +100,10 @@ def begin(config: Any) -> Run:
         cache = Path(config.dataset_prepared_path or output_dir / "prepared")
         tokenizer = dist.main_first(lambda: trained_tokenizer(config, directory, cache), world)
     date = dist.from_main(lambda: _beginning(config), world)
+    if config.health and config.adapter and not config.lora_model_dir and world.main:
+        # The adapter trains the rows of tokens that the config adds, and no other row.
+        others = {*tokenizer.added.values()} - {*tokenizer.new_ids}
+        tokenizer.untrained_ids = untrained_rows(checkpoint, others)
     tokenizer.pin_date(date)
     return Run(config, world, interrupt, checkpoint, arch, tokenizer, date=date.isoformat())
 

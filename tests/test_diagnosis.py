@@ -219,6 +219,9 @@ class Letters:
 
     stop_ids: tuple[int, ...] = (0,)
     vocab_size = 512
+    pad_id = 0
+    new_ids: tuple[int, ...] | list[int] = ()
+    untrained_ids: tuple[int, ...] | list[int] = ()
 
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
@@ -249,7 +252,9 @@ def measured(
                     shuffle=shuffle)
     other = dataset(held_out) if held_out else train
     which = np.arange(len(other)) if held_out else np.zeros(0, int)
-    return findings.of_rows(train, order, other, which, Letters(), ["chat"])  # type: ignore[arg-type]
+    letters = Letters()
+    letters.new_ids, letters.untrained_ids = change.get("new", []), change.get("untrained", [])
+    return findings.of_rows(train, order, other, which, letters, ["chat"])  # type: ignore[arg-type]
 
 
 def some_rows(count: int, seed: int = 0, length: int = 40) -> list[tuple[str, str]]:
@@ -279,6 +284,8 @@ def test_sound_rows_have_no_finding():
     ("labels_differ", lambda: measured(some_rows(300), labels=True)),
     ("broken_text", lambda: measured([(p + "\x00\x01\x02", a) for p, a in some_rows(300)])),
     ("broken_text", lambda: measured([(p, a + " cafÃ© itâ€™s") for p, a in some_rows(300)])),
+    ("new_tokens_unused", lambda: measured(some_rows(300), new=[ord("a"), ord("z")])),
+    ("untrained_tokens", lambda: measured(some_rows(300), untrained=[ord(":")])),
     ("answer_in_prompt", lambda: measured([(p + a + ":", a) for p, a in some_rows(300)])),
 ])
 def test_a_finding_of_the_rows_is_named(name, found):
@@ -346,8 +353,8 @@ def check_scores(function, given=None) -> dict[str, float]:
 def test_scores_are_checked_by_scoring_again():
     right = check_scores(lambda answer, text: float(answer == text))
     assert right["scores/alone_difference"] == 0 == right["scores/twice_difference"]
-    assert right["scores/own_answer_gain"] == 1
-    assert check_scores(lambda answer, text: -float(answer == text))["scores/own_answer_gain"] == -1
+    assert right["scores/own_answer_gain"] == 2
+    assert check_scores(lambda answer, text: -float(answer == text))["scores/own_answer_gain"] == -2
 
     def penalty(answer: str, text: str) -> float:
         return -float(answer != text)

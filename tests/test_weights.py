@@ -31,6 +31,19 @@ def test_a_checkpoint_in_several_files_and_in_half_precision_loads(tmp_path):
             assert (model(ids()) - reference(ids()).logits).abs().max() < 1e-4
 
 
+def test_rows_of_the_embedding_that_no_text_has_trained_are_found(tmp_path):
+    make_reference("qwen3").save_pretrained(tmp_path)
+    assert weights.untrained_rows(tmp_path, range(10)) == []
+    tensors = _tensors(tmp_path)
+    rows = tensors["model.embed_tokens.weight"]
+    rows[3] *= 0.01  # as good as nothing, as the reserved tokens of Llama 3
+    rows[5] = rows[7]  # never told apart, as those of SmolLM2
+    rows[12] = rows[9]  # not asked for
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert weights.untrained_rows(tmp_path, range(10)) == [3, 5, 7]
+    assert weights.untrained_rows(tmp_path, [10**6]) == []
+
+
 def _tensors(directory):
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -51,7 +51,7 @@ def of_rows(
     found |= _overlap(dataset, rows, held_out, np.asarray(held_out_rows))
     found |= _order(dataset, order)
     found |= _labels(dataset, rows, tokenizer, kinds)
-    found |= _text(dataset, rows, tokenizer, kinds)
+    found |= _text(dataset, rows, tokenizer, kinds) | _new_tokens(dataset, tokenizer)
     counts = dataset.counts
     kept = counts["kept"] + counts["truncated"]
     found["data/truncated"] = counts["truncated"] / max(1, kept)
@@ -205,6 +205,18 @@ def _text(
     return found
 
 
+def _new_tokens(dataset: Dataset, tokenizer: Tokenizer) -> dict[str, float]:
+    """Of the tokens that the config adds, the share that no row holds; and the share of all tokens whose row
+    of the embedding was never trained."""
+    counts = np.bincount(dataset.tokens[:TOKENS], minlength=tokenizer.vocab_size)
+    untrained = counts[list(tokenizer.untrained_ids)].sum()
+    found = {"data/untrained_tokens": float(untrained / max(1, counts.sum()))}
+    expected = [i for i in tokenizer.new_ids if i != tokenizer.pad_id]
+    if expected:
+        found["data/new_tokens_unused"] = float((counts[expected] == 0).mean())
+    return found
+
+
 def of_prompts(
     prompts: Sequence[Any], held_out: Sequence[Any], order: Sequence[int], left_out: int, tokenizer: Tokenizer
 ) -> dict[str, float]:
@@ -232,4 +244,7 @@ def of_prompts(
         text = "".join(tokenizer.decode(list(prompt.ids)).split())
         cut.append(bool(start) and start not in text)
     found["data/prompts_cut"] = float(np.mean(cut))
+    untrained = set(tokenizer.untrained_ids)
+    share = [len(untrained.intersection(p.ids)) / len(p.ids) for p in prompts[:SAMPLE] if p.ids]
+    found["data/untrained_tokens"] = float(np.mean(share or [0.0]))
     return found

@@ -68,6 +68,7 @@ class Tokenizer:
         self._extra_stops = list(stop_ids)
         self._environment = Sandbox()
         self.new_ids: list[int] = []  # tokens that the config adds
+        self.untrained_ids: list[int] = []  # tokens whose row of the embedding is not and will not be trained
         self.templates = dict(templates or {})  # named templates besides the default, such as tool_use
         self._compiled: dict[str, jinja2.Template] = {}
         self._found: dict[str, str] = {}  # cache of values that all conversations of a template share
