@@ -419,6 +419,13 @@ def _mean_below(rule: Any, seen: Series, facts: Facts) -> str | None:
     return None
 
 
+def _mean_above(rule: Any, seen: Series, facts: Facts) -> str | None:
+    last = seen.last(rule.window)
+    if len(last) == rule.window and fmean(last) > rule.high:
+        return f"{figure(fmean(last))} in {rule.window} measurements, above {rule.high:g}"
+    return None
+
+
 def _stops_at_zero(rule: Any, seen: Series, facts: Facts) -> str | None:
     """0 from the start, or long before the end of the run: a schedule ends there."""
     last = seen.last(rule.window)
@@ -533,7 +540,8 @@ CHECKS: dict[str, Callable[[Any, Series, Facts], str | None]] = {
     "longer_after_resume": _longer_after_resume, "share_of_start": _share_of_start,
     "never_above": _never_above, "uphill": _uphill, "still": _still, "only_decay": _only_decay,
     "moved_but_zero": _moved_but_zero, "left_over": _left_over, "thrown": _thrown,
-    "mean_below": _mean_below, "not_risen": _not_risen, "hits_limit": _hits_limit, "early": _early,
+    "mean_below": _mean_below, "mean_above": _mean_above, "not_risen": _not_risen,
+    "hits_limit": _hits_limit, "early": _early,
     "above_and_not_falling": _above_and_not_falling, "seen_before": _seen_before,
     "stops_at_zero": _stops_at_zero, "hits_limit_for_reward": _hits_limit_for_reward,
     "identical": _identical, "repeats": _repeats, "same_prompts": _same_prompts, "unrelated": _unrelated,

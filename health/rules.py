@@ -773,11 +773,11 @@ RULES: tuple[Rule, ...] = (
         explains=("reward_*", "flat_groups", "no_signal", "all_groups_flat", "length_*"),
     ),
     Rule(
-        "reward_is_random", ("scores/twice_difference",), "outside",
-        "the same completion earns something else each time (in standard deviations of the batch's scores)",
-        "the reward function is random: there is nothing to learn but noise",
-        (("reward_funcs", "make it a function of the completion and its row"),), high=0.3, window=6,
-        explains=("reward_stuck_at_zero", "reward_collapse", "reward_not_learnt", "entropy_high"),
+        "reward_is_random", ("scores/noise_share",), "mean_above",
+        "the same completion earns something else each time (share of the scores' variance)",
+        "the reward function is random: there is little to learn but noise",
+        (("reward_funcs", "make it a function of the completion and its row"),), high=0.6, window=3,
+        explains=("reward_stuck_at_zero", "reward_collapse", "reward_not_learnt", "entropy_high", "kl_*"),
     ),
     Rule(
         "reward_prefers_wrong", ("scores/own_answer_gain",), "outside",

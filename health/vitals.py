@@ -136,10 +136,16 @@ class Vitals:
                 first = float(losses[0])
                 gap = abs(float(sums["loss"]) - first)
                 found["first_step/repeat"] = gap / max(abs(first), 1e-2) / tolerance
+            trained = self._probe_states(self.model)
             self.model.eval()
-            if "loss" in sums and not self.config.lora_dropout:
-                quiet = float(loss_of(batches[0])[1]["loss"])
-                found["first_step/mode"] = abs(quiet - first) / max(abs(first), 1e-2) / tolerance
+            if not self.config.lora_dropout:
+                # Of the states too: the loss of a model that knows nothing hardly depends on them.
+                quiet = self._probe_states(self.model)
+                found["first_step/mode"] = float((trained - quiet).norm() / quiet.norm()) / (10 * tolerance)
+                if "loss" in sums:
+                    quiet_loss = float(loss_of(batches[0])[1]["loss"])
+                    gap = abs(quiet_loss - first) / max(abs(first), 1e-2)
+                    found["first_step/mode"] = max(found["first_step/mode"], gap / tolerance)
             found |= {k: v / (10 * tolerance) for k, v in self._structure().items()}
             if supervised(batches[0]):
                 found |= _targets(batches[0])
@@ -158,6 +164,10 @@ class Vitals:
         """Any ids serve: what is compared is the same document in another company or at another time."""
         ids = torch.arange(count, device=self.world.device) * 7919 + 13
         return ids % min(30000, self.model.arch.vocab_size)
+
+    def _probe_states(self, model: Transformer) -> Tensor:
+        ids = self._probe_ids(PROBE)[None]
+        return model.hidden_states(ids, document_ids=torch.zeros_like(ids))[0].float()
 
     def _tolerance(self) -> float:
         """Relative difference between two computations of the same that rounding explains."""
@@ -224,11 +234,10 @@ class Vitals:
         weights may be still while an adapter is not switched off. A collective in some steps."""
         if self._may_move() or (self._begun and step != EVERY and step % (10 * EVERY)):
             return {}
-        ids = self._probe_ids(PROBE)
         training = self.model.training
         self.model.eval()
         with without_gradients(self.model), base_of(self.model, cast(Any, self.frozen)) as network:
-            states = network.hidden_states(ids[None], document_ids=torch.zeros_like(ids)[None])[0].float()
+            states = self._probe_states(network)
         self.model.train(training)
         if self.probed is None:
             self.probed = states

@@ -112,10 +112,23 @@ class ScoreChecks:
             name: float(np.std([value for s in scores if (value := s[name]) is not None] or [0.0]))
             for name in scores[0]
         }
-        random = self._difference(once, twice, sizes)
         # What differs each time differs from the batch too: only a stable score can be another row's.
-        alone = self._difference(given, once, sizes) if random < 1e-6 else 0.0
-        return {"scores/twice_difference": random, "scores/alone_difference": alone}
+        stable = self._difference(once, twice, sizes) < 1e-6
+        return {"scores/noise_share": 0.0 if stable else self._noise_share(once, twice, sizes),
+                "scores/alone_difference": self._difference(given, once, sizes) if stable else 0.0}
+
+    @staticmethod
+    def _noise_share(a: Scores, b: Scores, sizes: dict[str, float]) -> float:
+        """The largest share over functions of a score's variance that is not the completion's: half of the
+        mean squared difference of two scores of the same, over the variance in the batch (repeatability, as
+        in Fisher, Statistical Methods for Research Workers, 1925, §38)."""
+        shares = [0.0]
+        for name, size in sizes.items():
+            pairs = [(x, y) for p, q in zip(a, b, strict=True)
+                     if (x := p.get(name)) is not None and (y := q.get(name)) is not None]
+            half = sum((x - y) ** 2 for x, y in pairs) / 2 / max(1, len(pairs))
+            shares.append(half / size**2 if size else float(half > 0))
+        return max(shares)
 
     @staticmethod
     def _chosen(rollouts: Sequence[Rollout], scores: Scores) -> list[int]:
