@@ -330,14 +330,21 @@ class Doctor:
     def causes(self) -> list[tuple[Verdict, list[Verdict]]]:
         """What was ever broken: each cause with its consequences, the first cause first."""
         verdicts = sorted(self.ever.values(), key=lambda verdict: verdict.weight)
-        causes: list[tuple[Verdict, list[Verdict]]] = []
+
+        def above(verdict: Verdict) -> Verdict | None:
+            others = (other for other in verdicts if other is not verdict)
+            return next((other for other in others if explains(other.rule, verdict.rule.name)), None)
+
+        causes: dict[str, tuple[Verdict, list[Verdict]]] = {
+            verdict.rule.name: (verdict, []) for verdict in verdicts if above(verdict) is None
+        }
         for verdict in verdicts:
-            under = next((of for cause, of in causes if explains(cause.rule, verdict.rule.name)), None)
-            if under is None:
-                causes.append((verdict, []))
-            else:
-                under.append(verdict)
-        return causes
+            root = verdict
+            while (cause := above(root)) is not None:
+                root = cause
+            if root is not verdict:
+                causes[root.rule.name][1].append(verdict)
+        return [*causes.values()]
 
     def evidence(self) -> str:
         """How much there was to judge by: steps, and the rules that had something to read."""

@@ -143,6 +143,7 @@ RANGES = {
     "outside", "hits_limit", "from_the_start", "pooled", "climbs_above", "mean_below", "still",
 }  # checks of a range
 ONCE = ("data/", "first_step/")  # measured once: a table, no curve
+LOGARITHMIC = ("*loss", "*norm", "kl", "entropy", "weights/*")  # if they span much; others are shares, scores
 COLOURS = ("#1f6f8b", "#c8553d", "#6b4e9b", "#b8860b", "#2e7d4f", "#7a7a7a")
 SILENT = ("health/", "num_tokens", "epoch", "step_time/", "skipped_micro_batches", "rows/fingerprint")
 
@@ -269,13 +270,19 @@ def draw(metric: str, pages: list[RunPage]) -> str:
         steps, found = zip(*points, strict=True)
         values += found
         axis.plot(steps, found, color=colour, lw=1.2, marker="o" if len(points) < 20 else None, markersize=3)
-        for verdict in page.ill:
-            if verdict.metric == metric:
-                axis.axvline(verdict.step, color="#b3261e", lw=1.6, ls="--")
-                axis.annotate(verdict.rule.name, (verdict.step, 0.97), xycoords=("data", "axes fraction"),
-                              fontsize=6.5, color="#b3261e", rotation=90, va="top", ha="right")
+        broken = [verdict for verdict in page.ill if verdict.metric == metric]
+        for place, verdict in enumerate(broken):
+            axis.axvline(verdict.step, color="#b3261e", lw=1.6, ls="--")
+            late = verdict.step > (steps[0] + steps[-1]) / 2
+            axis.annotate(
+                verdict.rule.name, (verdict.step, 0.96 - 0.12 * (place % 6)), va="top",
+                ha="right" if late else "left", xytext=(-4 if late else 4, 0), textcoords="offset points",
+                xycoords=("data", "axes fraction"), fontsize=7, color="#b3261e", zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            )
     bottom, top = axis.get_ylim()
-    positive = min(values) > 0 and max(values) > 50 * min(values)
+    positive = min(values) > 0 and max(values) > 50 * min(values) and any(
+        fnmatch.fnmatchcase(metric, name) for name in LOGARITHMIC)
     if positive:
         axis.set_yscale("log")
     # Pale where no rule speaks, with a line where one would; darker where the reference page's runs lie.
@@ -335,9 +342,9 @@ def limits(metric: str, page: RunPage) -> tuple[float | None, float | None]:
 
 
 def constant(metric: str, pages: list[RunPage]) -> bool:
-    """Whether a metric is the same in every row of every run."""
+    """Whether a metric is the same, but for rounding, in every row of every run."""
     values = [row[metric] for page in pages for row in page.history if metric in row]
-    return max(values) - min(values) <= 1e-9 * max(1e-12, *(abs(x) for x in values))
+    return max(values) - min(values) <= 1e-5 * max(1e-12, *(abs(x) for x in values))
 
 
 def metrics_of(pages: list[RunPage]) -> list[str]:

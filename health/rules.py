@@ -360,7 +360,7 @@ RULES: tuple[Rule, ...] = (
         "updates mostly shrink the weights: the decay outweighs the gradient (cosine of −Δw and w)",
         "weight_decay times learning_rate is larger than what the gradient moves",
         (("weight_decay", "0.01 to 0.1", (0, 0.1)),), high=0.5, window=3,
-        explains=("loss_*", "kl_*", "entropy_high", "reward_collapse"),
+        explains=("loss_*", "kl_drifting", "entropy_high", "reward_collapse"),
     ),
     Rule(
         "update_goes_uphill", ("weights/along_gradient",), "early",
@@ -665,7 +665,7 @@ RULES: tuple[Rule, ...] = (
         "the reward can be had by writing on: reward hacking; a higher limit would only feed it",
         (("reward_funcs", "see log_completions: what do the cut ones earn? add or weigh `length`"),
          ("mask_truncated_completions", "true keeps cut ones from teaching", (1, 1))),
-        high=0.5, window=5, after=8, explains=("completions_clipped", "length_pays"),
+        high=0.5, window=5, after=8, explains=("completions_clipped", "length_pays", "kl_*"),
     ),
     Rule(
         "completions_clipped", ("completions/clipped_ratio",), "hits_limit",
@@ -834,7 +834,7 @@ RULES: tuple[Rule, ...] = (
         (("reward_funcs", "see log_completions: what do they earn?"), ("learning_rate", "halve it"),
          ("beta", "0.01 to 0.1 holds it to its start", (0.01, math.inf))),
         high=0.5, window=5, after=5, severity="critical",
-        explains=("completions_clipped", "length_creep", "length_pays", "entropy_collapse"),
+        explains=("completions_clipped", "length_creep", "length_pays", "entropy_collapse", "kl_*"),
     ),
     Rule(
         "prompts_cut", ("data/prompts_cut",), "outside",

@@ -1,6 +1,7 @@
 """Diagnosis: what is measured, one first cause, and no alarm where nothing is wrong. The faults run in
 bench/faults.py; here are the measurements against hand-made data, and the cases that once were alarms."""
 
+import graphlib
 import json
 import math
 import random
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from conftest import falling, noisy
-from health.doctor import Doctor, explains, own_name
+from health.doctor import Doctor, Verdict, explains, own_name
 from health.monitor import HeldOutLosses
 from health.report import judge
 from health.rules import RULES
@@ -49,6 +50,18 @@ def test_no_rule_is_explained_by_what_it_explains():
         for b in RULES:
             both = a is not b and explains(a, b.name) and explains(b, a.name)
             assert not both, f"{a.name} and {b.name} explain each other: both would be silent"
+    causes = {b.name: {a.name for a in RULES if a is not b and explains(a, b.name)} for b in RULES}
+    graphlib.TopologicalSorter(causes).prepare()  # raises CycleError
+
+
+def test_a_cause_that_comes_later_than_its_critical_consequence_is_still_named_first():
+    doctor = Doctor(RL, 100)
+    kl, limit, loss = (next(r for r in RULES if r.name == name) for name in (
+        "kl_high", "limit_hit_for_reward", "loss_spike"))
+    for rule, step in ((loss, 30), (kl, 15), (limit, 20)):
+        doctor.ever[rule.name] = Verdict(rule, step, rule.metrics[0], True)
+    found = [(cause.rule.name, [v.rule.name for v in of]) for cause, of in doctor.causes()]
+    assert found == [("limit_hit_for_reward", ["kl_high"]), ("loss_spike", [])]
 
 
 # ------------------------------------------------------------------------------------------------------------
