@@ -73,10 +73,10 @@ RULES: tuple[Rule, ...] = (
         (("test_datasets", "take texts out that are trained on"),), high=0.5,
     ),
     Rule(
-        "duplicates", ("data/duplicates",), "outside",
-        "much of what is trained are copies of other rows (share of trained tokens)",
+        "duplicates", ("data/copied",), "outside",
+        "much of what is trained are copies of other rows, more than chance explains (share)",
         "files that were joined twice, or rows that were made from few sources",
-        (("datasets", "remove duplicates, or weigh the data set lower (weight)"),), high=0.3,
+        (("datasets", "remove duplicates, or weigh the data set lower (weight)"),), high=0.2,
     ),
     Rule(
         "one_row_dominates", ("data/most_frequent_row",), "outside",

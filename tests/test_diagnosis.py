@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,8 +286,22 @@ def test_sound_rows_have_no_finding():
     assert found["data/unigram_nats"] == pytest.approx(-(shares * np.log(shares)).sum())
 
 
+def test_rows_that_are_alike_by_chance_are_no_copies():
+    """Draws from few short texts, from many, and from a mixture, as arithmetic with one to three digits."""
+    rng = np.random.default_rng(0)
+    some = Counter((rng.pareto(1.2, 20000) * 3000).astype(int).tolist())
+    mixture = Counter([*rng.integers(0, 200, 3000).tolist(), *rng.integers(10**3, 10**5, 20000).tolist()])
+    for times in ([*some.values()], [*mixture.values()]):
+        assert findings._not_by_chance(times) < 0.02
+        assert findings._not_by_chance([2 * k for k in times]) > 0.45  # joined twice
+        part = [k + (i % 3 == 0) * k for i, k in enumerate(times)]  # a third of the texts twice
+        assert findings._not_by_chance(part) > 0.1
+
+
 @pytest.mark.parametrize("name, found", [
     ("duplicates", lambda: measured(some_rows(200) * 2)),
+    ("duplicates", lambda: measured(some_rows(400) + some_rows(200))),
+    ("duplicates", lambda: measured(some_rows(20) * 10)),
     ("one_row_dominates", lambda: measured([*some_rows(200), *[("q:", "filler " * 6)] * 30])),
     ("held_out_in_training", lambda: measured(some_rows(300), held_out=some_rows(300)[:60])),
     ("held_out_shares_text", lambda: measured(

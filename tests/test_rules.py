@@ -88,7 +88,7 @@ ILL: dict[str, tuple[str, list, list, int]] = {
     "other_tokenizer": ("data/tokens_kept", [], [0.3], 1),
     "held_out_in_training": ("data/held_out_in_training", [], [0.8], 1),
     "held_out_shares_text": ("data/held_out_shared_text", [], [0.8], 1),
-    "duplicates": ("data/duplicates", [], [0.6], 1),
+    "duplicates": ("data/copied", [], [0.6], 1),
     "one_row_dominates": ("data/most_frequent_row", [], [0.3], 1),
     "not_shuffled": ("data/order", [], [1.0], 1),
     "sorted_by_length": ("data/order_by_length", [], [0.9], 1),

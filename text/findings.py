@@ -1,6 +1,7 @@
 """Measurements of the data before the first step, for the rules of health/: copies, overlap with the held-out
 rows, order, ends, labels, and text that is none. Every figure is a share, computed on the encoded rows."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ def of_rows(
 
 
 def _copies(dataset: Dataset, rows: np.ndarray) -> dict[str, float]:
-    """Shares of the trained tokens in copies of an earlier row, and in the row that occurs most often."""
+    """Shares of the trained tokens in copies of an earlier row, of those that chance does not explain, and in
+    the row that occurs most often."""
     seen: Counter[bytes] = Counter()
     trained: dict[bytes, int] = {}
     copied = total = 0
@@ -71,7 +73,24 @@ def _copies(dataset: Dataset, rows: np.ndarray) -> dict[str, float]:
         total += count
     often = [key for key, times in seen.items() if times >= 10]
     most = max((trained[key] for key in often), default=0)
-    return {"data/duplicates": copied / max(1, total), "data/most_frequent_row": most / max(1, total)}
+    copies = copied / max(1, total)
+    found = {"data/duplicates": copies, "data/most_frequent_row": most / max(1, total)}
+    # A set of which nearly every row is there many times is seen as often, however it came about.
+    found["data/copied"] = copies if copies > 0.8 else min(copies, _not_by_chance([*seen.values()]))
+    return found
+
+
+def _not_by_chance(times: Sequence[int]) -> float:
+    """Share of rows that are copies beyond what independent draws give, from how often each row occurs. Of
+    any such draws, f_k, the number of rows that occur k times, has k!·f_k log-convex (a mixed Poisson law;
+    Good and Toulmin, Biometrika 43, 1956): a file joined twice has pairs and neither singles nor triples."""
+    counts = Counter(times)
+    excess = 0.0
+    for k, number in counts.items():
+        if k > 1:
+            likely = math.sqrt(counts[k - 1] * counts[k + 1] * (k + 1) / k)
+            excess += (k - 1) * max(0.0, number - likely - 3 * math.sqrt(number))
+    return excess / max(1, sum(times))
 
 
 def _overlap(
