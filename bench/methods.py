@@ -38,7 +38,7 @@ from text.tokenizer import Tokenizer  # noqa: E402
 
 TINY = ROOT / "configs" / "tiny"
 ROWS = (
-    "datasets=[{path: 'reasoning-gym:chain_sum', type: tasks.arithmetic, size: 40000, seed: 3, "
+    "datasets=[{path: 'reasoning-gym:chain_sum', type: tasks.arithmetic, size: 40000, seed: 1000000, "
     "params: {min_terms: 2, max_terms: 2, min_digits: 3, max_digits: 3}}]"
 )
 METHODS = {
