@@ -443,9 +443,6 @@ def _hits_limit_for_reward(rule: Any, seen: Series, facts: Facts) -> str | None:
     start = fmean(seen.first[:3])
     if fmean(last) - start < 0.2 or not _has_risen(reward):
         return None
-    pays = facts.middle("scores/correlation_with_length", 20)
-    if seen.count * facts.stride < 45 and (pays is None or pays < 0.3):  # so early only with this sign
-        return None
     earned = f"{figure(fmean(reward.first))} to {figure(fmean(reward.last(10)))}"
     return f"{figure(start)} → {figure(last[-1])} while the reward rose from {earned}"
 

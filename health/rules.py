@@ -665,7 +665,7 @@ RULES: tuple[Rule, ...] = (
         "the reward can be had by writing on: reward hacking; a higher limit would only feed it",
         (("reward_funcs", "see log_completions: what do the cut ones earn? add or weigh `length`"),
          ("mask_truncated_completions", "true keeps cut ones from teaching", (1, 1))),
-        high=0.5, window=5, after=8, explains=("completions_clipped", "length_pays", "kl_*"),
+        high=0.5, window=5, after=45, explains=("completions_clipped", "length_pays", "kl_*"),
     ),
     Rule(
         "completions_clipped", ("completions/clipped_ratio",), "hits_limit",
@@ -776,7 +776,7 @@ RULES: tuple[Rule, ...] = (
         "reward_is_random", ("scores/noise_share",), "mean_above",
         "the same completion earns something else each time (share of the scores' variance)",
         "the reward function is random: there is little to learn but noise",
-        (("reward_funcs", "make it a function of the completion and its row"),), high=0.6, window=3,
+        (("reward_funcs", "make it a function of the completion and its row"),), high=0.6, window=6,
         explains=("reward_stuck_at_zero", "reward_collapse", "reward_not_learnt", "entropy_high", "kl_*"),
     ),
     Rule(

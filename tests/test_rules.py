@@ -149,7 +149,7 @@ ILL: dict[str, tuple[str, list, list, int]] = {
     "identical_completions": ("completions/identical_groups", [0.1] * 3, [
         {"completions/identical_groups": 1.0, "entropy": 0.7}] * 4, 3),
     "scores_not_its_own": ("scores/alone_difference", [0.0] * 2, [1.0], 1),
-    "reward_is_random": ("scores/noise_share", [], [0.9] * 4, 3),
+    "reward_is_random": ("scores/noise_share", [], [0.9] * 7, 6),
     "reward_prefers_wrong": ("scores/own_answer_gain", [], [-2.0], 1),
     "advantage_against_reward": ("advantages/agreement", [0.99] * 3, [-0.9] * 3, 2),
     "advantages_off_centre": ("advantages/off_centre", [0.0] * 3, [0.6] * 3, 2),
