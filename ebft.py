@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -44,7 +45,9 @@ from rollouts.engines import RolloutQueue, as_rollouts, make_engine
 from rollouts.environments import play
 from rollouts.policy import PolicyBatch, PolicyOptions, Tally
 from rollouts.prompts import PromptData, read_prompt_data
-from rollouts.rollout import Engine, Rollout, write_rollouts
+from rollouts.records import Recorder, as_parquet, kept
+from rollouts.rollout import Engine, Rollout, tokens_of
+from rollouts.tokens import as_ids, as_mask, same_ids
 from rollouts.truths import Conversation, true_completion, true_rollout
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import EngineError
@@ -360,8 +363,8 @@ class StepSize:
 
     @staticmethod
     def of(rollouts: Sequence[Rollout], n: int, ranks: int) -> "StepSize":
-        tokens = max(1.0, float(sum(sum(r.written()) for r in rollouts)))
-        true_tokens = sum(sum(true_rollout(r).written()) for r in rollouts[::n])
+        tokens = max(1.0, float(sum(r.written().sum() for r in rollouts)))
+        true_tokens = sum(int(true_rollout(r).written().sum()) for r in rollouts[::n])
         return StepSize(len(rollouts), tokens, true_tokens, ranks)
 
 
@@ -462,13 +465,14 @@ def structured(config: Config) -> None:
     state = run.state
     engine = make_engine(model, config, tokenizer, world, prompts.train)
     train.engine = held_out.engine = engine
-    queue = train.queue(prompts, batch_size, state.pop("ahead", None))
+    queue = train.queue(prompts, batch_size, kept(run.resume_from, "ahead", state))
     forensics = Forensics(model, config, world, tokenizer, frozen)
+    recorder = Recorder(run.output_dir / "rollouts", tokenizer, world.main)
 
     # 5. The loop.
     try:
         if prompts.held_out and state["eval_before"] is None:
-            state["eval_before"] = evaluate_structured(model, frozen, held_out, run)
+            state["eval_before"] = evaluate_structured(model, frozen, held_out, run, recorder)
             run.logger.log(run.step, state["eval_before"])
         while run.step < total_steps:
             rank_timing = dist.begin_step(run.step + 1, world)
@@ -481,8 +485,7 @@ def structured(config: Config) -> None:
             advantage, energy_stats = energies(model, frozen, rollouts, n, run)
             for rollout, value in zip(rollouts, advantage.flatten().tolist(), strict=True):
                 rollout.advantage, rollout.rewards = config.rl_coef * value, {}
-            if world.main:
-                write_rollouts(run.output_dir / "rollouts", run.step, rollouts, tokenizer)
+            recorder.write(run.step, rollouts)
             seconds_by_phase["features"] = timer()
 
             tally, losses, skipped = Tally(), [], 0
@@ -529,7 +532,7 @@ def structured(config: Config) -> None:
 
             # e. Metrics over the whole step, on all ranks alike.
             tally.mean("train/loss", sum(loss.item() for loss in losses), 1.0 / world.size)
-            state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+            state["num_tokens"] += tokens_of(rollouts)
             metrics: dict[str, float] = {
                 **tally.result(world), **policy.completion_metrics(rollouts), **queue.metrics,
                 **signs.of_groups(rollouts, n),
@@ -548,7 +551,7 @@ def structured(config: Config) -> None:
             if due.evaluate or due.save:
                 queue.settle(run.step, run.step)  # before new weights are sent
             if due.evaluate:
-                metrics |= evaluate_structured(model, frozen, held_out, run)
+                metrics |= evaluate_structured(model, frozen, held_out, run, recorder)
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
             run.logger.observe(run.step, metrics)
             if due.log or due.evaluate:
@@ -556,18 +559,21 @@ def structured(config: Config) -> None:
                 show_samples(rollouts[: 2 if config.log_completions and world.main else 0], run)
             if due.save:
                 engine.sync(run.step, due=True)
-                run.checkpointer.save(run.step, model, optimizers, with_prefetched(state, queue))
+                recorder.finish()
+                files = {"ahead.parquet": as_parquet(queue.prefetched or [])}
+                run.checkpointer.save(run.step, model, optimizers, state, files=files)
             if due.stop:
                 return loop.stop(run)
     except EngineError as error:
         if run.step > (run.checkpointer.steps() or [0])[-1]:  # a lost server must not lose progress
-            run.checkpointer.save(run.step, model, optimizers, {**state, "ahead": None})
+            run.checkpointer.save(run.step, model, optimizers, state)
             run.checkpointer.finish()
             message = f"{error}; step {run.step} is saved, the same command continues from it"
             raise EngineError(message) from None
         raise
 
     # 6. Final save and report.
+    recorder.finish()
     final = loop.save_model(run, model)
     loop.finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
 
@@ -584,15 +590,10 @@ def refuse_without_truth(
         raise ConfigError("async_prefetch", True, "does not work with remaining_turns; drop one of the two")
 
 
-def with_prefetched(state: dict[str, Any], queue: RolloutQueue) -> dict[str, Any]:
-    """The state that a checkpoint keeps beside weights, with the prefetched batch."""
-    return {**state, "ahead": None if queue.prefetched is None else [vars(r) for r in queue.prefetched]}
-
-
 def show_samples(rollouts: Sequence[Rollout], run: Run) -> None:
     """For log_completions: show samples beside their true completions."""
     for r in rollouts:
-        texts = (run.tokenizer.decode(ids or []) for ids in (r.completion_ids, r.ground_truth_ids))
+        texts = (run.tokenizer.decode(ids) for ids in (r.completion_ids, true_rollout(r).completion_ids))
         log.info("  %r, true %r, advantage %+.3f", *texts, r.advantage)
 
 
@@ -603,7 +604,8 @@ class TruthSampler:
 
     def __init__(self, prompts: list[Prompt], run: Run):
         self.prompts, self.config, self.tokenizer, self.world = prompts, run.config, run.tokenizer, run.world
-        self.truths = [true_completion(p, run.tokenizer, run.config.max_turns) for p in prompts]
+        truths = [true_completion(p, run.tokenizer, run.config.max_turns) for p in prompts]
+        self.truths = [(as_ids(ids), None if mask is None else as_mask(mask)) for ids, mask in truths]
         self.conversing = any("remaining_turns" in p.columns for p in prompts)
 
     def limit(self, which: Sequence[int]) -> int:
@@ -630,8 +632,8 @@ class TruthSampler:
             rollout.ground_truth_ids, rollout.ground_truth_mask = self.truths[rollout.prompt_index]
         return rollouts
 
-    def queue(self, prompts: PromptData, batch_size: int, kept: list[dict] | None) -> RolloutQueue:
-        """The batches of a run; `kept`: the next one, if a checkpoint stored it."""
+    def queue(self, prompts: PromptData, batch_size: int, ahead: list[Rollout]) -> RolloutQueue:
+        """The batches of a run; `ahead`: the next one, if a checkpoint kept it."""
         order, config, engine = prompts.order, self.config, self.engine
 
         def sample(number: int, step: int, prefetched: bool) -> list[Rollout]:
@@ -652,9 +654,8 @@ class TruthSampler:
             ids = [self.prompts[i].ids for i in which]
             engine.prefetch(ids, config.num_generations, seed=(config.seed, number), limits=limits)
 
-        prefetched = None if kept is None else [Rollout(**r) for r in kept]
         return RolloutQueue(
-            engine, sample, prefetch, asynchronous=config.async_prefetch, prefetched=prefetched
+            engine, sample, prefetch, asynchronous=config.async_prefetch, prefetched=ahead or None
         )
 
 
@@ -686,7 +687,7 @@ def energies(
 
 
 def evaluate_structured(
-    model: Transformer, frozen: Transformer | None, sampler: TruthSampler, run: Run
+    model: Transformer, frozen: Transformer | None, sampler: TruthSampler, run: Run, recorder: Recorder
 ) -> dict[str, float]:
     """Energy of fresh samples, and cross-entropy of the truths, on the held-out prompts. A collective."""
     k, step = run.config.eval_num_generations, run.step
@@ -702,9 +703,8 @@ def evaluate_structured(
             count = len(truth.batch.targets) * truth.counts
             tally.mean("eval/loss", nll if truth.counts else 0.0, count)
     model.train()
-    if run.world.main:
-        write_rollouts(run.output_dir / "rollouts", step, rollouts, run.tokenizer, kind="eval")
-    right = sum(r.completion_ids == r.ground_truth_ids for r in rollouts)
+    recorder.write(step, rollouts, kind="eval")
+    right = sum(same_ids(r.completion_ids, true_rollout(r).completion_ids) for r in rollouts)
     return {"eval/exact": right / len(rollouts), **tally.result(run.world),
             **{f"eval/{name}": stats[name].mean().item() for name in JUDGED}}
 
@@ -726,20 +726,22 @@ def group_features(
     """(features of the samples [P, n, D'], of the truths [P, D']) of the frozen network; each prompt goes
     through it once, followed by its truth and samples."""
     device, depths = network.device, feature_depths(network, config)
-    ids: list[int] = []
+    parts, total_ids = [], 0
     layout: list[tuple[int, list[tuple[int, int]]]] = []
     places: list[tuple[range, range]] = []  # of the prompt, of its continuation
     for group in groups:
         prompt = group[0].prompt_ids
-        own = range(len(ids), len(ids) + len(prompt))
-        ids += prompt
-        sequences = [group[0].ground_truth_ids or [], *(r.completion_ids for r in group)]
+        own = range(total_ids, total_ids + len(prompt))
+        sequences = [true_rollout(group[0]).completion_ids, *(r.completion_ids for r in group)]
+        parts += [prompt, *sequences]
+        total_ids += len(prompt)
         layout.append((len(prompt), [(len(prompt), len(s)) for s in sequences]))
         for sequence in sequences:
-            places.append((own, range(len(ids), len(ids) + len(sequence))))
-            ids += sequence
+            places.append((own, range(total_ids, total_ids + len(sequence))))
+            total_ids += len(sequence)
     states = network.hidden_states(
-        torch.tensor([ids], device=device), shared_prompts=SharedPrompts(layout, device), layers=depths
+        torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)[None],
+        shared_prompts=SharedPrompts(layout, device), layers=depths,
     )[0][0]
 
     def pooled(prompt: range, own: range) -> Tensor:

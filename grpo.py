@@ -40,8 +40,9 @@ from rollouts.engines import RolloutQueue, as_rollouts, make_engine
 from rollouts.environments import load_environment, play
 from rollouts.policy import PolicyBatch, PolicyOptions, Tally
 from rollouts.prompts import PromptData, read_prompt_data
+from rollouts.records import Recorder, as_parquet, kept
 from rollouts.rewards import RewardError, RewardOptions, Scorer
-from rollouts.rollout import Engine, Rollout, show_rollouts, write_rollouts
+from rollouts.rollout import Engine, Rollout, show_rollouts, tokens_of
 from rollouts.signs import ScoreChecks
 from rollouts.trial import score_samples
 from rollouts.vllm_client import VllmEngine
@@ -205,7 +206,7 @@ class StepSize:
     @staticmethod
     def of(rollouts: Sequence[Rollout], options: Any, **more: Any) -> "StepSize":
         tokens = sum(
-            sum(r.written()) for r in rollouts if not (options.mask_truncated_completions and r.truncated)
+            r.written().sum() for r in rollouts if not (options.mask_truncated_completions and r.truncated)
         )
         tokens = max(1.0, float(tokens))
         return StepSize(len(rollouts), tokens, **{"trained_tokens": tokens, **more})
@@ -331,14 +332,11 @@ def entropy_threshold(micro: Sequence[Sequence[Rollout]], options: Any, world: W
     """The entropy above which the top `top_entropy_quantile` of a step's tokens lie, over all micro-batches
     and ranks; and the number of these tokens."""
     own_entropies = [
-        e
-        for micro_batch in micro
-        for r in micro_batch
-        if not (options.mask_truncated_completions and r.truncated)
-        for e, ours in zip(r.entropies or [], r.written(), strict=True)
-        if ours
+        r.entropies[r.written()] for micro_batch in micro for r in micro_batch
+        if r.entropies is not None and not (options.mask_truncated_completions and r.truncated)
     ]
-    values = np.array([e for micro_batch in dist.gather(own_entropies, world) for e in micro_batch])
+    of_ranks = dist.gather(np.concatenate([np.empty(0), *own_entropies]), world)
+    values = np.concatenate(of_ranks)  # in fp64
     if not len(values):
         return math.inf, 1.0
     threshold = float(np.quantile(values, 1 - options.top_entropy_quantile))
@@ -529,8 +527,8 @@ class Sampler:
         self.seconds["reward"] += seconds()
         return rollouts
 
-    def queue(self, prompts: PromptData, batch_size: int, kept: list[dict] | None) -> RolloutQueue:
-        """The generation batches of a run; `kept`: the next one, if a checkpoint stored it."""
+    def queue(self, prompts: PromptData, batch_size: int, ahead: list[Rollout]) -> RolloutQueue:
+        """The generation batches of a run; `ahead`: the next one, if a checkpoint kept it."""
         order, seed = prompts.order, self.config.seed
 
         def sample(generation: int, step: int, prefetched: bool) -> list[Rollout]:
@@ -543,7 +541,7 @@ class Sampler:
 
         return RolloutQueue(
             self.engine, sample, prefetch, asynchronous=self.config.async_prefetch,
-            prefetched=None if kept is None else [Rollout(**r) for r in kept],
+            prefetched=ahead or None,
         )
 
 
@@ -571,7 +569,7 @@ def pass_at_k(right: int, n: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def evaluate(sampler: Sampler, run: Run) -> dict[str, float]:
+def evaluate(sampler: Sampler, run: Run, recorder: Recorder) -> dict[str, float]:
     """Mean reward, pass@1 and pass@k on the held-out prompts. A collective."""
     config, step = run.config, run.step
     sampler.engine.sync(step, due=True)
@@ -592,9 +590,12 @@ def evaluate(sampler: Sampler, run: Run) -> dict[str, float]:
     if config.eval_greedy:
         greedy, _ = scored(1, 0.0)
         metrics["eval/greedy"] = (greedy >= config.eval_success_reward - 1e-9).double().mean().item()
-    if run.world.main:
-        write_rollouts(run.output_dir / "rollouts", step, rollouts, run.tokenizer, kind="eval")
+    recorder.write(step, rollouts, kind="eval")
     return metrics
+
+
+def groups_of(rollouts: list[Rollout], n: int) -> list[list[Rollout]]:
+    return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
 
 class ReplayBuffer:
@@ -605,7 +606,7 @@ class ReplayBuffer:
 
     def refill(self, rollouts: list[Rollout], n: int) -> tuple[list[Rollout], int]:
         """The batch with flat groups replaced while the buffer lasts, and the number replaced."""
-        groups = [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+        groups = groups_of(rollouts, n)
         fresh = [group for group in groups if any(r.advantage for r in group)]
         refilled, replaced = [], 0
         for group in groups:
@@ -659,14 +660,15 @@ def main(config: Config) -> None:
     moving = {"reference": reference} if reference is not None and config.ref_model_sync_steps else {}
     loop.resume(run, model, optimizers, moving)
     state = run.state
-    rollouts = [Rollout(**r) for r in state.pop("rollouts", [])]  # the generation batch in use
+    rollouts = kept(run.resume_from, "rollouts", state)  # the generation batch in use
     buffer = ReplayBuffer(config.replay_buffer_size)
-    buffer.groups.extend([[Rollout(**r) for r in group] for group in state.pop("buffer", [])])
+    buffer.groups.extend(groups_of(kept(run.resume_from, "buffer", state), n))
     engine = make_engine(model, config, tokenizer, world, prompts.train)
     sampler = Sampler(engine, prompts.train, config, tokenizer, world)
-    queue = sampler.queue(prompts, batch_size, state.pop("ahead", None))
+    queue = sampler.queue(prompts, batch_size, kept(run.resume_from, "ahead", state))
     eval_sampler = Sampler(engine, prompts.held_out, config, tokenizer, world)
     forensics = Forensics(model, config, world, tokenizer, reference)
+    recorder = Recorder(run.output_dir / "rollouts", tokenizer, world.main)
 
     def micro_batches(rollouts: list[Rollout]) -> list[list[Rollout]]:
         """This rank's share of some rollouts, cut into micro-batches."""
@@ -676,7 +678,7 @@ def main(config: Config) -> None:
     # 5. The loop.
     try:
         if prompts.held_out and state["eval_before"] is None:
-            state["eval_before"] = evaluate(eval_sampler, run)
+            state["eval_before"] = evaluate(eval_sampler, run, recorder)
             run.logger.log(run.step, state["eval_before"])
         while run.step < total_steps:
             rank_timing = dist.begin_step(run.step + 1, world)
@@ -697,14 +699,13 @@ def main(config: Config) -> None:
                 advantages, batch_metrics = group_advantages(rewards, n, config.scale_rewards)
                 for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
                     rollout.advantage = advantage
-                state["num_tokens"] += sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
+                state["num_tokens"] += tokens_of(rollouts)
                 batch_metrics |= reward_metrics(table, names) | policy.completion_metrics(rollouts)
                 batch_metrics |= sampler.signs | signs.of_groups(rollouts, n, rewards.tolist())
                 batch_metrics["weight_version_lag"] = float(
                     run.step - min(r.weight_version for r in rollouts)
                 )
-                if world.main:
-                    write_rollouts(run.output_dir / "rollouts", run.step, rollouts, tokenizer)
+                recorder.write(run.step, rollouts)
                 shown = rollouts
                 if config.replay_buffer_size:
                     rollouts, replaced = buffer.refill(rollouts, n)
@@ -779,7 +780,7 @@ def main(config: Config) -> None:
             if due.evaluate or due.save:
                 queue.settle(generation + 1, run.step)  # before new weights are sent
             if due.evaluate:
-                metrics |= evaluate(eval_sampler, run)
+                metrics |= evaluate(eval_sampler, run, recorder)
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
             run.logger.observe(run.step, metrics)
             if due.log or due.evaluate:
@@ -789,6 +790,7 @@ def main(config: Config) -> None:
             if due.save:
                 # The servers get the weights of the checkpoint, so that a resumed run samples from the same.
                 engine.sync(run.step, due=True)
+                recorder.finish()
                 save(run, model, optimizers, rollouts, queue.prefetched, buffer, moving)
             if due.stop:
                 return loop.stop(run)
@@ -803,6 +805,7 @@ def main(config: Config) -> None:
         raise
 
     # 6. Final save and report.
+    recorder.finish()
     final = loop.save_model(run, model)
     loop.finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
 
@@ -838,16 +841,14 @@ def save(
     prefetched batch, the replay buffer. A collective."""
     stored = {
         i: (r.old_logprobs, r.ref_logprobs, r.entropies)
-        for i, r in enumerate(rollouts) if r.old_logprobs or r.ref_logprobs
+        for i, r in enumerate(rollouts) if r.old_logprobs is not None or r.ref_logprobs is not None
     }
     for of_rank in dist.gather(stored, run.world):
         for i, (old, ref, entropies) in of_rank.items():
             rollouts[i].old_logprobs, rollouts[i].ref_logprobs, rollouts[i].entropies = old, ref, entropies
-    run.checkpointer.save(run.step, model, optimizers, {
-        **run.state, "rollouts": [vars(r) for r in rollouts],
-        "ahead": None if prefetched is None else [vars(r) for r in prefetched],
-        "buffer": [[vars(r) for r in group] for group in buffer.groups],
-    }, moving)
+    held = {"rollouts": rollouts, "ahead": prefetched or [], "buffer": [r for g in buffer.groups for r in g]}
+    files = {f"{name}.parquet": as_parquet(some) for name, some in held.items() if run.world.main}
+    run.checkpointer.save(run.step, model, optimizers, run.state, moving, files)
 
 
 # ------------------------------------------------------------------------------------------------------------

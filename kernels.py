@@ -115,6 +115,12 @@ class Documents:
         return torch.stack([first, last]).to(torch.int32)
 
 
+def _of_each_token(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Of spans that lie one after the other: of each token its span, and its place in that."""
+    span = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return span, torch.arange(len(span)) - (lengths.cumsum(0) - lengths)[span]
+
+
 class SharedPrompts:
     """Documents with continuations, in one packed row: document, its continuations, the next document, ….
 
@@ -128,15 +134,13 @@ class SharedPrompts:
 
     def __init__(self, groups: list[tuple[int, list[tuple[int, int]]]], device: torch.device):
         self.device, self.groups = device, groups
-        document_ids, positions, kinds = [], [], []
+        spans: list[tuple[int, int, int, int]] = []  # document, continuation or −1, P, tokens
         # Each tile is (longest P, tokens, first token of the document, [(P, L, first own token)]).
         tiles: list[tuple[int, int, int, list[tuple[int, int, int]]]] = []
         at = 0
         for number, (length, continuations) in enumerate(groups):
             document, open_tile = at, False
-            document_ids += [number] * length
-            positions += range(length)
-            kinds += [(number, -1, length)] * length
+            spans.append((number, -1, length, length))
             at += length
             for index, (P, L) in enumerate(continuations):
                 assert 0 < P <= length and L > 0
@@ -146,14 +150,16 @@ class SharedPrompts:
                 else:
                     tiles.append((P, L, document, [(P, L, at)]))
                     open_tile = True
-                document_ids += [-1] * L
-                positions += range(P, P + L)
-                kinds += [(number, index, P)] * L
+                spans.append((number, index, P, L))
                 at += L
-        self.position_ids = torch.tensor([positions], device=device)
+        table = torch.tensor(spans)
+        number, index, P, L = table.unbind(1)
+        span, within = _of_each_token(L)
+        continued = index >= 0
+        self.position_ids = (within + torch.where(continued, P, 0)[span])[None].to(device)
         # Continuations count as padding here
-        self.prompts = Documents(torch.tensor([document_ids], device=device))
-        self._kinds = torch.tensor(kinds, device=device)
+        self.prompts = Documents(torch.where(continued, -1, number)[span][None].to(device))
+        self._kinds = table[span, :3].to(device)
         self._block_masks: dict[int | None, Any] = {}
         self._visible: dict[tuple[int, int | None], Tensor] = {}
         # Buckets of tiles of similar shape: (tokens [n, Q], which of them are real, keys [n, P + Q]); and the
@@ -178,25 +184,20 @@ class SharedPrompts:
     def _add_bucket(self, tiles: list, P_most: int, Q_most: int) -> None:
         """A tile's keys are the document's first P tokens, then its own. Padding copies the last token's
         query mask; as a key it is masked."""
-        tokens, owners, prefixes, positions, counts, documents = [], [], [], [], [], []
-        for _, count, document, parts in tiles:
-            token, owner, prefix, position = [], [], [], []
-            for which, (P, L, first_token) in enumerate(parts):
-                token += range(first_token, first_token + L)
-                position += range(P, P + L)
-                owner += [which] * L
-                prefix += [P] * L
-            for column in (token, owner, prefix, position):
-                column += column[-1:] * (Q_most - count)
-            tokens.append(token)
-            owners.append(owner)
-            prefixes.append(prefix)
-            positions.append(position)
-            counts.append(count)
-            documents.append(document)
-        token, owner, prefix, position = (torch.tensor(x) for x in (tokens, owners, prefixes, positions))
-        document, before = torch.tensor(documents)[:, None], torch.arange(P_most)[None]
-        inside = torch.arange(Q_most)[None] < torch.tensor(counts)[:, None]
+        parts = torch.tensor([(which, *part) for *_, own in tiles for which, part in enumerate(own)])
+        which, P, L, first = parts.unbind(1)
+        span, within = _of_each_token(L)
+        count, columns = torch.tensor([tile[1] for tile in tiles])[:, None], torch.arange(Q_most)[None]
+        inside = columns < count
+
+        def padded(values: Tensor) -> Tensor:
+            table = torch.zeros(inside.shape, dtype=torch.long)
+            table[inside] = values  # tile after tile, as the parts are
+            return table.gather(1, columns.minimum(count - 1))
+
+        token, position = padded(first[span] + within), padded(P[span] + within)
+        owner, prefix = padded(which[span]), padded(P[span])
+        document, before = torch.tensor([tile[2] for tile in tiles])[:, None], torch.arange(P_most)[None]
         keys = torch.cat([document + before.minimum(prefix.amax(1, keepdim=True) - 1), token], dim=1)
         self.buckets.append((token.to(self.device), inside.to(self.device), keys.to(self.device)))
         key_owner = owner.where(inside, -1)

@@ -48,7 +48,7 @@ from data import RowOptions, encode_dataset, read_prompts
 from health import drill, report
 from health.forensics import replay
 from model import Transformer
-from rollouts.rollout import ReplayEngine
+from rollouts.records import ReplayEngine
 from run.config import BallastError, parse_config
 from text.tokenizer import Tokenizer
 

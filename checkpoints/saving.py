@@ -233,10 +233,11 @@ class Checkpointer:
 
     def save(
         self, step: int, model: Transformer, optimizers: list[torch.optim.Optimizer], state: dict,
-        others: Mapping[str, nn.Module] | None = None,
+        others: Mapping[str, nn.Module] | None = None, files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Write step-N; in the background if `save_async`. A collective. `state` must be JSON; `others` are
-        frozen models whose weights change during the run (a synchronised reference); saved too."""
+        frozen models whose weights change during the run (a synchronised reference), `files` further files of
+        rank 0 by name; both are saved too."""
         self.finish()
         final, aside = self.directory / f"step-{step}", self.directory / f".step-{step}"
         with self._named():
@@ -246,6 +247,8 @@ class Checkpointer:
                 trainer_state = {**state, "step": step, "world": self.world.size}
                 text = json.dumps(trainer_state, indent=2)
                 (aside / "trainer.json").write_text(text + "\n", encoding="utf-8")
+                for name, content in (files or {}).items():
+                    (aside / name).write_bytes(content)
             td.barrier(self._group)
             own = {**_random_state(), "sums": _sums(model, optimizers)}
             torch.save(own, aside / f"random-{self.world.rank}.pt")

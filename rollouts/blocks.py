@@ -24,7 +24,7 @@ from dist import World
 from kernels import SharedPrompts
 from model import Pass, Transformer, count_positions, forward_only
 from rollouts.generation import sample, sampling_logprobs
-from rollouts.rollout import replay_lines
+from rollouts.records import replay_lines
 from run.config import ConfigError, DataError, check_at_least_one, check_ranges
 from run.files import write_atomically
 from run.log import log

@@ -20,6 +20,7 @@ from health import memory
 from model import Transformer
 from rollouts.generation import generate
 from rollouts.rollout import Engine, Rollout
+from rollouts.tokens import as_ids, as_logprobs
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import Completion
 from run.log import log
@@ -74,7 +75,8 @@ class EmbeddedEngine:
                     ids, reason = generation.completion_ids[row], generation.finish_reasons[row]
                     if len(ids) > limits[i]:
                         ids, reason = ids[: limits[i]], "length"
-                    completions[i].append(Completion(ids, list(generation.logprobs[row][: len(ids)]), reason))
+                    logprobs = as_logprobs(generation.logprobs[row][: len(ids)])
+                    completions[i].append(Completion(as_ids(ids), logprobs, reason))
         everything = {i: group for batch in dist.gather(completions, world) for i, group in batch.items()}
         groups = [everything[i] for i in range(len(prompts))]
         if on_group is not None and world.main:
@@ -126,10 +128,11 @@ def as_rollouts(
     """One rollout per completion; those of a prompt are adjacent."""
     stops, rollouts = set(stop_ids), []
     for prompt, index, group in zip(prompts, indices, groups, strict=True):
+        prompt_ids = as_ids(prompt.ids)  # one array for the group
         for c in group:
             rollouts.append(
                 Rollout(
-                    prompt.ids, c.ids, c.logprobs, truncated=c.ids[-1] not in stops, step=step,
+                    prompt_ids, c.ids, c.logprobs, truncated=int(c.ids[-1]) not in stops, step=step,
                     weight_version=engine.version(step), row=prompt.name, prompt_index=index,
                 )
             )

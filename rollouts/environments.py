@@ -4,10 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import dist
 from data import Prompt
 from dist import World
 from rollouts.rollout import Engine, Rollout
+from rollouts.tokens import as_ids, as_logprobs, as_mask
 from run.config import BallastError, ConfigError, import_attribute
 from text.templates import BadRow
 from text.tokenizer import Tokenizer
@@ -34,8 +37,8 @@ def play(
     """
     played = [(p, i) for p, i in zip(prompts, indices, strict=True) for _ in range(n)]
     rollouts = [
-        Rollout(list(p.ids), [], [], [], step=step, weight_version=engine.version(step), row=p.name,
-                prompt_index=i, rewards={"environment": 0.0})
+        Rollout(as_ids(p.ids), as_ids([]), as_logprobs([]), as_mask([]), step=step,
+                weight_version=engine.version(step), row=p.name, prompt_index=i, rewards={"environment": 0.0})
         for p, i in played
     ]
     worlds: list[Any] = []
@@ -49,7 +52,8 @@ def play(
         return first
 
     for rollout, more in zip(rollouts, dist.from_main(begin, world), strict=True):
-        rollout.prompt_ids += more
+        if more:
+            rollout.prompt_ids = np.concatenate([rollout.prompt_ids, as_ids(more)])
     active = list(range(len(rollouts)))
     histories: list[list[dict]] = [
         list(p.prompt) if isinstance(p.prompt, list) else [{"role": "user", "content": p.prompt}]
@@ -57,7 +61,7 @@ def play(
     ]
     for turn in range(options.max_turns):
         rooms = [options.max_completion_length - len(rollouts[i].completion_ids) for i in active]
-        texts = [rollouts[i].prompt_ids + rollouts[i].completion_ids for i in active]
+        texts = [[*rollouts[i].prompt_ids.tolist(), *rollouts[i].completion_ids.tolist()] for i in active]
         shared = turn == 0 and all(texts[k : k + n] == [texts[k]] * n for k in range(0, len(texts), n))
         if shared:  # the texts of a prompt do not differ yet: one prefill serves its completions
             groups = engine.generate(
@@ -73,7 +77,7 @@ def play(
             for i, answer in zip(active, answers, strict=True):
                 text = tokenizer.decode(answer.ids)
                 try:
-                    observation, reward, done = worlds[i].step(text, list(answer.ids))
+                    observation, reward, done = worlds[i].step(text, answer.ids.tolist())
                 except Exception as error:
                     raise BallastError(
                         f"environment: step raised {type(error).__name__}: {error}, on {played[i][0].name}, "
@@ -91,23 +95,26 @@ def play(
         still = []
         for i, answer, (ids, reward, over) in zip(active, answers, dist.from_main(reply, world), strict=True):
             rollout = rollouts[i]
-            rollout.completion_ids = rollout.completion_ids + answer.ids
-            rollout.completion_mask = (rollout.completion_mask or []) + [1] * len(answer.ids)
-            rollout.sampling_logprobs = (rollout.sampling_logprobs or []) + answer.logprobs
+            _extend(rollout, answer.ids, answer.logprobs, True)
             rollout.rewards["environment"] = (rollout.rewards["environment"] or 0.0) + reward
             rollout.truncated = answer.finish_reason == "length"
             room = options.max_completion_length - len(rollout.completion_ids) - len(ids)
             if over or room < 1:
                 rollout.truncated = rollout.truncated or not over
                 continue
-            rollout.completion_ids = rollout.completion_ids + ids
-            rollout.completion_mask = rollout.completion_mask + [0] * len(ids)
-            rollout.sampling_logprobs = rollout.sampling_logprobs + [None] * len(ids)
+            _extend(rollout, as_ids(ids), np.full(len(ids), np.nan, np.float32), False)
             still.append(i)
         active = still
         if not active:
             break
     return rollouts
+
+
+def _extend(rollout: Rollout, ids: np.ndarray, logprobs: np.ndarray, written: bool) -> None:
+    assert rollout.sampling_logprobs is not None and rollout.completion_mask is not None
+    rollout.completion_ids = np.concatenate([rollout.completion_ids, ids])
+    rollout.sampling_logprobs = np.concatenate([rollout.sampling_logprobs, logprobs])
+    rollout.completion_mask = np.concatenate([rollout.completion_mask, np.full(len(ids), written)])
 
 
 def _said_ids(observation: Any, prompt: Prompt, history: list[dict], tokenizer: Tokenizer) -> list[int]:

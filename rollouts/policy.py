@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from kernels import SharedPrompts
 from model import Transformer, forward_only, without_gradients
 from numerics.losses import linear_logprobs
 from rollouts.rollout import Engine, Rollout, RolloutOptions
+from rollouts.tokens import padded, same_ids
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import EngineError
 from run.config import ConfigError, check_at_least_one, check_ranges
@@ -101,17 +103,15 @@ class PolicyBatch:
 
     def keep(self, name: str, values: Tensor) -> None:
         """Keep per-token values [B, T] with the rollouts, for later passes and checkpoints."""
-        for rollout, row in zip(self.rollouts, values.tolist(), strict=True):
-            setattr(rollout, name, row[: len(rollout.completion_ids)])
+        for rollout, row in zip(self.rollouts, values.float().cpu().numpy(), strict=True):
+            setattr(rollout, name, row[: len(rollout.completion_ids)].copy())
 
     def stored(self, name: str) -> Tensor | None:
         """The values [B, T] that `keep` stored, or None."""
         rows = [getattr(rollout, name) for rollout in self.rollouts]
         if any(row is None for row in rows):
             return None
-        T = self.mask.shape[1]
-        padded = [row + [0.0] * (T - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.float32, device=self.mask.device)
+        return torch.from_numpy(padded(rows, self.mask.shape[1])).to(self.mask.device)
 
     def given(self) -> dict[str, Tensor]:
         """The tensors that the loss takes besides the model, [B] or [B, T]."""
@@ -127,41 +127,47 @@ class PolicyBatch:
 def collate(rollouts: Sequence[Rollout], device: torch.device, share_prompts: bool = False) -> PolicyBatch:
     """Pack rollouts for one forward pass. With `share_prompts`, adjacent rollouts of a prompt share one copy
     of it."""
-    T = max(len(r.completion_ids) for r in rollouts)
-    ids: list[int] = []
-    documents, sources, targets, places = [], [], [], []
-    groups: list[tuple[int, list[tuple[int, int]]]] = []
-    mask = torch.zeros(len(rollouts), T)
-    reported = torch.full((len(rollouts), T), math.nan)
-    last = 0  # place of the prompt's last token
-    for row, r in enumerate(rollouts):
-        if not (share_prompts and row and r.prompt_ids == rollouts[row - 1].prompt_ids):
-            ids += r.prompt_ids
-            last = len(ids) - 1
-            groups.append((len(r.prompt_ids), []))
-            documents += [row] * len(r.prompt_ids)
-        begin, written = len(ids), r.written()
-        for t, (token, ours) in enumerate(zip(r.completion_ids, written, strict=True)):
-            if ours:
-                sources.append(begin + t - 1 if t else last)
-                targets.append(token)
-                places.append(row * T + t)
-        ids += r.completion_ids
-        documents += [row] * len(r.completion_ids)
-        groups[-1][1].append((len(r.prompt_ids), len(r.completion_ids)))
-        mask[row, : len(written)] = torch.tensor(written, dtype=torch.float32)
-        if r.sampling_logprobs is not None:
-            given = [math.nan if x is None else x for x in r.sampling_logprobs]
-            reported[row, : len(given)] = torch.tensor(given)
-    known = any(r.sampling_logprobs is not None for r in rollouts)
+    B = len(rollouts)
+    prompts = np.array([len(r.prompt_ids) for r in rollouts])
+    lengths = np.array([len(r.completion_ids) for r in rollouts])
+    T = int(lengths.max())
+    own_copy = np.array([  # does a copy of the prompt stand before this completion?
+        not (share_prompts and k and same_ids(r.prompt_ids, rollouts[k - 1].prompt_ids))
+        for k, r in enumerate(rollouts)
+    ])
+    begins = np.cumsum(own_copy * prompts + lengths) - lengths
+    last = np.maximum.accumulate(np.where(own_copy, begins - 1, 0))  # place of the prompt's last token
+    parts = [part for r, own in zip(rollouts, own_copy, strict=True)
+             for part in ((r.prompt_ids, r.completion_ids) if own else (r.completion_ids,))]
+
+    row = np.repeat(np.arange(B), lengths)  # of each completion token: its row, and its place there
+    t = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    written = np.concatenate([r.written() for r in rollouts])
+    sources = np.where(t == 0, last[row], begins[row] + t - 1)[written]
+    targets = np.concatenate([r.completion_ids for r in rollouts])[written]
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(device)
+
+    shared = None
+    if share_prompts:
+        groups: list[tuple[int, list[tuple[int, int]]]] = []
+        for own, P, n in zip(own_copy.tolist(), prompts.tolist(), lengths.tolist(), strict=True):
+            if own:
+                groups.append((P, []))
+            groups[-1][1].append((P, n))
+        shared = SharedPrompts(groups, device)
+    reported = None
+    if any(r.sampling_logprobs is not None for r in rollouts):
+        unknown = np.empty(0, np.float32)
+        given = [unknown if r.sampling_logprobs is None else r.sampling_logprobs for r in rollouts]
+        reported = torch.from_numpy(padded(given, T, math.nan)).to(device)
     return PolicyBatch(
-        torch.tensor([ids], device=device),
-        None if share_prompts else torch.tensor([documents], device=device),
-        SharedPrompts(groups, device) if share_prompts else None,
-        torch.tensor(sources, device=device), torch.tensor(targets, device=device),
-        torch.tensor(places, device=device), mask.to(device),
-        torch.tensor([r.advantage for r in rollouts], device=device),
-        reported.to(device) if known else None,
+        on_device(np.concatenate(parts))[None],
+        None if share_prompts else on_device(np.repeat(np.arange(B), prompts + lengths))[None], shared,
+        on_device(sources), on_device(targets), on_device((row * T + t)[written]),
+        torch.from_numpy(padded([r.written() for r in rollouts], T)).to(device),
+        torch.tensor([r.advantage for r in rollouts], device=device), reported,
         torch.tensor([r.truncated for r in rollouts], device=device), rollouts,
     )
 
@@ -360,7 +366,7 @@ def tally_policy(
 
 def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Lengths and endings of the completions of a batch."""
-    lengths = [sum(r.written()) for r in rollouts]
+    lengths = [int(r.written().sum()) for r in rollouts]
     ended = [n for n, r in zip(lengths, rollouts, strict=True) if not r.truncated] or [0]
     return {
         "completions/mean_length": sum(lengths) / len(lengths),

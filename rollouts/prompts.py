@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data import Prompt, read_prompts
-from rollouts.rollout import ReplayEngine
+from rollouts.records import ReplayEngine
 from run.config import ConfigError
 from text import findings
 from text.packing import PromptOrder, split_held_out, weights_of, with_weights

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from data import Prompt
+from rollouts.tokens import IdLists, as_ids
 from run.config import BallastError, ConfigError, import_attribute
 from text.conversations import is_null
 from text.tokenizer import Tokenizer
@@ -166,7 +167,7 @@ class Scorer:
             raise ConfigError("reward_funcs", config.reward_funcs, "has two functions of the same name")
         self.threads = ThreadPoolExecutor(max(1, 4 * len(self.functions)), thread_name_prefix="reward")
 
-    def begin(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> dict[str, Future]:
+    def begin(self, prompts: Sequence[Prompt], ids: Sequence[Any]) -> dict[str, Future]:
         """Start scoring completions `ids`; prompts[i] belongs to ids[i]."""
         arguments = self.arguments(prompts, ids)
         names = [p.name for p in prompts]
@@ -175,9 +176,9 @@ class Scorer:
             for name, function in self.functions.items()
         }
 
-    def arguments(self, prompts: Sequence[Prompt], ids: Sequence[list[int]]) -> dict[str, list]:
+    def arguments(self, prompts: Sequence[Prompt], ids: Sequence[Any]) -> dict[str, Sequence]:
         """The keyword arguments of every reward function; one entry per completion."""
-        texts = [self.tokenizer.decode(list(i)) for i in ids]
+        texts = self.tokenizer.decode_all(ids)
         completions = [
             text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}]
             for p, text in zip(prompts, texts, strict=True)
@@ -187,7 +188,7 @@ class Scorer:
             for key in sorted({k for p in prompts for k in p.columns})
         }
         return {**columns, "prompts": [p.prompt for p in prompts], "completions": completions,
-                "completion_ids": [list(i) for i in ids]}
+                "completion_ids": IdLists([as_ids(i) for i in ids])}
 
     def finish(self, started: dict[str, Future]) -> dict[str, list[float | None]]:
         """Scores by function. RewardError if a function raises, times out or returns no valid scores."""

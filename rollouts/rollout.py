@@ -1,17 +1,16 @@
-"""Rollouts and their options, and the files that they are recorded in."""
+"""Rollouts, the options of sampling them, and what an engine is. records.py has their files."""
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
 
+import numpy as np
+
+from rollouts.tokens import as_ids, as_logprobs, as_mask
 from rollouts.vllm_server import MEMORY, Completion
-from run.config import ConfigError, DataError, check_at_least_one
-from run.files import write_atomically
+from run.config import ConfigError, check_at_least_one
 from run.log import log
 from text.tokenizer import Tokenizer
 
@@ -142,14 +141,15 @@ class Engine(Protocol):
         ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Rollout:
-    """One completion of one prompt, as every engine makes it and as rollouts/step-N.jsonl records it."""
+    """One completion of one prompt, as every engine makes it and as rollouts/step-N.jsonl records it. Token
+    ids are int32 arrays, log-probs fp32 and masks bool; lists are taken too, with None for NaN."""
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    sampling_logprobs: list[float | None] | None = None
-    completion_mask: list[int] | None = None  # 0 on tokens of an environment; None: the policy wrote all
+    prompt_ids: np.ndarray  # one array for all completions of a prompt
+    completion_ids: np.ndarray
+    sampling_logprobs: np.ndarray | None = None  # NaN where the sampler gave none
+    completion_mask: np.ndarray | None = None  # False on tokens of an environment; None: the policy wrote all
     truncated: bool = False  # the last token does not end a turn
     rewards: dict[str, float | None] = field(default_factory=dict)
     advantage: float = 0.0
@@ -157,150 +157,41 @@ class Rollout:
     weight_version: int = 0  # optimiser steps done by the weights that sampled it
     row: str = ""  # file:line of the prompt
     prompt_index: int = -1  # the prompt in the data set; −1 for a replay
-    ground_truth_ids: list[int] | None = None
-    ground_truth_mask: list[int] | None = None  # 0 on questions between true answers; None: all are answers
-    old_logprobs: list[float] | None = None  # log π_old of each token, where the trainer computed it
-    ref_logprobs: list[float] | None = None
-    entropies: list[float] | None = None
+    ground_truth_ids: np.ndarray | None = None
+    ground_truth_mask: np.ndarray | None = None  # False on questions between true answers
+    old_logprobs: np.ndarray | None = None  # log π_old of each token, where the trainer computed it
+    ref_logprobs: np.ndarray | None = None
+    entropies: np.ndarray | None = None
 
-    def written(self) -> list[int]:
-        return self.completion_mask or [1] * len(self.completion_ids)
+    def __post_init__(self):
+        for name, convert in ARRAYS.items():
+            value = getattr(self, name)
+            if value is not None and type(value) is not np.ndarray:
+                setattr(self, name, convert(value))
 
-
-def to_json(rollout: Rollout) -> dict[str, Any]:
-    """JSON without unset fields and without values that the trainer computed from its current weights."""
-    of_trainer = {"old_logprobs", "ref_logprobs", "entropies"}
-    return {k: v for k, v in vars(rollout).items() if v is not None and k not in of_trainer}
-
-
-def write_rollouts(
-    directory: Path, step: int, rollouts: Sequence[Rollout], tokenizer: Tokenizer, kind: str = "step"
-) -> None:
-    """directory/step-N.jsonl, one completion per line, those of a prompt in a row; the replay engine reads
-    it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for rollout in rollouts:
-        texts = {
-            "prompt": tokenizer.decode(rollout.prompt_ids, special=True),
-            "completion": tokenizer.decode(rollout.completion_ids, special=True),
-        }
-        lines.append(json.dumps({**to_json(rollout), **texts}, ensure_ascii=False) + "\n")
-    write_atomically(directory / f"{kind}-{step}.jsonl", "".join(lines))
+    def written(self) -> np.ndarray:
+        """Which tokens the policy wrote, bool."""
+        mask = self.completion_mask
+        return np.ones(len(self.completion_ids), bool) if mask is None else mask
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Replay
-# ------------------------------------------------------------------------------------------------------------
+ARRAYS: dict[str, Callable[[Any], np.ndarray]] = {
+    "prompt_ids": as_ids, "completion_ids": as_ids, "sampling_logprobs": as_logprobs,
+    "completion_mask": as_mask, "ground_truth_ids": as_ids, "ground_truth_mask": as_mask,
+    "old_logprobs": as_logprobs, "ref_logprobs": as_logprobs, "entropies": as_logprobs,
+}
+OF_TRAINER = ("old_logprobs", "ref_logprobs", "entropies")  # computed from its current weights: not recorded
 
 
-def replay_lines(path: str, directory: Path) -> Iterator[tuple[str, int, str]]:
-    """(file, number, line) of a JSONL file, or of every step-N.jsonl of a directory in order."""
-    source = next((p for p in (directory / path, Path(path)) if p.exists()), None)
-    if source is None:
-        raise ConfigError("replay_path", path, f"does not exist (looked in {directory} and here)")
-    files = [source]
-    if source.is_dir():
-        steps = [p for p in source.glob("step-*.jsonl") if p.stem.removeprefix("step-").isdigit()]
-        files = sorted(steps, key=lambda p: int(p.stem.removeprefix("step-")))
-    for file in files:
-        number = 0
-        try:
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield str(file), number, line
-        except UnicodeDecodeError:
-            raise DataError(str(file), number + 1, "is not UTF-8 text (here or a few lines later)") from None
-
-
-def place_of(rollout: Rollout) -> tuple[str, int]:
-    file, _, line = rollout.row.rpartition(":")
-    return file, int(line)
-
-
-def read_rollout(line: str, file: str, number: int, stops: set[int]) -> Rollout:
-    def whole(values: Any) -> bool:
-        return isinstance(values, list) and bool(values) and all(type(v) is int and v >= 0 for v in values)
-
-    def figure(value: Any) -> bool:
-        return value is None or (type(value) in (int, float) and math.isfinite(value))
-
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(file, number, f"is not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise DataError(file, number, "must be an object")
-    for name in ("prompt_ids", "completion_ids"):
-        if not whole(row.get(name)):
-            raise DataError(file, number, f"{name} must be a non-empty list of token ids")
-    length = len(row["completion_ids"])
-    logprobs, mask, truth, truth_mask = (
-        row.get(k) for k in ("sampling_logprobs", "completion_mask", "ground_truth_ids", "ground_truth_mask")
-    )
-    if logprobs is not None:
-        if not isinstance(logprobs, list) or len(logprobs) != length:
-            raise DataError(
-                file, number, f"sampling_logprobs must have {length} entries, one per completion token"
-            )
-        if not all(figure(x) for x in logprobs):
-            raise DataError(file, number, "sampling_logprobs holds something that is not a number")
-    if truth is not None and not whole(truth):
-        raise DataError(file, number, "ground_truth_ids must be a non-empty list of token ids")
-    for name, given, count in (
-        ("completion_mask", mask, length), ("ground_truth_mask", truth_mask, len(truth or [])),
-    ):
-        if given is None:
-            continue
-        if not isinstance(given, list) or len(given) != count or not all(x in (0, 1) for x in given):
-            raise DataError(file, number, f"{name} must have {count} entries of 0 or 1")
-    rewards = row.get("rewards", {})
-    if not isinstance(rewards, dict) or not all(figure(value) for value in rewards.values()):
-        raise DataError(file, number, "rewards must be {name: number or null}")
-    steps = [row.get("step", 0), row.get("weight_version", row.get("step", 0))]
-    if not all(type(x) is int and abs(x) < 2**63 for x in steps):
-        raise DataError(file, number, "step and weight_version must be whole numbers")
-    last = row["completion_ids"][-1]
-    return Rollout(
-        row["prompt_ids"], row["completion_ids"], logprobs, mask,
-        truncated=bool(row.get("truncated", last not in stops)),
-        rewards={str(k): None if v is None else float(v) for k, v in rewards.items()},
-        step=steps[0], weight_version=steps[1],
-        row=f"{file}:{number}", ground_truth_ids=truth, ground_truth_mask=truth_mask,
-    )
-
-
-class ReplayEngine:
-    """Rollouts from JSONL, recorded by a run or sampled by another implementation."""
-
-    def __init__(self, path: str, directory: Path, options: Any, tokenizer: Tokenizer):
-        stops, n = set(tokenizer.stop_ids), options.num_generations
-        self.rollouts = [
-            read_rollout(line, file, k, stops) for file, k, line in replay_lines(path, directory)
-        ]
-        for begin in range(0, len(self.rollouts), n):
-            group = self.rollouts[begin : begin + n]
-            if len(group) < n or any(r.prompt_ids != group[0].prompt_ids for r in group):
-                raise DataError(
-                    *place_of(group[-1]), f"the {n} completions of a prompt must be adjacent",
-                    "set num_generations to what the file was made with",
-                )
-        if not self.rollouts:
-            raise ConfigError("replay_path", path, "holds no rollout")
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(repr([r.completion_ids for r in self.rollouts]).encode()).hexdigest()
-
-    def batch(self, number: int, size: int) -> list[Rollout]:
-        return self.rollouts[number * size : (number + 1) * size]
+def tokens_of(rollouts: Sequence[Rollout]) -> int:
+    """Tokens of all prompts and completions."""
+    return sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
 
 
 def show_rollouts(rollouts: list[Rollout], tokenizer: Tokenizer, logger: Any, step: int) -> None:
     """For log_completions: show a few on the console and send all to wandb (the JSONL always has them)."""
 
-    def short(ids: list[int], width: int) -> str:
+    def short(ids: np.ndarray, width: int) -> str:
         text = " ".join(tokenizer.decode(ids, special=True).split())
         return text if len(text) <= width else "…" + text[1 - width :]
 

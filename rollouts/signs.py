@@ -1,7 +1,6 @@
 """What a batch of rollouts shows of its sampler and its rewards: who is in a group, whether completions are
 copies, what the reward goes with, and whether a score is its completion's own."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ import numpy as np
 from data import Prompt
 from rollouts.rewards import RewardError, Scorer
 from rollouts.rollout import Rollout
+from rollouts.tokens import same_ids
 
 Scores = Sequence[dict[str, float | None]]  # by function, of each completion
 
@@ -22,9 +22,11 @@ def of_groups(
     there is none."""
     groups = [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
     found = {
-        "groups/mixed": _share(any(r.prompt_ids != group[0].prompt_ids for r in group) for group in groups),
+        "groups/mixed": _share(
+            any(not same_ids(r.prompt_ids, group[0].prompt_ids) for r in group) for group in groups
+        ),
         "completions/identical_groups": _share(
-            all(r.completion_ids == group[0].completion_ids for r in group[1:])
+            all(same_ids(r.completion_ids, group[0].completion_ids) for r in group[1:])
             for group in groups if len(group) > 1
         ),
         "completions/repetition": _repetition([r.completion_ids for r in rollouts]),
@@ -50,11 +52,11 @@ def _share(flags) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _repetition(completions: Sequence[Sequence[int]]) -> float:
+def _repetition(completions: Sequence[np.ndarray]) -> float:
     """Share of tokens equal to the one before, averaged; 0 for completions too short to tell."""
     lengths = np.array([len(ids) for ids in completions])
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    flat = np.fromiter(itertools.chain.from_iterable(completions), np.int64, len(rows))
+    flat = np.concatenate(completions)
     repeated = (flat[1:] == flat[:-1]) & (rows[1:] == rows[:-1])
     counts = np.bincount(rows[1:][repeated], minlength=len(lengths))
     return float(np.where(lengths >= 8, counts / np.maximum(lengths - 1, 1), 0.0).mean())
@@ -97,7 +99,7 @@ class ScoreChecks:
         ranges = {name: getattr(function, "reward_range", None) for name, function in functions}
         return {f"rewards/{name}/best": float(found[1]) for name, found in ranges.items() if found}
 
-    def _score(self, prompt: Prompt, ids: list[int]) -> dict[str, float | None]:
+    def _score(self, prompt: Prompt, ids: Sequence[int] | np.ndarray) -> dict[str, float | None]:
         scores = self.scorer.finish(self.scorer.begin([prompt], [ids]))
         return {name: values[0] for name, values in scores.items()}
 

@@ -207,7 +207,7 @@ class VllmEngine:
             body = self._body(prompts[i], different, limits[i], temperature, drawn)
             if over.is_set():
                 return
-            answer = server.ask("POST", "/v1/completions", body)
+            answer = server.ask("POST", "/v1/completions", body, raw=True)
             completions = read_completions(
                 answer, different, limits[i], server.url, prompts[i], self.model.arch.vocab_size
             )
@@ -527,12 +527,11 @@ class VllmEngine:
             scored = self._score(server)
             body = self._body(self.probe, 1, PROBE_ANSWER, self.options.temperature, 1)
             for _ in range(2):
-                answer = server.ask("POST", "/v1/completions", body)
+                answer = server.ask("POST", "/v1/completions", body, raw=True)
             (drawn,) = read_completions(
                 answer, 1, PROBE_ANSWER, server.url, self.probe, self.model.arch.vocab_size
             )
-            known = [x if x is not None else math.nan for x in drawn.logprobs]
-            answers.append((server.url, scored, drawn.ids, known))
+            answers.append((server.url, scored, drawn.ids.tolist(), drawn.logprobs.tolist()))
         return answers
 
     def _score(self, server: Server) -> list[float]:

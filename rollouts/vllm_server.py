@@ -1,19 +1,22 @@
 """One vLLM server over HTTP: its requests, the validation of its answers, and the command that starts it."""
 
 import importlib.util
-import math
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import httpx
+import msgspec
+import numpy as np
 import torch
 
+from rollouts.tokens import as_ids, as_logprobs
 from run.config import BallastError, ConfigError, resolve_checkpoint
 
 
@@ -21,13 +24,43 @@ class EngineError(BallastError):
     """A rollout engine that cannot continue: the line names the server, the step and the remedy."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Completion:
-    """A completion that was sampled for a prompt."""
+    """A completion that was sampled for a prompt. Lists are taken too."""
 
-    ids: list[int]
-    logprobs: list[float | None]  # of each token under the distribution that it was drawn from; None: unknown
+    ids: np.ndarray  # int32
+    logprobs: np.ndarray  # fp32, under the distribution that each token was drawn from; NaN: unknown
     finish_reason: str  # stop or length
+
+    def __post_init__(self):
+        self.ids, self.logprobs = as_ids(self.ids), as_logprobs(self.logprobs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Completion) and self.finish_reason == other.finish_reason and (
+            np.array_equal(self.ids, other.ids)
+            and np.array_equal(self.logprobs, other.logprobs, equal_nan=True)
+        )
+
+
+class _LogProbs(msgspec.Struct):
+    token_logprobs: list[float | None]
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    token_ids: list[int]
+    logprobs: _LogProbs
+    finish_reason: str | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class _Answer(msgspec.Struct):
+    """What is read of the answer of /v1/completions; msgspec skips the rest, which is most of it."""
+
+    choices: list[_Choice]
+
+
+_DECODER = msgspec.json.Decoder(_Answer)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -62,8 +95,9 @@ class Server:
             limits=httpx.Limits(max_connections=None),
         )
 
-    def ask(self, method: str, path: str, json: Any = None, **kwargs) -> Any:
-        """The decoded answer. ServerLost: no answer or 5xx. EngineError: 4xx, with the server's own words."""
+    def ask(self, method: str, path: str, json: Any = None, raw: bool = False, **kwargs) -> Any:
+        """The decoded answer, or its bytes. ServerLost: no answer or 5xx. EngineError: 4xx, with the server's
+        own words."""
         try:
             response = self.client.request(method, path, json=json, **kwargs)
         except httpx.HTTPError as error:
@@ -76,6 +110,8 @@ class Server:
                 hint = "; start the server with `python grpo.py serve`, which switches these routes on"
             words = " ".join(response.text[:300].split())
             raise EngineError(f"{self.url}{path}: answered {response.status_code}: {words}{hint}")
+        if raw:
+            return response.content
         if not response.headers.get("content-type", "").startswith("application/json"):
             return response.text or None  # some routes answer nothing, or a sentence
         try:
@@ -148,36 +184,38 @@ def compare_received(sent: dict[str, list[int]], worker: Any, url: str, step: in
 
 
 def read_completions(
-    answer: Any, n: int, limit: int, url: str, prompt: list[int] | None = None, vocab_size: int | None = None
+    answer: bytes, n: int, limit: int, url: str, prompt: Sequence[int] | None = None,
+    vocab_size: int | None = None,
 ) -> list[Completion]:
-    """The completions in a server's answer. Raises EngineError if the answer does not match the request."""
-    beyond = math.inf if vocab_size is None else vocab_size
+    """The completions in a server's JSON answer. Raises EngineError if it does not match the request."""
+    beyond = 2**31 if vocab_size is None else vocab_size
     try:
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        completions = []
-        for choice in choices:
-            ids, reason = choice["token_ids"], choice["finish_reason"]
-            logprobs = choice["logprobs"]["token_logprobs"]
-            if reason not in ("stop", "length"):
-                raise ServerLost(f"{url}: ended a completion with {reason!r}")
-            if not ids or not all(type(i) is int and 0 <= i < beyond for i in ids) or len(ids) > limit:
-                raise EngineError(
-                    f"{url}: a completion of {len(ids)} token ids, asked for 1 to {limit} below {beyond}"
-                )
-            if len(logprobs) != len(ids):
-                raise EngineError(f"{url}: {len(ids)} tokens with {len(logprobs)} log-probs")
-            if prompt is not None and choice.get("prompt_token_ids") not in (None, prompt):
-                raise EngineError(f"{url}: answered a prompt other than the requested one")
-            usable = [x if x is not None and math.isfinite(x) and x > -9999.0 else None for x in logprobs]
-            completions.append(Completion(ids, usable, reason))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EngineError(f"{url}: an answer that is not understood ({error!r}); is it vLLM 0.32?") from None
+        choices = sorted(_DECODER.decode(answer).choices, key=lambda choice: choice.index)
+    except msgspec.DecodeError as error:
+        raise EngineError(f"{url}: an answer that is not understood ({error}); is it vLLM 0.32?") from None
+    completions = []
+    for choice in choices:
+        ids, logprobs = np.array(choice.token_ids or [-1]), as_logprobs(choice.logprobs.token_logprobs)
+        if choice.finish_reason not in ("stop", "length"):
+            raise ServerLost(f"{url}: ended a completion with {choice.finish_reason!r}")
+        if ids.dtype != np.int64 or ids.min() < 0 or ids.max() >= beyond or len(ids) > limit:
+            raise EngineError(
+                f"{url}: a completion of {len(choice.token_ids)} token ids, asked for 1 to {limit} below "
+                f"{beyond}"
+            )
+        if len(logprobs) != len(ids):
+            raise EngineError(f"{url}: {len(ids)} tokens with {len(logprobs)} log-probs")
+        if prompt is not None and choice.prompt_token_ids not in (None, prompt):
+            raise EngineError(f"{url}: answered a prompt other than the requested one")
+        usable = np.isfinite(logprobs) & (logprobs > -9999.0)
+        completions.append(Completion(ids, np.where(usable, logprobs, np.nan), choice.finish_reason))
     if len(completions) != n:
         raise EngineError(f"{url}: {len(completions)} completions, asked for {n}")
-    known = [x is not None for completion in completions for x in completion.logprobs]
-    if len(known) >= 8 and not any(known):  # one may be vLLM's encoding of −∞; all of them are a fault
+    count = sum(len(completion.ids) for completion in completions)
+    # One may be vLLM's encoding of −∞; all of them are a fault
+    if count >= 8 and all(np.isnan(completion.logprobs).all() for completion in completions):
         raise EngineError(
-            f"{url}: {len(known)} tokens and not one usable log-prob; start it with `python grpo.py serve`"
+            f"{url}: {count} tokens and not one usable log-prob; start it with `python grpo.py serve`"
         )
     return completions
 

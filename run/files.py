@@ -40,11 +40,11 @@ def claim(output_dir: Path) -> None:
     _claimed[output_dir] = descriptor
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file atomically: even after a power cut it holds either the old text or the new."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file atomically: even after a power cut it holds either the old content or the new."""
     aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with aside.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

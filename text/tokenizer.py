@@ -9,12 +9,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import tokenizers
 
 from run.config import ConfigError, DataError
@@ -23,6 +24,10 @@ from text.special_tokens import SPECIAL_NAMES, add_tokens
 from text.templates import CHATML, SHIPPED_TEMPLATES, BadRow, Sandbox
 
 IGNORE = -100  # label of a token that is not trained
+
+
+def _list(ids: Sequence[int] | np.ndarray) -> list[int]:
+    return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
 
 
 def read_text(path: Path) -> str:
@@ -286,8 +291,12 @@ class Tokenizer:
         head, both = self.encode(before), self.encode(before + text)
         return both[len(head) :] if both[: len(head)] == head else None
 
-    def decode(self, ids: list[int], special: bool = False) -> str:
-        return self.core.decode(ids, skip_special_tokens=not special)
+    def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
+        return self.core.decode(_list(ids), skip_special_tokens=not special)
+
+    def decode_all(self, rows: Sequence[Sequence[int] | np.ndarray], special: bool = False) -> list[str]:
+        """The texts of several rows of token ids, decoded on all cores."""
+        return self.core.decode_batch([_list(row) for row in rows], skip_special_tokens=not special)
 
     def save(self, directory: Path) -> None:
         """Write what transformers and vLLM need to read this tokenizer, its template and its stop tokens."""
