@@ -43,6 +43,7 @@ from text.conversations import (
     without_thinking,
 )
 from text.packing import Dataset, Encoded, settle
+from text.prompt import Prompt
 from text.rows import HELD_OUT, Row, locate, read_rows
 from text.templates import BadRow
 from text.tokenizer import IGNORE, Tokenizer
@@ -386,20 +387,6 @@ def encode_dataset(
 # ------------------------------------------------------------------------------------------------------------
 # Prompts, for recipes that sample the answers themselves
 # ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Prompt:
-    """A row as reinforcement learning sees it: what the model reads, and every column for reward
-    functions."""
-
-    ids: list[int]
-    prompt: str | list[dict]  # as the row has it: text, or messages
-    columns: dict[str, Any]  # the row's other columns; `answer` is its reference answer where it has one
-    name: str  # file:line
-    completion: str | None = None  # the answer after this prompt in the row
-    tools: list[dict] | None = None  # as the chat template gets them
-    source: int = 0  # index of the row's data set
 
 
 def _prompt_of(

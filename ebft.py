@@ -41,12 +41,13 @@ from rollouts.blocks import (
     sample_blocks,
     write_blocks,
 )
-from rollouts.engines import RolloutQueue, as_rollouts, make_engine
+from rollouts.engines import check_sampler, make_engine
 from rollouts.environments import play
 from rollouts.policy import PolicyBatch, PolicyOptions, Tally
 from rollouts.prompts import PromptData, read_prompt_data
 from rollouts.records import Recorder, as_parquet, kept
 from rollouts.rollout import Engine, Rollout, tokens_of
+from rollouts.sampler import RolloutQueue, as_rollouts
 from rollouts.tokens import as_ids, as_mask, same_ids
 from rollouts.truths import Conversation, true_completion, true_rollout
 from rollouts.vllm_client import VllmEngine
@@ -495,7 +496,7 @@ def structured(config: Config) -> None:
                 micro_batches = [
                     rollouts[(k * world.size + world.rank) * mb :][:mb] for k in range(accumulation)
                 ]
-                policy.check_sampler(engine, model, rollouts, micro_batches, config, world, share_prompts)
+                check_sampler(engine, model, rollouts, micro_batches, config, world, share_prompts)
                 with on_device(reference, config, world):
                     kl = policy.measures_kl(config, run.step, 1)
                     policy.keep_logprobs(

@@ -15,11 +15,8 @@ step is split.
 import functools
 import math
 import sys
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -29,24 +26,31 @@ from torch import Tensor
 import dist
 from checkpoints import building
 from checkpoints.saving import CheckpointOptions
-from data import DataOptions, Prompt
+from data import DataOptions
 from dist import DistOptions, OptimizerOptions, World
 from health import memory, monitor
 from health.forensics import ForensicOptions, Forensics
 from health.monitor import LogOptions
 from model import ModelOptions, Transformer, load_balancing_loss
 from rollouts import policy, signs
-from rollouts.engines import RolloutQueue, as_rollouts, make_engine
-from rollouts.environments import load_environment, play
+from rollouts.advantages import SMALL, AdvantageOptions, assign, in_groups, separate_advantages
+from rollouts.distillation import TeacherOptions, read_teacher
+from rollouts.engines import check_sampler, make_engine
 from rollouts.policy import PolicyBatch, PolicyOptions, Tally
-from rollouts.prompts import PromptData, read_prompt_data
+from rollouts.prompts import read_prompt_data
 from rollouts.records import Recorder, as_parquet, kept
-from rollouts.rewards import RewardError, RewardOptions, Scorer
-from rollouts.rollout import Engine, Rollout, show_rollouts, tokens_of
-from rollouts.signs import ScoreChecks
+from rollouts.rewards import (
+    RewardOptions,
+    refuse_no_rewards,
+    reward_metrics,
+    reward_table,
+    spread,
+    weighted_rewards,
+)
+from rollouts.rollout import OF_TRAINER, Rollout, show_rollouts, tokens_of
+from rollouts.sampler import ReplayBuffer, Sampler, SamplerOptions, evaluate, groups_of
 from rollouts.trial import score_samples
-from rollouts.vllm_client import VllmEngine
-from rollouts.vllm_server import Completion, EngineError, serve
+from rollouts.vllm_server import EngineError, serve
 from run import loop
 from run.config import (
     BallastError,
@@ -56,10 +60,8 @@ from run.config import (
     check_ranges,
     parse_config,
 )
-from run.log import log
 from run.loop import Run
 from text.packing import LoopOptions
-from text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -81,6 +83,9 @@ class LossOptions:
     """sapo: steepness for positive advantages."""
     sapo_temperature_neg: float = 1.05
     """sapo: steepness for all other advantages."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """The penalty of beta. Differentiated with samples of π held fixed, k3 pulls along the gradient of
+    KL(π_ref‖π), k2 = (log π/π_ref)²/2 along that of KL(π‖π_ref)."""
     use_bias_correction_kl: bool = False
     """Weigh the KL of each token by its ratio: unbiased where the batch is off policy (DeepSeek-V3.2)."""
     off_policy_mask_threshold: float | None = None
@@ -89,6 +94,9 @@ class LossOptions:
     """Leave completions that hit the length limit out of the loss."""
     top_entropy_quantile: float = 1.0
     """Train only on this share of tokens, those of highest entropy (arXiv 2506.01939)."""
+    bypass_mode: bool = False
+    """Take the sampler's log-probs as π_old: no pass computes it, epsilon bounds the ratio to the sampler,
+    and the sampler correction does nothing."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     entropy_target: float | None = None
@@ -111,37 +119,19 @@ class LossOptions:
 
 @dataclass
 class Config(
-    ModelOptions, DataOptions, RewardOptions, LossOptions, PolicyOptions, LoopOptions, OptimizerOptions,
-    CheckpointOptions, DistOptions, LogOptions, ForensicOptions,
+    ModelOptions, DataOptions, RewardOptions, SamplerOptions, AdvantageOptions, TeacherOptions, LossOptions,
+    PolicyOptions, LoopOptions, OptimizerOptions, CheckpointOptions, DistOptions, LogOptions, ForensicOptions,
 ):
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide advantages by the standard deviation of their group, of the batch, or not at all."""
     ref_model_sync_steps: int | None = None
     """With beta in full fine-tuning: move the reference towards the policy every N steps."""
     ref_model_mixup_alpha: float = 0.6
     """Weight of the policy in that update of the reference."""
-    replay_buffer_size: int = 0
-    """Keep the last N groups with differing rewards, and use them in place of flat groups."""
-    environment: str | None = None
-    """Multi-turn: module.Class with reset(prompt, **columns) and step(text, ids) → (observation, reward,
-    done)."""
-    streaming_partial_batch: bool = False
-    """Score a prompt's completions as soon as all of them are sampled."""
     micro_batch_size: int = 8
     """Completions in one forward pass of one process."""
     steps_per_generation: int | None = None
     """Micro-batches of each process in one generation batch; unset: gradient_accumulation_steps."""
     num_iterations: int = 1
     """Passes over a generation batch."""
-    eval_num_generations: int = 1
-    """Completions of each held-out prompt, for pass@1 and pass@k."""
-    eval_temperature: float | None = None
-    """Temperature of these completions; unset: `temperature`. 0 is greedy."""
-    eval_greedy: bool = False
-    """Evaluate one greedy completion of each held-out prompt too."""
-    eval_success_reward: float = 1.0
-    """A completion passes when its weighted reward reaches this."""
-
     not_here: ClassVar = {
         "sequence_len": "prompts and completions are bounded by max_prompt_length and max_completion_length",
         "excess_length_strategy": "prompts longer than max_prompt_length are left out",
@@ -153,24 +143,23 @@ class Config(
     def __post_init__(self):
         check_every_part(self)
         replayed = self.rollout_engine == "replay"
-        if not self.reward_funcs and not replayed and not self.environment:
+        if not (self.reward_funcs or replayed or self.environment or self.teacher_model):
             raise ConfigError(
                 "reward_funcs", None, "must name at least one reward function, e.g. [exact_match]"
             )
         check_at_least_one(
-            self, "num_iterations", "eval_num_generations", "steps_per_generation", "ref_model_sync_steps"
+            self, "num_iterations", "steps_per_generation", "ref_model_sync_steps"
         )
-        check_ranges(
-            self, ("replay_buffer_size", 0, math.inf), ("ref_model_mixup_alpha", 0, 1),
-            ("eval_temperature", 0, math.inf), ("eval_success_reward", -math.inf, math.inf),
-        )
+        check_ranges(self, ("ref_model_mixup_alpha", 0, 1))
         if self.async_prefetch and self.environment:
             problem = "does not work with an environment; drop one of the two"
             raise ConfigError("async_prefetch", True, problem)
-        if self.num_generations < 2 and not replayed:
+        if self.num_generations < 2 and not replayed and self.rl_coef:
             raise ConfigError(
                 "num_generations", self.num_generations, "must be at least 2: a group is its own baseline"
             )
+        if not self.rl_coef and not self.teacher_model:
+            raise ConfigError("rl_coef", 0, "leaves nothing to learn from without a teacher_model")
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -219,11 +208,11 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This micro-batch's part of the step's loss, and intermediate values for the metrics.
 
-    All [B, T] but `advantages` and `truncated` [B]. The parts of all micro-batches and ranks add up to the
-    loss. Formulas: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO 2507.18071, CISPO
-    2506.13585, SAPO 2511.20347; k3 is Schulman's estimator, (π_ref/π) − log(π_ref/π) − 1.
+    All [B, T] but `truncated` [B] and `advantages`, [B] or [B, T]. The parts of all micro-batches and ranks
+    add up to the loss. Formulas: GRPO arXiv 2402.03300, Dr. GRPO 2503.20783, DAPO 2503.14476, GSPO
+    2507.18071, CISPO 2506.13585, SAPO 2511.20347; k3 is Schulman's estimator, (π_ref/π) − log(π_ref/π) − 1.
     """
-    A = advantages[:, None].to(logprobs.dtype)
+    A = advantages.view(len(advantages), -1).to(logprobs.dtype)
     stats: dict[str, Tensor] = {}
     if truncated is not None and options.mask_truncated_completions:
         mask = mask * (~truncated)[:, None]
@@ -238,7 +227,7 @@ def policy_loss(
         drift = torch.nan_to_num(drawn_from - logprobs.detach(), nan=0.0) * mask
         keep = (A >= 0) | (drift.sum(-1, keepdim=True) / length <= options.off_policy_mask_threshold)
         counts = counts & keep
-        stats["off_policy_masked"] = ~keep[:, 0]
+        stats["off_policy_masked"] = (~keep).any(-1)
     if entropy_mask is not None:
         counts = counts & (entropy_mask > 0)
     if sampling_logprobs is not None:
@@ -279,7 +268,9 @@ def policy_loss(
         k3 = back.exp() - back - 1
         stats["kl"] = k3.detach()
         if options.beta:
-            loss = loss + options.beta * (k3 * log_ratio.exp() if options.use_bias_correction_kl else k3)
+            penalty = k3 if options.kl_estimator == "k3" else back.square() / 2
+            weighted = penalty * log_ratio.exp() if options.use_bias_correction_kl else penalty
+            loss = loss + options.beta * weighted
 
     if options.loss_type in ("grpo", "sapo"):
         total = ((loss * mask).sum(-1, keepdim=True) / length).sum() / size.completions
@@ -300,7 +291,9 @@ def grpo_loss(
         model, batch, config.temperature, entropy_gradient=bool(size.entropy_coef)
     )
     old_logprobs, entropy_mask = logprobs.detach(), None
-    if size.reused:
+    if config.bypass_mode and batch.sampling_logprobs is not None:
+        old_logprobs = torch.where(batch.sampling_logprobs.isfinite(), batch.sampling_logprobs, old_logprobs)
+    elif size.reused:
         old_logprobs = batch.stored("old_logprobs")
         if old_logprobs is None:
             raise BallastError(
@@ -319,7 +312,8 @@ def grpo_loss(
     if size.entropy_coef:
         counted = stats["mask"] if entropy_mask is None else stats["mask"] * entropy_mask
         loss = loss - size.entropy_coef * (entropy * counted).sum() / size.trained_tokens
-    stats |= {"loss": loss.detach(), "entropy": entropy.detach(), "old_logprobs": old_logprobs,
+    stats |= {"loss": loss.detach(), "entropy": entropy.detach(),
+              "old_logprobs": logprobs.detach() if config.bypass_mode else old_logprobs,
               "nonfinite_hidden_states": nonfinite}
     if aux_coef and router_logits:
         real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
@@ -371,21 +365,6 @@ def generation_batch_size(config: Config, world_size: int) -> int:
     return size
 
 
-def weighted_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
-    """rewards [B, R], NaN where a function does not apply, to [B]: their weighted sum; NaN where none
-    applies."""
-    total = (torch.nan_to_num(rewards, nan=0.0) * weights).sum(-1)
-    return torch.where(torch.isnan(rewards).all(-1), torch.nan, total)
-
-
-FLAT = 1e-8  # standard deviation below which the rewards of a group are the same
-
-
-def spread(values: Tensor) -> float:
-    """Unbiased standard deviation; exactly 0 of equal numbers."""
-    return values.std().item() if len(values) > 1 and (values != values[0]).any() else 0.0
-
-
 def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple[Tensor, dict[str, float]]:
     """rewards [B], group after group, NaN on rows without one → advantages [B] and the metrics of the batch.
 
@@ -393,229 +372,18 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: str) -> tuple
     1e-4. Rows without a reward get 0 and stay out of every statistic. In a group that counts as flat in
     frac_reward_zero_std every advantage is exactly 0.
     """
-    grouped = rewards.view(-1, num_generations)
-    known = ~torch.isnan(grouped)
-    count = known.sum(-1, keepdim=True)
-    filled = torch.nan_to_num(grouped, nan=0.0)
-    mean = filled.sum(-1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(known, filled - mean, 0.0)
-    group_std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    # The mean of equal numbers may be off by rounding, but advantages in a flat group must be exactly 0.
-    highest = torch.where(known, grouped, mean).amax(-1, keepdim=True)
-    flat = (group_std < FLAT) | ((grouped == highest) | ~known).all(-1, keepdim=True)
-    centred, group_std = torch.where(flat, 0.0, centred), torch.where(flat, 0.0, group_std)
+    centred, group_std, flat, judged = in_groups(rewards, num_generations)
     present = rewards[~torch.isnan(rewards)]
     batch_std = spread(present)
-    divisor = {"group": group_std + 1e-4, "batch": rewards.new_tensor(batch_std + 1e-4), "none": 1.0}
-    groups = (count > 0).sum().clamp(min=1)
-    metrics = {
-        "reward": present.mean().item() if len(present) else 0.0,
+    divisor = {"group": group_std + SMALL, "batch": rewards.new_tensor(batch_std + SMALL), "none": 1.0}
+    groups = judged.sum().clamp(min=1)
+    metrics = {} if not len(present) else {
+        "reward": present.mean().item(),
         "reward_std": batch_std,
         "reward_std_within_group": (group_std.sum() / groups).item(),
-        "frac_reward_zero_std": ((flat & (count > 0)).sum() / groups).item(),
+        "frac_reward_zero_std": ((flat & judged).sum() / groups).item(),
     }
     return (centred / divisor[scale]).flatten(), metrics
-
-
-def reward_metrics(rewards: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """rewards/<name>/mean and std over the rows where the function applied; functions that applied to no row
-    are left out. rewards [B, R]."""
-    metrics = {}
-    for i, name in enumerate(names):
-        column = rewards[:, i][~torch.isnan(rewards[:, i])]
-        if len(column):
-            metrics[f"rewards/{name}/mean"] = column.mean().item()
-            metrics[f"rewards/{name}/std"] = spread(column)
-    return metrics
-
-
-def refuse_no_rewards(rewards: Tensor, names: Sequence[str]) -> None:
-    """Raise RewardError if no function applies to any completion of the first batch, rewards [B, R]: nothing
-    would be learnt."""
-    applied = (~torch.isnan(rewards)).any(0).tolist()
-    if not any(applied):
-        raise RewardError(
-            f"no reward function applies to any of the first {len(rewards)} completions ({', '.join(names)} "
-            "returned None for all): nothing would be learnt; try them with `python grpo.py test-rewards`"
-        )
-    for name, some in zip(names, applied, strict=True):
-        if not some:
-            log.warning("reward %s applies to none of the first %d completions", name, len(rewards))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Samples and evaluation
-# ------------------------------------------------------------------------------------------------------------
-
-
-class Sampler:
-    """Turns prompts into scored rollouts, with engine, environment and reward functions."""
-
-    def __init__(
-        self, engine: Engine, prompts: list[Prompt], config: Config, tokenizer: Tokenizer, world: World
-    ):
-        self.engine, self.prompts, self.config = engine, prompts, config
-        self.tokenizer, self.world = tokenizer, world
-        self.scorer = Scorer(config, tokenizer) if world.main else None
-        self.score_checks = ScoreChecks(self.scorer) if self.scorer is not None and config.health else None
-        self.environment = None
-        if config.environment:
-            self.environment = load_environment(config.environment, Path(config.config_directory))
-        self.seconds = {"generate": 0.0, "reward": 0.0}
-        self.signs: dict[str, float] = {}  # what scoring the last batch showed
-        self._early: dict[int, dict[str, Future]] = {}
-
-    def _watch(self, prompts: list[Prompt]) -> Callable[[int, list[Completion]], None] | None:
-        """streaming_partial_batch: score a group while others are still being sampled."""
-        self._early = {}
-        if not self.config.streaming_partial_batch or self.scorer is None:
-            return None
-        scorer, early = self.scorer, self._early
-
-        def group_is_done(i: int, group: list[Completion]) -> None:
-            early[i] = scorer.begin([prompts[i]] * len(group), [c.ids for c in group])
-
-        return group_is_done
-
-    def prefetch(self, indices: list[int], seed: tuple[int, ...]) -> None:
-        assert isinstance(self.engine, VllmEngine)
-        prompts = [self.prompts[i] for i in indices]
-        ids = [p.ids for p in prompts]
-        self.engine.prefetch(ids, self.config.num_generations, seed=seed, on_group=self._watch(prompts))
-
-    def sample(
-        self, indices: list[int], step: int, seed: tuple[int, ...], *, n: int | None = None,
-        temperature: float | None = None, prefetched: bool = False,
-    ) -> list[Rollout]:
-        """n adjacent rollouts of each of these prompts, with rewards, the same on every rank. A
-        collective."""
-        prompts, n = [self.prompts[i] for i in indices], n or self.config.num_generations
-        seconds = dist.Timer()
-        if self.environment is not None:
-            rollouts = play(
-                self.engine, self.environment, prompts, indices, n, step=step, seed=seed, options=self.config,
-                tokenizer=self.tokenizer, world=self.world, temperature=temperature,
-            )
-        else:
-            if prefetched:
-                assert isinstance(self.engine, VllmEngine)
-                groups = self.engine.collect(step)
-            else:
-                groups = self.engine.generate(
-                    [p.ids for p in prompts], n, seed=seed, temperature=temperature,
-                    on_group=self._watch(prompts) if temperature is None else None,
-                )
-            rollouts = as_rollouts(groups, prompts, indices, step, self.engine, self.tokenizer.stop_ids)
-        self.seconds["generate"] += seconds()
-
-        def score() -> tuple[list[dict[str, float | None]], dict[str, float]]:
-            assert self.scorer is not None
-            early, self._early = self._early, {}
-            each = [p for p in prompts for _ in range(n)]
-            if len(early) == len(prompts):
-                parts = [self.scorer.finish(early[i]) for i in range(len(prompts))]
-                scores = {name: [x for part in parts for x in part[name]] for name in self.scorer.functions}
-            else:
-                scores = self.scorer.finish(self.scorer.begin(each, [r.completion_ids for r in rollouts]))
-            rewards = [{name: scores[name][i] for name in scores} for i in range(len(rollouts))]
-            checks = self.score_checks if temperature is None and self.environment is None else None
-            return rewards, checks.metrics(seed[1] + 1, each, rollouts, rewards) if checks else {}
-
-        rewards_of, self.signs = dist.from_main(score, self.world)
-        for rollout, rewards in zip(rollouts, rewards_of, strict=True):
-            rollout.rewards |= rewards
-        self.seconds["reward"] += seconds()
-        return rollouts
-
-    def queue(self, prompts: PromptData, batch_size: int, ahead: list[Rollout]) -> RolloutQueue:
-        """The generation batches of a run; `ahead`: the next one, if a checkpoint kept it."""
-        order, seed = prompts.order, self.config.seed
-
-        def sample(generation: int, step: int, prefetched: bool) -> list[Rollout]:
-            if prompts.replay is not None:
-                return prompts.replay.batch(generation, batch_size)
-            return self.sample(order.batch(generation), step, (seed, generation), prefetched=prefetched)
-
-        def prefetch(generation: int) -> None:
-            self.prefetch(order.batch(generation), (seed, generation))
-
-        return RolloutQueue(
-            self.engine, sample, prefetch, asynchronous=self.config.async_prefetch,
-            prefetched=ahead or None,
-        )
-
-
-def reward_table(rollouts: Sequence[Rollout], config: Config) -> tuple[Tensor, list[str], Tensor]:
-    """(rewards [B, R] in fp64 with NaN where a function does not apply, their names, weights [R])."""
-    weights = dict.fromkeys((name for r in rollouts for name in r.rewards), 1.0)
-    if config.reward_weights is not None:
-        weights |= {
-            n.rpartition(".")[2] or n: w
-            for n, w in zip(config.reward_funcs, config.reward_weights, strict=True)
-        }
-    names = list(weights)
-    if not names:
-        raise BallastError("no rollout has a reward: name reward_funcs, or record rewards with the rollouts")
-    table = [
-        [math.nan if r.rewards.get(n) is None else float(r.rewards[n] or 0.0) for n in names]
-        for r in rollouts
-    ]
-    return torch.tensor(table, dtype=torch.float64), names, torch.tensor([weights[n] for n in names]).double()
-
-
-def pass_at_k(right: int, n: int, k: int) -> float:
-    """Chance that one of k draws without replacement from n completions, `right` of them right, is right
-    (Codex, arXiv 2107.03374, eq. 1)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
-def evaluate(sampler: Sampler, run: Run, recorder: Recorder) -> dict[str, float]:
-    """Mean reward, pass@1 and pass@k on the held-out prompts. A collective."""
-    config, step = run.config, run.step
-    sampler.engine.sync(step, due=True)
-    indices, n = list(range(len(sampler.prompts))), config.eval_num_generations
-    temperature = config.temperature if config.eval_temperature is None else config.eval_temperature
-
-    def scored(n: int, temperature: float) -> tuple[Tensor, list[Rollout]]:
-        rollouts = sampler.sample(indices, step, (config.seed, -1, step), n=n, temperature=temperature)
-        table, _, weights = reward_table(rollouts, config)
-        return torch.nan_to_num(weighted_rewards(table, weights), nan=0.0).view(-1, n), rollouts
-
-    rewards, rollouts = scored(n, temperature)
-    right = (rewards >= config.eval_success_reward - 1e-9).sum(-1).tolist()
-    metrics = {"eval/reward": rewards.mean().item()}
-    for k in sorted({1, n}):
-        metrics[f"eval/pass@{k}"] = sum(pass_at_k(r, n, k) for r in right) / len(right)
-    metrics["eval/mean_length"] = policy.completion_metrics(rollouts)["completions/mean_length"]
-    if config.eval_greedy:
-        greedy, _ = scored(1, 0.0)
-        metrics["eval/greedy"] = (greedy >= config.eval_success_reward - 1e-9).double().mean().item()
-    recorder.write(step, rollouts, kind="eval")
-    return metrics
-
-
-def groups_of(rollouts: list[Rollout], n: int) -> list[list[Rollout]]:
-    return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
-
-
-class ReplayBuffer:
-    """Groups with differing rewards, newest out first, to replace flat groups, which have no signal."""
-
-    def __init__(self, size: int):
-        self.groups: deque[list[Rollout]] = deque(maxlen=size)
-
-    def refill(self, rollouts: list[Rollout], n: int) -> tuple[list[Rollout], int]:
-        """The batch with flat groups replaced while the buffer lasts, and the number replaced."""
-        groups = groups_of(rollouts, n)
-        fresh = [group for group in groups if any(r.advantage for r in group)]
-        refilled, replaced = [], 0
-        for group in groups:
-            if not any(r.advantage for r in group) and self.groups:
-                group = self.groups.pop()
-                replaced += 1
-            refilled += group
-        self.groups.extend(fresh)
-        return refilled, replaced
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -646,7 +414,7 @@ def main(config: Config) -> None:
     # 3. Model, optimiser, reference, engine.
     model, optimizers = loop.build(run)
     trained = [p for p in model.parameters() if p.requires_grad]
-    reference = reference_model(run, config)
+    reference, teacher = reference_model(run, config), read_teacher(run)
     share_prompts, aux_coef = policy.can_share_prompts(model, config.share_prompts), loop.router_aux_coef(run)
     trained_on = "recorded" if prompts.replay else f"{len(prompts.train):,}"
     loop.describe(
@@ -693,12 +461,13 @@ def main(config: Config) -> None:
 
                 # b. Advantages: a completion is good only relative to its siblings.
                 table, names, weights = reward_table(rollouts, config)
-                if generation == 0:
+                if generation == 0 and names:
                     refuse_no_rewards(table, names)
                 rewards = weighted_rewards(table, weights)
                 advantages, batch_metrics = group_advantages(rewards, n, config.scale_rewards)
-                for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
-                    rollout.advantage = advantage
+                if config.multi_objective_aggregation == "normalize_then_sum":
+                    advantages = separate_advantages(table, weights, n)
+                assign(rollouts, advantages, n, config)
                 state["num_tokens"] += tokens_of(rollouts)
                 batch_metrics |= reward_metrics(table, names) | policy.completion_metrics(rollouts)
                 batch_metrics |= sampler.signs | signs.of_groups(rollouts, n, rewards.tolist())
@@ -711,16 +480,20 @@ def main(config: Config) -> None:
                     rollouts, replaced = buffer.refill(rollouts, n)
                     batch_metrics["replayed_groups"] = float(replaced)
                 state["batch_metrics"] = batch_metrics  # every step that uses the batch reports them
-                policy.check_sampler(
+                check_sampler(
                     engine, model, rollouts, micro_batches(rollouts), config, world, share_prompts
                 )
 
                 # c. log π_old of the whole batch, before the first update changes its weights; and log π_ref.
                 policy.keep_logprobs(
                     model, reference, micro_batches(rollouts), config, world, share_prompts,
-                    old=updates > 1 or config.top_entropy_quantile < 1,
+                    old=(updates > 1 and not config.bypass_mode) or config.top_entropy_quantile < 1,
                     kl=policy.measures_kl(config, run.step, updates),
                 )
+                if teacher is not None:
+                    batch_metrics |= teacher.advise(
+                        model, micro_batches(rollouts), config, world, share_prompts
+                    )
                 seconds_by_phase["logprob"] = timer()
 
             # The rows of this optimiser step. Groups stay together: prompts came in random order already, and
@@ -733,7 +506,7 @@ def main(config: Config) -> None:
             with monitor.profiled(run.step + 1, config, run.output_dir, world.rank, world.device):
                 for k, micro_batch in enumerate(micro_batches(step_rollouts)):
                     across = step_rollouts[k * rows_at_once : (k + 1) * rows_at_once]
-                    if not (any(r.advantage for r in across) or config.beta or size.entropy_coef):
+                    if not (any(r.signal for r in across) or config.beta or size.entropy_coef or teacher):
                         skipped += 1  # by all ranks alike: every rank knows all advantages
                         continue
                     batch = policy.collate(micro_batch, world.device, share_prompts)
@@ -839,13 +612,11 @@ def save(
 ) -> None:
     """A checkpoint with what the loop holds besides weights: the batch in use with its π_old and π_ref, a
     prefetched batch, the replay buffer. A collective."""
-    stored = {
-        i: (r.old_logprobs, r.ref_logprobs, r.entropies)
-        for i, r in enumerate(rollouts) if r.old_logprobs is not None or r.ref_logprobs is not None
-    }
+    stored = [(i, name, value) for i, r in enumerate(rollouts) for name in OF_TRAINER
+              if (value := getattr(r, name)) is not None]
     for of_rank in dist.gather(stored, run.world):
-        for i, (old, ref, entropies) in of_rank.items():
-            rollouts[i].old_logprobs, rollouts[i].ref_logprobs, rollouts[i].entropies = old, ref, entropies
+        for i, name, value in of_rank:
+            setattr(rollouts[i], name, value)
     held = {"rollouts": rollouts, "ahead": prefetched or [], "buffer": [r for g in buffer.groups for r in g]}
     files = {f"{name}.parquet": as_parquet(some) for name, some in held.items() if run.world.main}
     run.checkpointer.save(run.step, model, optimizers, run.state, moving, files)

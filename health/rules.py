@@ -534,6 +534,7 @@ RULES: tuple[Rule, ...] = (
         ("temperature", "0.8 to 1.0 explores more", (0.8, math.inf)),
          ("num_generations", "16 and more find differences", (16, math.inf))),
         low=0.0, window=10, after=5,
+        guard="learns_from_rewards",
     ),
     Rule(
         "all_groups_flat", ("frac_reward_zero_std",), "outside",
@@ -545,6 +546,7 @@ RULES: tuple[Rule, ...] = (
         high=0.9999, window=10, after=3, severity="critical",
         tell="completions/identical_groups near 1: the sampler or the policy; near 0: the reward",
         explains=("flat_groups", "no_signal", "no_gradient", "reward_stuck_at_zero", "weights_still"),
+        guard="learns_from_rewards",
     ),
     Rule(
         "flat_groups", ("frac_reward_zero_std",), "outside", "in most groups all completions earn the same",
@@ -553,6 +555,7 @@ RULES: tuple[Rule, ...] = (
         ("temperature", "0.8 to 1.0 explores more", (0.8, math.inf)),
          ("datasets", "leave out what is always or never solved")),
         high=0.8, window=20, after=5,
+        guard="learns_from_rewards",
     ),
     Rule(
         "entropy_collapse", ("entropy",), "outside", "completions are becoming identical",
@@ -974,6 +977,7 @@ def samples(config: dict) -> bool:
 
 GUARDS: dict[str, Callable[[dict], Any]] = {
     "samples": samples,
+    "learns_from_rewards": lambda config: config.get("rl_coef") != 0,
     "supervised": lambda config: not samples(config),
     "has_prompts": lambda config: _types(config) & PROMPTED and _types(config) <= PROMPTED | {"text"},
     "whitened_features": lambda config: (

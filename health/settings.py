@@ -48,7 +48,7 @@ BOUNDS: tuple[tuple[str, float, float, str, str, Callable[[dict], Any]], ...] = 
     ("entropy_coef", -0.1, 0.3, "punishes every choice", "outweighs the reward: the policy becomes random; "
      "0 to 0.01", _rl),
     ("num_generations", 3, WIDE, "gives each completion one sibling as its baseline: 8 and more", "",
-     lambda c: "reward_funcs" in c and c.get("rollout_engine") != "replay"),
+     lambda c: "reward_funcs" in c and c.get("rl_coef") != 0 and c.get("rollout_engine") != "replay"),
     ("max_completion_length", 2, WIDE, "leaves no room for an answer", "", _rl),
     ("off_policy_mask_threshold", 1e-3, WIDE, "masks nearly all that is not exactly on policy: 0.5", "", _rl),
     ("vllm_sync_interval", 0, 64, "", "samples from weights of long ago: 1 to 8",

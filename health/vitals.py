@@ -329,7 +329,8 @@ class Vitals:
         along = size = 0.0
         after = self._logprobs(batches, loss_of, restored)
         for batch, old, new in zip(batches, before, after, strict=True):
-            moved = (new["logprobs"] - old["logprobs"]) * old["mask"] * batch.advantages[:, None]
+            advantages = batch.advantages.view(len(old["mask"]), -1)
+            moved = (new["logprobs"] - old["logprobs"]) * old["mask"] * advantages
             along, size = along + float(moved.sum()), size + float(moved.abs().sum())
         along, size = dist.all_reduce([along, size], self.world)
         return {"first_step/better_likelier": along / size} if size > 1e-9 else {}

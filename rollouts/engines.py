@@ -14,16 +14,17 @@ from typing import Any
 import torch
 
 import dist
-from data import Prompt
-from dist import Timer, World
+from dist import World
 from health import memory
-from model import Transformer
+from model import Transformer, without_gradients
 from rollouts.generation import generate
+from rollouts.policy import collate, token_logprobs
 from rollouts.rollout import Engine, Rollout
 from rollouts.tokens import as_ids, as_logprobs
 from rollouts.vllm_client import VllmEngine
-from rollouts.vllm_server import Completion
+from rollouts.vllm_server import Completion, EngineError
 from run.log import log
+from text.prompt import Prompt
 from text.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ class EmbeddedEngine:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One batch of rollouts from prompts
+# Which engine, and whether it samples from the policy
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -121,70 +122,41 @@ def make_engine(
     return EmbeddedEngine(model, options, tokenizer, world)
 
 
-def as_rollouts(
-    groups: list[list[Completion]], prompts: Sequence[Prompt], indices: Sequence[int], step: int,
-    engine: Engine, stop_ids: Sequence[int],
-) -> list[Rollout]:
-    """One rollout per completion; those of a prompt are adjacent."""
-    stops, rollouts = set(stop_ids), []
-    for prompt, index, group in zip(prompts, indices, groups, strict=True):
-        prompt_ids = as_ids(prompt.ids)  # one array for the group
-        for c in group:
-            rollouts.append(
-                Rollout(
-                    prompt_ids, c.ids, c.logprobs, truncated=int(c.ids[-1]) not in stops, step=step,
-                    weight_version=engine.version(step), row=prompt.name, prompt_index=index,
-                )
-            )
-    return rollouts
-
-
-class RolloutQueue:
-    """Yields generation batches in order. Before each the engine gets the trainer's weights; with
-    async_prefetch it samples the next batch while this one trains.
-
-    `sample(number, step, prefetched)` makes a batch, from what was prefetched or anew; `prefetch(number)`
-    begins one on the engine's thread.
-    """
-
-    def __init__(
-        self, engine: Engine, sample: Callable[[int, int, bool], list[Rollout]],
-        prefetch: Callable[[int], None], *, asynchronous: bool, prefetched: list[Rollout] | None = None,
-    ):
-        self.engine, self.sample, self.prefetch, self.asynchronous = engine, sample, prefetch, asynchronous
-        self.prefetched = prefetched  # the next batch, if it was collected early for a checkpoint
-        self.under_way = False  # whether the engine samples the next batch
-        self.seconds = 0.0  # spent on sending weights in the last `next`
-        self.metrics: dict[str, float] = {}  # of that sync, and of the batch's prompts
-        self.prompts_before: set[int] = set()  # of the last batch
-
-    def next(self, number: int, step: int, last: bool) -> list[Rollout]:
-        """Batch `number`, after `step` optimiser steps; `last`: there is no other to prefetch. A
-        collective."""
-        timer, self.seconds, self.metrics = Timer(), 0.0, {}
-        if not self.under_way and self.prefetched is None:
-            self.metrics = self.engine.sync(step)
-            self.seconds += timer()
-        rollouts = self.prefetched
-        if rollouts is None:
-            rollouts = self.sample(number, step, self.under_way)
-        self.prefetched, self.under_way = None, False
-        timer()
-        if self.asynchronous and not last:
-            self.metrics = self.engine.sync(step) or self.metrics
-            self.seconds += timer()
-            self.prefetch(number + 1)
-            self.under_way = True
-        prompts = {r.prompt_index for r in rollouts if r.prompt_index >= 0}
-        if prompts and self.prompts_before:
-            repeated = len(prompts & self.prompts_before) / len(prompts)
-            self.metrics = {
-                **self.metrics, "now/prompts/repeated": repeated, "now/prompts/in_batch": float(len(prompts)),
-            }
-        self.prompts_before = prompts
-        return rollouts
-
-    def settle(self, number: int, step: int) -> None:
-        """Collect the prefetched batch `number` before new weights are sent. A collective."""
-        if self.under_way:
-            self.prefetched, self.under_way = self.sample(number, step, True), False
+def check_sampler(
+    engine: Engine, model: Transformer, rollouts: Sequence[Rollout], micro: Sequence[Sequence[Rollout]],
+    options: Any, world: World, share_prompts: bool,
+) -> None:
+    """Raise EngineError if the first batch from a server was not drawn from the trainer's distribution. The
+    probe compares a few tokens, this check all that would be trained. Later batches, and batches older than
+    the current weights, are not checked. A collective."""
+    if not isinstance(engine, VllmEngine) or engine.batch_agreed:
+        return
+    if any(r.weight_version != engine.now or r.step != engine.now for r in rollouts):
+        return
+    engine.batch_agreed = True
+    temperatures = [options.temperature] if options.temperature == 1 else [options.temperature, 1.0]
+    sums = [0.0] * (1 + len(temperatures))
+    for micro_batch in micro:
+        batch = collate(micro_batch, world.device, share_prompts)
+        if batch.sampling_logprobs is None:
+            continue
+        known = (batch.mask > 0) & batch.sampling_logprobs.isfinite()
+        sums[0] += float(known.sum())
+        for i, temperature in enumerate(temperatures, 1):
+            with without_gradients(model):
+                ours = token_logprobs(model, batch, temperature)[0]
+            sums[i] += torch.where(known, ours - batch.sampling_logprobs, 0.0).abs().sum().item()
+    count, *totals = dist.all_reduce(sums, world)
+    gap, *untempered = [total / max(count, 1.0) for total in totals]
+    named = f"the log-probs that the server gives to the {count:.0f} tokens of its first batch"
+    remedy = "start it with `python grpo.py serve`, which sets logprobs_mode and generation_config"
+    if untempered and untempered[0] < gap / 2 and gap > 1e-3:
+        raise EngineError(
+            f"{named} are those of temperature 1 (mean difference {untempered[0]:.2g}), not of "
+            f"{options.temperature:g} ({gap:.2g}): its logprobs_mode is raw_logprobs; {remedy}"
+        )
+    if not gap <= engine.tolerance():
+        raise EngineError(
+            f"{named} differ by {gap:.2g} on average from the trainer's (allowed {engine.tolerance():g}: "
+            f"vllm_probe_tolerance), though a probe agreed: it samples with other settings; {remedy}"
+        )

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 import dist
-from data import Prompt
 from dist import World
 from rollouts.rollout import Engine, Rollout
 from rollouts.tokens import as_ids, as_logprobs, as_mask
 from run.config import BallastError, ConfigError, import_attribute
+from text.prompt import Prompt
 from text.templates import BadRow
 from text.tokenizer import Tokenizer
 

@@ -22,10 +22,8 @@ from dist import World
 from kernels import SharedPrompts
 from model import Transformer, forward_only, without_gradients
 from numerics.losses import linear_logprobs
-from rollouts.rollout import Engine, Rollout, RolloutOptions
+from rollouts.rollout import Rollout, RolloutOptions
 from rollouts.tokens import padded, same_ids
-from rollouts.vllm_client import VllmEngine
-from rollouts.vllm_server import EngineError
 from run.config import ConfigError, check_at_least_one, check_ranges
 from run.log import log
 
@@ -92,7 +90,7 @@ class PolicyBatch:
     targets: Tensor  # [M]: that token
     places: Tensor  # [M]: where it stands in a flat [B·T]
     mask: Tensor  # [B, T] in fp32: 1 where the policy wrote the token
-    advantages: Tensor  # [B]
+    advantages: Tensor  # [B], or [B, T] where the tokens of a completion differ in it
     sampling_logprobs: Tensor | None  # [B, T], NaN where the sampler gave none
     truncated: Tensor  # [B] bool: hit the length limit
     rollouts: Sequence[Rollout]
@@ -167,9 +165,17 @@ def collate(rollouts: Sequence[Rollout], device: torch.device, share_prompts: bo
         None if share_prompts else on_device(np.repeat(np.arange(B), prompts + lengths))[None], shared,
         on_device(sources), on_device(targets), on_device((row * T + t)[written]),
         torch.from_numpy(padded([r.written() for r in rollouts], T)).to(device),
-        torch.tensor([r.advantage for r in rollouts], device=device), reported,
+        _advantages(rollouts, T).to(device), reported,
         torch.tensor([r.truncated for r in rollouts], device=device), rollouts,
     )
+
+
+def _advantages(rollouts: Sequence[Rollout], width: int) -> Tensor:
+    if all(r.token_advantages is None for r in rollouts):
+        return torch.tensor([r.advantage for r in rollouts])
+    rows = [np.full(len(r.completion_ids), r.advantage, np.float32) if r.token_advantages is None
+            else r.token_advantages for r in rollouts]
+    return torch.from_numpy(padded(rows, width))
 
 
 def hidden_states(model: Transformer, batch: PolicyBatch) -> tuple[Tensor, list[Tensor]]:
@@ -396,46 +402,6 @@ def report_kl(options: Any) -> None:
         often = f"every {options.kl_steps} steps" if options.kl_steps else "never"
         log.info(
             "kl against the base model is measured %s: with beta 0 it costs a forward pass (kl_steps)", often
-        )
-
-
-def check_sampler(
-    engine: Engine, model: Transformer, rollouts: Sequence[Rollout], micro: Sequence[Sequence[Rollout]],
-    options: Any, world: World, share_prompts: bool,
-) -> None:
-    """Raise EngineError if the first batch from a server was not drawn from the trainer's distribution. The
-    probe compares a few tokens, this check all that would be trained. Later batches, and batches older than
-    the current weights, are not checked. A collective."""
-    if not isinstance(engine, VllmEngine) or engine.batch_agreed:
-        return
-    if any(r.weight_version != engine.now or r.step != engine.now for r in rollouts):
-        return
-    engine.batch_agreed = True
-    temperatures = [options.temperature] if options.temperature == 1 else [options.temperature, 1.0]
-    sums = [0.0] * (1 + len(temperatures))
-    for micro_batch in micro:
-        batch = collate(micro_batch, world.device, share_prompts)
-        if batch.sampling_logprobs is None:
-            continue
-        known = (batch.mask > 0) & batch.sampling_logprobs.isfinite()
-        sums[0] += float(known.sum())
-        for i, temperature in enumerate(temperatures, 1):
-            with without_gradients(model):
-                ours = token_logprobs(model, batch, temperature)[0]
-            sums[i] += torch.where(known, ours - batch.sampling_logprobs, 0.0).abs().sum().item()
-    count, *totals = dist.all_reduce(sums, world)
-    gap, *untempered = [total / max(count, 1.0) for total in totals]
-    named = f"the log-probs that the server gives to the {count:.0f} tokens of its first batch"
-    remedy = "start it with `python grpo.py serve`, which sets logprobs_mode and generation_config"
-    if untempered and untempered[0] < gap / 2 and gap > 1e-3:
-        raise EngineError(
-            f"{named} are those of temperature 1 (mean difference {untempered[0]:.2g}), not of "
-            f"{options.temperature:g} ({gap:.2g}): its logprobs_mode is raw_logprobs; {remedy}"
-        )
-    if not gap <= engine.tolerance():
-        raise EngineError(
-            f"{named} differ by {gap:.2g} on average from the trainer's (allowed {engine.tolerance():g}: "
-            f"vllm_probe_tolerance), though a probe agreed: it samples with other settings; {remedy}"
         )
 
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data import Prompt, read_prompts
+from data import read_prompts
 from rollouts.records import ReplayEngine
 from run.config import ConfigError
 from text import findings
 from text.packing import PromptOrder, split_held_out, weights_of, with_weights
+from text.prompt import Prompt
 from text.tokenizer import Tokenizer
 
 

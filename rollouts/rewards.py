@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from data import Prompt
 from rollouts.tokens import IdLists, as_ids
 from run.config import BallastError, ConfigError, import_attribute
+from run.log import log
 from text.conversations import is_null
+from text.prompt import Prompt
 from text.tokenizer import Tokenizer
 
 
@@ -260,3 +262,64 @@ class Scorer:
         path = directory / f"reward-{name}.txt"
         path.write_text(traceback.format_exc(), encoding="utf-8")
         return path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The scores of a batch
+# ------------------------------------------------------------------------------------------------------------
+
+
+def reward_table(rollouts: Sequence[Any], config: Any) -> tuple[Tensor, list[str], Tensor]:
+    """(rewards [B, R] in fp64 with NaN where a function does not apply, their names, weights [R])."""
+    weights = dict.fromkeys((name for r in rollouts for name in r.rewards), 1.0)
+    if config.reward_weights is not None:
+        weights |= {
+            n.rpartition(".")[2] or n: w
+            for n, w in zip(config.reward_funcs, config.reward_weights, strict=True)
+        }
+    names = list(weights)
+    if not names and not getattr(config, "teacher_model", None):
+        raise BallastError("no rollout has a reward: name reward_funcs, or record rewards with the rollouts")
+    table = [
+        [math.nan if r.rewards.get(n) is None else float(r.rewards[n] or 0.0) for n in names]
+        for r in rollouts
+    ]
+    return torch.tensor(table, dtype=torch.float64), names, torch.tensor([weights[n] for n in names]).double()
+
+
+def weighted_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """rewards [B, R], NaN where a function does not apply, to [B]: their weighted sum; NaN where none
+    applies."""
+    total = (torch.nan_to_num(rewards, nan=0.0) * weights).sum(-1)
+    return torch.where(torch.isnan(rewards).all(-1), torch.nan, total)
+
+
+def spread(values: Tensor) -> float:
+    """Unbiased standard deviation; exactly 0 of equal numbers."""
+    return values.std().item() if len(values) > 1 and (values != values[0]).any() else 0.0
+
+
+def reward_metrics(rewards: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """rewards/<name>/mean and std over the rows where the function applied; functions that applied to no row
+    are left out. rewards [B, R]."""
+    metrics = {}
+    for i, name in enumerate(names):
+        column = rewards[:, i][~torch.isnan(rewards[:, i])]
+        if len(column):
+            metrics[f"rewards/{name}/mean"] = column.mean().item()
+            metrics[f"rewards/{name}/std"] = spread(column)
+    return metrics
+
+
+def refuse_no_rewards(rewards: Tensor, names: Sequence[str]) -> None:
+    """Raise RewardError if no function applies to any completion of the first batch, rewards [B, R]: nothing
+    would be learnt."""
+    applied = (~torch.isnan(rewards)).any(0).tolist()
+    if not any(applied):
+        raise RewardError(
+            f"no reward function applies to any of the first {len(rewards)} completions ({', '.join(names)} "
+            "returned None for all): nothing would be learnt; try them with `python grpo.py test-rewards`"
+        )
+    for name, some in zip(names, applied, strict=True):
+        if not some:
+            log.warning("reward %s applies to none of the first %d completions", name, len(rewards))

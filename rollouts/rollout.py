@@ -152,6 +152,8 @@ class Rollout:
     completion_mask: np.ndarray | None = None  # False on tokens of an environment; None: the policy wrote all
     truncated: bool = False  # the last token does not end a turn
     rewards: dict[str, float | None] = field(default_factory=dict)
+    step_ends: np.ndarray | None = None  # tokens until the end of each rewarded step, and its reward
+    step_rewards: np.ndarray | None = None
     advantage: float = 0.0
     step: int = 0  # optimiser steps done when it was sampled
     weight_version: int = 0  # optimiser steps done by the weights that sampled it
@@ -162,12 +164,19 @@ class Rollout:
     old_logprobs: np.ndarray | None = None  # log π_old of each token, where the trainer computed it
     ref_logprobs: np.ndarray | None = None
     entropies: np.ndarray | None = None
+    token_advantages: np.ndarray | None = None  # in the place of `advantage`, where tokens differ in it
 
     def __post_init__(self):
         for name, convert in ARRAYS.items():
             value = getattr(self, name)
             if value is not None and type(value) is not np.ndarray:
                 setattr(self, name, convert(value))
+
+    @property
+    def signal(self) -> bool:
+        """Whether it says anything about which tokens should become likelier."""
+        tokens = self.token_advantages
+        return bool(self.advantage) or (tokens is not None and bool(tokens.any()))
 
     def written(self) -> np.ndarray:
         """Which tokens the policy wrote, bool."""
@@ -179,8 +188,10 @@ ARRAYS: dict[str, Callable[[Any], np.ndarray]] = {
     "prompt_ids": as_ids, "completion_ids": as_ids, "sampling_logprobs": as_logprobs,
     "completion_mask": as_mask, "ground_truth_ids": as_ids, "ground_truth_mask": as_mask,
     "old_logprobs": as_logprobs, "ref_logprobs": as_logprobs, "entropies": as_logprobs,
+    "step_ends": as_ids, "step_rewards": as_logprobs, "token_advantages": as_logprobs,
 }
-OF_TRAINER = ("old_logprobs", "ref_logprobs", "entropies")  # computed from its current weights: not recorded
+# Computed from the trainer's current weights: not recorded
+OF_TRAINER = ("old_logprobs", "ref_logprobs", "entropies", "token_advantages")
 
 
 def tokens_of(rollouts: Sequence[Rollout]) -> int:

@@ -7,10 +7,10 @@ from contextlib import suppress
 
 import numpy as np
 
-from data import Prompt
 from rollouts.rewards import RewardError, Scorer
 from rollouts.rollout import Rollout
 from rollouts.tokens import same_ids
+from text.prompt import Prompt
 
 Scores = Sequence[dict[str, float | None]]  # by function, of each completion
 

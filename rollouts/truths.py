@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from data import Prompt
 from rollouts.rollout import Rollout
 from run.config import DataError
+from text.prompt import Prompt
 from text.templates import BadRow
 from text.tokenizer import IGNORE, Tokenizer
 

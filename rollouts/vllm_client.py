@@ -21,7 +21,6 @@ import torch
 import dist
 from checkpoints.adapters import save_adapter
 from checkpoints.weights import iterate_weights, save_pretrained, weight_shapes
-from data import Prompt
 from dist import World
 from model import Transformer, without_gradients
 from numerics.losses import linear_logprobs
@@ -43,6 +42,7 @@ from rollouts.vllm_server import (
 from rollouts.vllm_worker import checksum, group_of, read_tensors
 from run.config import ConfigError
 from run.log import log
+from text.prompt import Prompt
 from text.tokenizer import Tokenizer
 
 
@@ -86,7 +86,7 @@ class VllmEngine:
         self.longest = max((len(p.ids) for p in prompts), default=0)
         self._pending: Future | None = None
         self.gap_told = False
-        self.batch_agreed = False  # whether a whole batch was compared (policy.check_sampler)
+        self.batch_agreed = False  # whether a whole batch was compared (engines.check_sampler)
         self._wait_until_healthy()
         room = dist.from_main(self._meet, world)
         # Repeated, so that few, short prompts suffice: it must exceed 128 tokens, one block of a prefix cache

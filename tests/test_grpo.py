@@ -13,8 +13,9 @@ import grpo
 from checkpoints.weights import load_pretrained
 from conftest import GOLDEN, ROOT, PolicyOptions, embedded, golden, metrics, options, run_program, tallied
 from dist import World
-from grpo import StepSize, group_advantages, policy_loss, reward_metrics, weighted_rewards
+from grpo import StepSize, group_advantages, policy_loss
 from rollouts.policy import Tally, completion_metrics
+from rollouts.rewards import reward_metrics, weighted_rewards
 from rollouts.rollout import Rollout
 from run.config import ConfigError
 

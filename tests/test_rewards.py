@@ -2,12 +2,11 @@
 
 import pytest
 
-import grpo
 from conftest import options
-from grpo import pass_at_k
 from rollouts import rewards
 from rollouts.rewards import RewardError
 from rollouts.rollout import Rollout
+from rollouts.sampler import ReplayBuffer, pass_at_k
 from run.config import ConfigError
 from text.packing import PromptOrder
 from text.tokenizer import Tokenizer
@@ -139,7 +138,7 @@ def test_the_replay_buffer_stands_in_for_flat_groups_newest_first():
     def group(name, advantage):
         return [Rollout([1], [2], row=name, advantage=a) for a in (advantage, -advantage)]
 
-    buffer = grpo.ReplayBuffer(2)
+    buffer = ReplayBuffer(2)
     first, replaced = buffer.refill(group("a", 1.0) + group("b", 0.0), 2)
     assert [r.row for r in first] == ["a", "a", "b", "b"] and replaced == 0
     second, replaced = buffer.refill(group("c", 0.0) + group("d", 1.0), 2)

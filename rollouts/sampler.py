@@ -1,0 +1,319 @@
+"""From prompts to scored rollouts, the queue of a run's batches, what stands in for groups without a signal,
+and the evaluation on held-out prompts."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dist
+from dist import Timer, World
+from rollouts import policy
+from rollouts.advantages import in_groups
+from rollouts.environments import load_environment, play
+from rollouts.prompts import PromptData
+from rollouts.records import Recorder
+from rollouts.rewards import Scorer, reward_table, weighted_rewards
+from rollouts.rollout import Engine, Rollout
+from rollouts.signs import ScoreChecks
+from rollouts.tokens import as_ids
+from rollouts.vllm_server import Completion
+from run.config import check_at_least_one, check_ranges
+from text.prompt import Prompt
+from text.tokenizer import Tokenizer
+
+
+@dataclass
+class SamplerOptions:
+    replay_buffer_size: int = 0
+    """Keep the last N groups with differing rewards, and use them in place of flat groups."""
+    dynamic_sampling: int = 0
+    """Rounds of sampling in which groups without a signal are replaced by groups of fresh prompts (DAPO,
+    arXiv 2503.14476, §3.2); 0: none."""
+    environment: str | None = None
+    """Multi-turn: module.Class with reset(prompt, **columns) and step(text, ids) → (observation, reward,
+    done)."""
+    streaming_partial_batch: bool = False
+    """Score a prompt's completions as soon as all of them are sampled."""
+    eval_num_generations: int = 1
+    """Completions of each held-out prompt, for pass@1 and pass@k."""
+    eval_temperature: float | None = None
+    """Temperature of these completions; unset: `temperature`. 0 is greedy."""
+    eval_greedy: bool = False
+    """Evaluate one greedy completion of each held-out prompt too."""
+    eval_success_reward: float = 1.0
+    """A completion passes when its weighted reward reaches this."""
+
+    def check(self) -> None:
+        check_at_least_one(self, "eval_num_generations")
+        check_ranges(
+            self, ("replay_buffer_size", 0, math.inf), ("dynamic_sampling", 0, 100),
+            ("eval_temperature", 0, math.inf), ("eval_success_reward", -math.inf, math.inf),
+        )
+
+
+def as_rollouts(
+    groups: list[list[Completion]], prompts: Sequence[Prompt], indices: Sequence[int], step: int,
+    engine: Engine, stop_ids: Sequence[int],
+) -> list[Rollout]:
+    """One rollout per completion; those of a prompt are adjacent."""
+    stops, rollouts = set(stop_ids), []
+    for prompt, index, group in zip(prompts, indices, groups, strict=True):
+        prompt_ids = as_ids(prompt.ids)  # one array for the group
+        for c in group:
+            rollouts.append(
+                Rollout(
+                    prompt_ids, c.ids, c.logprobs, truncated=int(c.ids[-1]) not in stops, step=step,
+                    weight_version=engine.version(step), row=prompt.name, prompt_index=index,
+                )
+            )
+    return rollouts
+
+
+class RolloutQueue:
+    """Yields generation batches in order. Before each the engine gets the trainer's weights; with
+    async_prefetch it samples the next batch while this one trains.
+
+    `sample(number, step, prefetched)` makes a batch, from what was prefetched or anew; `prefetch(number)`
+    begins one on the engine's thread.
+    """
+
+    def __init__(
+        self, engine: Engine, sample: Callable[[int, int, bool], list[Rollout]],
+        prefetch: Callable[[int], None], *, asynchronous: bool, prefetched: list[Rollout] | None = None,
+    ):
+        self.engine, self.sample, self.prefetch, self.asynchronous = engine, sample, prefetch, asynchronous
+        self.prefetched = prefetched  # the next batch, if it was collected early for a checkpoint
+        self.under_way = False  # whether the engine samples the next batch
+        self.seconds = 0.0  # spent on sending weights in the last `next`
+        self.metrics: dict[str, float] = {}  # of that sync, and of the batch's prompts
+        self.prompts_before: set[int] = set()  # of the last batch
+
+    def next(self, number: int, step: int, last: bool) -> list[Rollout]:
+        """Batch `number`, after `step` optimiser steps; `last`: there is no other to prefetch. A
+        collective."""
+        timer, self.seconds, self.metrics = Timer(), 0.0, {}
+        if not self.under_way and self.prefetched is None:
+            self.metrics = self.engine.sync(step)
+            self.seconds += timer()
+        rollouts = self.prefetched
+        if rollouts is None:
+            rollouts = self.sample(number, step, self.under_way)
+        self.prefetched, self.under_way = None, False
+        timer()
+        if self.asynchronous and not last:
+            self.metrics = self.engine.sync(step) or self.metrics
+            self.seconds += timer()
+            self.prefetch(number + 1)
+            self.under_way = True
+        prompts = {r.prompt_index for r in rollouts if r.prompt_index >= 0}
+        if prompts and self.prompts_before:
+            repeated = len(prompts & self.prompts_before) / len(prompts)
+            self.metrics = {
+                **self.metrics, "now/prompts/repeated": repeated, "now/prompts/in_batch": float(len(prompts)),
+            }
+        self.prompts_before = prompts
+        return rollouts
+
+    def settle(self, number: int, step: int) -> None:
+        """Collect the prefetched batch `number` before new weights are sent. A collective."""
+        if self.under_way:
+            self.prefetched, self.under_way = self.sample(number, step, True), False
+
+
+class Sampler:
+    """Turns prompts into scored rollouts, with engine, environment and reward functions."""
+
+    def __init__(
+        self, engine: Engine, prompts: list[Prompt], config: Any, tokenizer: Tokenizer, world: World
+    ):
+        self.prompts, self.config = prompts, config
+        self.engine: Any = engine
+        self.tokenizer, self.world = tokenizer, world
+        self.scorer = Scorer(config, tokenizer) if world.main else None
+        self.score_checks = ScoreChecks(self.scorer) if self.scorer is not None and config.health else None
+        self.environment = None
+        if config.environment:
+            self.environment = load_environment(config.environment, Path(config.config_directory))
+        self.seconds = {"generate": 0.0, "reward": 0.0}
+        self.signs: dict[str, float] = {}  # what scoring the last batch showed
+        self._early: dict[int, dict[str, Future]] = {}
+
+    def _watch(self, prompts: list[Prompt]) -> Callable[[int, list[Completion]], None] | None:
+        """streaming_partial_batch: score a group while others are still being sampled."""
+        self._early = {}
+        if not self.config.streaming_partial_batch or self.scorer is None:
+            return None
+        scorer, early = self.scorer, self._early
+
+        def group_is_done(i: int, group: list[Completion]) -> None:
+            early[i] = scorer.begin([prompts[i]] * len(group), [c.ids for c in group])
+
+        return group_is_done
+
+    def prefetch(self, indices: list[int], seed: tuple[int, ...]) -> None:
+        prompts = [self.prompts[i] for i in indices]
+        ids = [p.ids for p in prompts]
+        self.engine.prefetch(ids, self.config.num_generations, seed=seed, on_group=self._watch(prompts))
+
+    def sample(
+        self, indices: list[int], step: int, seed: tuple[int, ...], *, n: int | None = None,
+        temperature: float | None = None, prefetched: bool = False,
+    ) -> list[Rollout]:
+        """n adjacent rollouts of each of these prompts, with rewards, the same on every rank. A
+        collective."""
+        prompts = [self.prompts[i] for i in indices]
+        count: int = n or self.config.num_generations
+        seconds = dist.Timer()
+        if self.environment is not None:
+            rollouts = play(
+                self.engine, self.environment, prompts, indices, count, step=step, seed=seed,
+                options=self.config, tokenizer=self.tokenizer, world=self.world, temperature=temperature,
+            )
+        else:
+            if prefetched:
+                groups = self.engine.collect(step)
+            else:
+                groups = self.engine.generate(
+                    [p.ids for p in prompts], count, seed=seed, temperature=temperature,
+                    on_group=self._watch(prompts) if temperature is None else None,
+                )
+            rollouts = as_rollouts(groups, prompts, indices, step, self.engine, self.tokenizer.stop_ids)
+        self.seconds["generate"] += seconds()
+
+        def score() -> tuple[list[dict[str, float | None]], dict[str, float]]:
+            assert self.scorer is not None
+            early, self._early = self._early, {}
+            each = [p for p in prompts for _ in range(count)]
+            if len(early) == len(prompts):
+                parts = [self.scorer.finish(early[i]) for i in range(len(prompts))]
+                scores = {name: [x for part in parts for x in part[name]] for name in self.scorer.functions}
+            else:
+                scores = self.scorer.finish(self.scorer.begin(each, [r.completion_ids for r in rollouts]))
+            rewards = [{name: scores[name][i] for name in scores} for i in range(len(rollouts))]
+            checks = self.score_checks if temperature is None and self.environment is None else None
+            return rewards, checks.metrics(seed[1] + 1, each, rollouts, rewards) if checks else {}
+
+        rewards_of, self.signs = dist.from_main(score, self.world)
+        for rollout, rewards in zip(rollouts, rewards_of, strict=True):
+            rollout.rewards |= rewards
+        self.seconds["reward"] += seconds()
+        return rollouts
+
+    def replace_flat(
+        self, rollouts: list[Rollout], generation: int, step: int, prompts: PromptData
+    ) -> list[Rollout]:
+        """Dynamic sampling: groups whose rewards are all the same give way to groups of prompts that are not
+        in the batch, as long as rounds are left. Which prompts come is a function of the seed, the batch and
+        the round. A collective."""
+        n, first_signs = self.config.num_generations, self.signs
+        groups, replaced, rounds = groups_of(rollouts, n), 0, 0
+        rewards, flat = self._judge(rollouts)
+        share = sum(flat) / len(flat)
+        for rounds in range(1, self.config.dynamic_sampling + 1):
+            empty = [k for k, is_flat in enumerate(flat) if is_flat]
+            here = {group[0].prompt_index for group in groups}
+            order = prompts.order.batch(rounds * prompts.batches + generation)
+            fresh = [i for i in order if i not in here][: len(empty)]
+            if not fresh:
+                rounds -= 1
+                break
+            more = self.sample(fresh, step, (self.config.seed, generation, rounds))
+            good = [g for g, bad in zip(groups_of(more, n), self._judge(more)[1], strict=True) if not bad]
+            for k, group in zip(empty, good, strict=False):
+                groups[k], flat[k] = group, False
+                replaced += 1
+        known = rewards[~torch.isnan(rewards)]
+        self.signs = first_signs | {
+            "dynamic_sampling/flat_before": share, "dynamic_sampling/replaced_groups": float(replaced),
+            "dynamic_sampling/rounds": float(rounds),
+            "dynamic_sampling/reward_before": known.mean().item() if len(known) else 0.0,
+        }
+        return [rollout for group in groups for rollout in group]
+
+    def _judge(self, rollouts: list[Rollout]) -> tuple[Tensor, list[bool]]:
+        """(the weighted reward of each, NaN without one; which groups are flat)."""
+        table, _, weights = reward_table(rollouts, self.config)
+        rewards = weighted_rewards(table, weights)
+        return rewards, in_groups(rewards, self.config.num_generations)[2].flatten().tolist()
+
+    def queue(self, prompts: PromptData, batch_size: int, ahead: list[Rollout]) -> RolloutQueue:
+        """The generation batches of a run; `ahead`: the next one, if a checkpoint kept it."""
+        order, seed = prompts.order, self.config.seed
+
+        def sample(generation: int, step: int, prefetched: bool) -> list[Rollout]:
+            if prompts.replay is not None:
+                return prompts.replay.batch(generation, batch_size)
+            rollouts = self.sample(order.batch(generation), step, (seed, generation), prefetched=prefetched)
+            if self.config.dynamic_sampling:
+                rollouts = self.replace_flat(rollouts, generation, step, prompts)
+            return rollouts
+
+        def prefetch(generation: int) -> None:
+            self.prefetch(order.batch(generation), (seed, generation))
+
+        return RolloutQueue(
+            self.engine, sample, prefetch, asynchronous=self.config.async_prefetch,
+            prefetched=ahead or None,
+        )
+
+
+def groups_of(rollouts: list[Rollout], n: int) -> list[list[Rollout]]:
+    return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+
+
+class ReplayBuffer:
+    """Groups with differing rewards, newest out first, to replace flat groups, which have no signal."""
+
+    def __init__(self, size: int):
+        self.groups: deque[list[Rollout]] = deque(maxlen=size)
+
+    def refill(self, rollouts: list[Rollout], n: int) -> tuple[list[Rollout], int]:
+        """The batch with flat groups replaced while the buffer lasts, and the number replaced."""
+        groups = groups_of(rollouts, n)
+        fresh = [group for group in groups if any(r.signal for r in group)]
+        refilled, replaced = [], 0
+        for group in groups:
+            if not any(r.signal for r in group) and self.groups:
+                group = self.groups.pop()
+                replaced += 1
+            refilled += group
+        self.groups.extend(fresh)
+        return refilled, replaced
+
+
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """Chance that one of k draws without replacement from n completions, `right` of them right, is right
+    (Codex, arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def evaluate(sampler: Sampler, run: Any, recorder: Recorder) -> dict[str, float]:
+    """Mean reward, pass@1 and pass@k on the held-out prompts. A collective."""
+    config, step = run.config, run.step
+    sampler.engine.sync(step, due=True)
+    indices, n = list(range(len(sampler.prompts))), config.eval_num_generations
+    temperature = config.temperature if config.eval_temperature is None else config.eval_temperature
+
+    def scored(n: int, temperature: float) -> tuple[Tensor, list[Rollout]]:
+        rollouts = sampler.sample(indices, step, (config.seed, -1, step), n=n, temperature=temperature)
+        table, _, weights = reward_table(rollouts, config)
+        return torch.nan_to_num(weighted_rewards(table, weights), nan=0.0).view(-1, n), rollouts
+
+    rewards, rollouts = scored(n, temperature)
+    right = (rewards >= config.eval_success_reward - 1e-9).sum(-1).tolist()
+    metrics = {"eval/reward": rewards.mean().item()}
+    for k in sorted({1, n}):
+        metrics[f"eval/pass@{k}"] = sum(pass_at_k(r, n, k) for r in right) / len(right)
+    metrics["eval/mean_length"] = policy.completion_metrics(rollouts)["completions/mean_length"]
+    if config.eval_greedy:
+        greedy, _ = scored(1, 0.0)
+        metrics["eval/greedy"] = (greedy >= config.eval_success_reward - 1e-9).double().mean().item()
+    recorder.write(step, rollouts, kind="eval")
+    return metrics
