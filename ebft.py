@@ -42,15 +42,14 @@ from rollouts.blocks import (
     write_blocks,
 )
 from rollouts.engines import check_sampler, make_engine
-from rollouts.environments import play
+from rollouts.environments import conversations, play, played
 from rollouts.policy import PolicyBatch, PolicyOptions, Tally
 from rollouts.prompts import PromptData, read_prompt_data
 from rollouts.records import Recorder, as_parquet, kept
-from rollouts.rollout import Engine, Rollout, tokens_of
+from rollouts.rollout import Rollout, tokens_of
 from rollouts.sampler import RolloutQueue, as_rollouts
 from rollouts.tokens import as_ids, as_mask, same_ids
 from rollouts.truths import Conversation, true_completion, true_rollout
-from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import EngineError
 from run import loop
 from run.config import (
@@ -443,7 +442,7 @@ def structured(config: Config) -> None:
     })
     run.measured |= prompts.measured
     train, held_out = (TruthSampler(which, run) for which in (prompts.train, prompts.held_out))
-    refuse_without_truth(prompts, train, held_out, config)
+    refuse_without_truth(prompts)
 
     # 3. Model, optimiser, the frozen network of the features (and of kl), engine.
     model, optimizers = loop.build(run)
@@ -579,16 +578,12 @@ def structured(config: Config) -> None:
     loop.finish(run, final, monitor.evaluation_lines(state["eval_before"], state.get("eval_after")))
 
 
-def refuse_without_truth(
-    prompts: PromptData, train: "TruthSampler", held_out: "TruthSampler", config: Config
-) -> None:
-    """ConfigError for a replay without true completions, and for conversations that are prefetched."""
+def refuse_without_truth(prompts: PromptData) -> None:
+    """ConfigError for a replay without true completions."""
     replayed = prompts.replay.rollouts if prompts.replay else []
     bare = next((r.row for r in replayed if r.ground_truth_ids is None), None)
     if bare is not None:
         raise ConfigError("replay_path", bare, "has no ground_truth_ids, which EBFT compares with")
-    if (train.conversing or held_out.conversing) and config.async_prefetch:
-        raise ConfigError("async_prefetch", True, "does not work with remaining_turns; drop one of the two")
 
 
 def show_samples(rollouts: Sequence[Rollout], run: Run) -> None:
@@ -601,7 +596,7 @@ def show_samples(rollouts: Sequence[Rollout], run: Run) -> None:
 class TruthSampler:
     """Samples completions of prompts, each paired with the true one."""
 
-    engine: Engine
+    engine: Any  # an Engine
 
     def __init__(self, prompts: list[Prompt], run: Run):
         self.prompts, self.config, self.tokenizer, self.world = prompts, run.config, run.tokenizer, run.world
@@ -616,17 +611,34 @@ class TruthSampler:
         limit = max(64, wanted) if config.adaptive_max_tokens else config.max_completion_length
         return min(limit, config.max_completion_length)
 
-    def sample(self, which: Sequence[int], n: int, step: int, *seed: int) -> list[Rollout]:
+    def sample(
+        self, which: Sequence[int], n: int, step: int, *seed: int, prefetched: bool = False
+    ) -> list[Rollout]:
         """n completions of each of these prompts, or conversations, on every rank. A collective."""
         asked, limit, key = [self.prompts[i] for i in which], self.limit(which), (self.config.seed, *seed)
-        if self.conversing:
+        if self.conversing and prefetched:
+            rollouts = played(self.engine.collect(step), asked, which, n, step, self.engine)
+        elif self.conversing:
             rollouts = play(
                 self.engine, Conversation, asked, which, n, step=step, seed=key, tokenizer=self.tokenizer,
                 world=self.world, options=replace(self.config, max_completion_length=limit),
             )
-            return self._with_truth(rollouts)
-        groups = self.engine.generate([p.ids for p in asked], n, seed=key, limits=[limit] * len(asked))
-        return self._with_truth(as_rollouts(groups, asked, which, step, self.engine, self.tokenizer.stop_ids))
+        else:
+            groups = self.engine.collect(step) if prefetched else self.engine.generate(
+                [p.ids for p in asked], n, seed=key, limits=[limit] * len(asked)
+            )
+            rollouts = as_rollouts(groups, asked, which, step, self.engine, self.tokenizer.stop_ids)
+        return self._with_truth(rollouts)
+
+    def job(self, which: Sequence[int], n: int, *seed: int) -> Any:
+        """The same for an engine that samples it ahead."""
+        asked, limit, key = [self.prompts[i] for i in which], self.limit(which), (self.config.seed, *seed)
+        if self.conversing:
+            options = replace(self.config, max_completion_length=limit)
+            return self.engine.conversations_of(
+                conversations(Conversation, asked, n, key, options, self.tokenizer)
+            )
+        return self.engine.groups_of([p.ids for p in asked], n, seed=key, limits=[limit] * len(asked))
 
     def _with_truth(self, rollouts: list[Rollout]) -> list[Rollout]:
         for rollout in rollouts:
@@ -635,28 +647,18 @@ class TruthSampler:
 
     def queue(self, prompts: PromptData, batch_size: int, ahead: list[Rollout]) -> RolloutQueue:
         """The batches of a run; `ahead`: the next one, if a checkpoint kept it."""
-        order, config, engine = prompts.order, self.config, self.engine
+        order, config, n = prompts.order, self.config, self.config.num_generations
 
         def sample(number: int, step: int, prefetched: bool) -> list[Rollout]:
             if prompts.replay is not None:
                 return prompts.replay.batch(number, batch_size)
-            which = order.batch(number)
-            if not prefetched:
-                return self.sample(which, config.num_generations, step, number)
-            assert isinstance(engine, VllmEngine)
-            asked = [self.prompts[i] for i in which]
-            stop_ids = self.tokenizer.stop_ids
-            return self._with_truth(as_rollouts(engine.collect(step), asked, which, step, engine, stop_ids))
+            return self.sample(order.batch(number), n, step, number, prefetched=prefetched)
 
         def prefetch(number: int) -> None:
-            assert isinstance(engine, VllmEngine)
-            which = order.batch(number)
-            limits = [self.limit(which)] * len(which)
-            ids = [self.prompts[i].ids for i in which]
-            engine.prefetch(ids, config.num_generations, seed=(config.seed, number), limits=limits)
+            self.engine.prefetch(self.job(order.batch(number), n, number))
 
         return RolloutQueue(
-            engine, sample, prefetch, asynchronous=config.async_prefetch, prefetched=ahead or None
+            self.engine, sample, prefetch, asynchronous=config.async_prefetch, prefetched=ahead or None
         )
 
 

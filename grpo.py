@@ -151,9 +151,6 @@ class Config(
             self, "num_iterations", "steps_per_generation", "ref_model_sync_steps"
         )
         check_ranges(self, ("ref_model_mixup_alpha", 0, 1))
-        if self.async_prefetch and self.environment:
-            problem = "does not work with an environment; drop one of the two"
-            raise ConfigError("async_prefetch", True, problem)
         if self.num_generations < 2 and not replayed and self.rl_coef:
             raise ConfigError(
                 "num_generations", self.num_generations, "must be at least 2: a group is its own baseline"

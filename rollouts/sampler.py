@@ -16,7 +16,7 @@ import dist
 from dist import Timer, World
 from rollouts import policy
 from rollouts.advantages import in_groups
-from rollouts.environments import load_environment, play
+from rollouts.environments import EnvironmentOptions, conversations, load_environment, play, played
 from rollouts.prompts import PromptData
 from rollouts.records import Recorder
 from rollouts.rewards import Scorer, reward_table, weighted_rewards
@@ -30,15 +30,12 @@ from text.tokenizer import Tokenizer
 
 
 @dataclass
-class SamplerOptions:
+class SamplerOptions(EnvironmentOptions):
     replay_buffer_size: int = 0
     """Keep the last N groups with differing rewards, and use them in place of flat groups."""
     dynamic_sampling: int = 0
     """Rounds of sampling in which groups without a signal are replaced by groups of fresh prompts (DAPO,
     arXiv 2503.14476, §3.2); 0: none."""
-    environment: str | None = None
-    """Multi-turn: module.Class with reset(prompt, **columns) and step(text, ids) → (observation, reward,
-    done)."""
     streaming_partial_batch: bool = False
     """Score a prompt's completions as soon as all of them are sampled."""
     eval_num_generations: int = 1
@@ -158,9 +155,12 @@ class Sampler:
         return group_is_done
 
     def prefetch(self, indices: list[int], seed: tuple[int, ...]) -> None:
-        prompts = [self.prompts[i] for i in indices]
+        prompts, n = [self.prompts[i] for i in indices], self.config.num_generations
+        if self.environment is not None:
+            tasks = conversations(self.environment, prompts, n, seed, self.config, self.tokenizer)
+            return self.engine.prefetch(self.engine.conversations_of(tasks))
         ids = [p.ids for p in prompts]
-        self.engine.prefetch(ids, self.config.num_generations, seed=seed, on_group=self._watch(prompts))
+        self.engine.prefetch(self.engine.groups_of(ids, n, seed=seed, on_group=self._watch(prompts)))
 
     def sample(
         self, indices: list[int], step: int, seed: tuple[int, ...], *, n: int | None = None,
@@ -171,7 +171,9 @@ class Sampler:
         prompts = [self.prompts[i] for i in indices]
         count: int = n or self.config.num_generations
         seconds = dist.Timer()
-        if self.environment is not None:
+        if self.environment is not None and prefetched:
+            rollouts = played(self.engine.collect(step), prompts, indices, count, step, self.engine)
+        elif self.environment is not None:
             rollouts = play(
                 self.engine, self.environment, prompts, indices, count, step=step, seed=seed,
                 options=self.config, tokenizer=self.tokenizer, world=self.world, temperature=temperature,
@@ -202,7 +204,13 @@ class Sampler:
 
         rewards_of, self.signs = dist.from_main(score, self.world)
         for rollout, rewards in zip(rollouts, rewards_of, strict=True):
-            rollout.rewards |= rewards
+            rollout.rewards |= dict.fromkeys(rewards) if rollout.failed else rewards
+        if self.environment is not None:
+            turns = sum(0 if r.step_ends is None else len(r.step_ends) for r in rollouts)
+            self.signs = self.signs | {
+                "environment/turns": turns / len(rollouts),
+                "environment/timeouts": float(sum(r.failed for r in rollouts)),
+            }
         self.seconds["reward"] += seconds()
         return rollouts
 

@@ -4,6 +4,7 @@ into running servers, with a probe that verifies that they arrived. The server's
 
 import concurrent.futures
 import contextlib
+import functools
 import math
 import random
 import secrets
@@ -83,6 +84,7 @@ class VllmEngine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if world.main else None
         threads = THREADS_PER_SERVER * len(self.servers)
         self._requests = ThreadPoolExecutor(threads, thread_name_prefix="vllm") if world.main else None
+        self._speakers: ThreadPoolExecutor | None = None  # of conversations, which wait for environments too
         self.longest = max((len(p.ids) for p in prompts), default=0)
         self._pending: Future | None = None
         self.gap_told = False
@@ -156,27 +158,40 @@ class VllmEngine:
     ) -> list[list[Completion]]:
         """Like EmbeddedEngine.generate. After a server is lost, wait for it, send the weights again and
         repeat the batch. A collective."""
-        job = (prompts, n, seed, temperature, limits, on_group)
-        return self._until_done(lambda: self._attempt(*job), job)
+        return self._until_done(lambda: self._groups(prompts, n, seed, temperature, limits, on_group))
 
-    def prefetch(
-        self, prompts: list[list[int]], n: int, *, seed: tuple[int, ...], limits: list[int] | None = None,
-        on_group: Callable[[int, list[Completion]], None] | None = None,
-    ) -> None:
-        """Start sampling on a thread of rank 0; `collect` has the result."""
-        self._job = (prompts, n, seed, None, limits, on_group)
+    def converse(self, tasks: Callable[[], list[Callable]]) -> list[dict[str, Any]]:
+        """What each conversation comes to. `tasks()` makes them, on rank 0 alone and anew for each attempt; a
+        task is called with `ask(prompt, n, limit, temperature, seed)`, which returns n completions, and
+        returns an object with `told()`. A collective."""
+        return self._until_done(lambda: self._conversations(tasks))
+
+    def prefetch(self, job: Callable[[], tuple[str, Any]]) -> None:
+        """Start a job (`groups_of` or `conversations_of`) on a thread of rank 0; `collect` has the result."""
+        self._job = job
         if self._thread is not None:
-            self._pending = self._thread.submit(self._attempt, *self._job)
+            self._pending = self._thread.submit(job)
 
-    def collect(self, step: int) -> list[list[Completion]]:
+    def groups_of(self, prompts: list[list[int]], n: int, **how: Any) -> Callable[[], tuple[str, Any]]:
+        """A job for `prefetch`: what `generate` would sample."""
+        how = {"temperature": None, "limits": None, "on_group": None, **how}
+        return lambda: self._groups(prompts, n, **how)
+
+    def conversations_of(self, tasks: Callable[[], list[Callable]]) -> Callable[[], tuple[str, Any]]:
+        """A job for `prefetch`: what `converse` would return."""
+        return lambda: self._conversations(tasks)
+
+    def collect(self, step: int) -> list:
         """The result of `prefetch`; `step`: optimiser steps done by now. A collective."""
         self.now = step
         job, pending = self._job, self._pending
         self._pending = None
-        return self._until_done(lambda: pending.result() if pending else ("ok", None), job)
+        return self._until_done(job, lambda: pending.result() if pending else ("ok", None))
 
-    def _until_done(self, first: Callable[[], tuple[str, Any]], job: tuple) -> list[list[Completion]]:
-        attempt = first
+    def _until_done(
+        self, job: Callable[[], tuple[str, Any]], first: Callable[[], tuple[str, Any]] | None = None
+    ) -> list:
+        attempt = first or job
         losses = 0
         while True:
             state, result = dist.from_main(attempt, self.world, long=True)
@@ -188,38 +203,61 @@ class VllmEngine:
                 raise EngineError(f"{result}; five attempts in a row failed; see the server's log")
             self._wait_until_healthy()
             self._send_until_it_works(self.now)
+            attempt = job
 
-            def attempt() -> tuple[str, Any]:
-                return self._attempt(*job)
-
-    def _attempt(self, prompts, n, seed, temperature, limits, on_group) -> tuple[str, Any]:
-        """("ok", groups), or ("stale", reason) if a server was lost or has other weights than were sent.
-        Raises EngineError if a retry cannot help."""
+    def _groups(self, prompts, n, seed, temperature, limits, on_group) -> tuple[str, Any]:
+        """One attempt at n completions of each prompt."""
         limits = limits or [self.options.max_completion_length] * len(prompts)
         temperature = self.options.temperature if temperature is None else temperature
-        groups: list[list[Completion]] = [[] for _ in prompts]
         different = n if temperature > 0 else 1  # greedy completions are identical, and vLLM refuses n > 1
+
+        def group(i: int, ask: Callable[..., list[Completion]]) -> list[Completion]:
+            made = ask(prompts[i], different, limits[i], temperature, (seed, i)) * (n // different)
+            if on_group is not None:
+                on_group(i, made)
+            return made
+
+        return self._attempt([functools.partial(group, i) for i in range(len(prompts))], self._requests)
+
+    def _conversations(self, tasks: Callable[[], list[Callable]]) -> tuple[str, Any]:
+        """One attempt at all conversations."""
+        if self._speakers is None:
+            workers = getattr(self.options, "environment_workers", THREADS_PER_SERVER * len(self.servers))
+            self._speakers = ThreadPoolExecutor(workers, thread_name_prefix="conversation")
+        state, found = self._attempt(tasks(), self._speakers)
+        return state, [one.told() for one in found] if state == "ok" else found
+
+    def _attempt(self, tasks: Sequence[Callable], threads: ThreadPoolExecutor | None) -> tuple[str, Any]:
+        """("ok", what each task returned), or ("stale", reason) if a server was lost or has other weights
+        than were sent. Raises EngineError if a retry cannot help."""
+        results: list[Any] = [None] * len(tasks)
         over = threading.Event()  # set when the attempt ends: later answers are ignored
 
-        def one(i: int) -> None:
-            server = self.servers[i % len(self.servers)]
-            drawn = random.Random(repr((seed, i))).getrandbits(31)
-            body = self._body(prompts[i], different, limits[i], temperature, drawn)
+        def ask(
+            place: int, prompt: list[int], n: int, limit: int, temperature: float | None, seed: tuple
+        ) -> list[Completion]:
+            server = self.servers[place % len(self.servers)]
+            drawn = random.Random(repr(seed)).getrandbits(31)
+            chosen: float = self.options.temperature if temperature is None else temperature
             if over.is_set():
-                return
-            answer = server.ask("POST", "/v1/completions", body, raw=True)
-            completions = read_completions(
-                answer, different, limits[i], server.url, prompts[i], self.model.arch.vocab_size
+                raise ServerLost(f"{server.url}: the attempt has ended")
+            answer = server.ask(
+                "POST", "/v1/completions", self._body(prompt, n, limit, chosen, drawn), raw=True
             )
-            groups[i] = completions * (n // different)
-            if on_group is not None and not over.is_set():
-                on_group(i, groups[i])
+            found = read_completions(answer, n, limit, server.url, prompt, self.model.arch.vocab_size)
+            if over.is_set():
+                raise ServerLost(f"{server.url}: the attempt has ended")
+            return found
+
+        def one(i: int) -> None:
+            if not over.is_set():
+                results[i] = tasks[i](ask=functools.partial(ask, i))
 
         asked: list[Future] = []
         try:
             self._check_versions()
-            assert self._requests is not None
-            asked = [self._requests.submit(one, i) for i in range(len(prompts))]
+            assert threads is not None
+            asked = [threads.submit(one, i) for i in range(len(tasks))]
             for done in concurrent.futures.as_completed(asked):
                 done.result()
             self._check_versions()  # a server that was restarted in between sampled from other weights
@@ -228,7 +266,7 @@ class VllmEngine:
         finally:
             over.set()
             self._end(asked)
-        return "ok", groups
+        return "ok", results
 
     def _end(self, asked: list[Future]) -> None:
         """End the requests of an attempt: they would hold blocks of old weights, and report to the next

@@ -217,13 +217,17 @@ class FakeVllm:
                 reported = logits.log_softmax(-1) if raw else tempered
                 ids.append(token)
                 logprobs.append(reported[token].item())
+                if token in body.get("stop_token_ids", ()):
+                    break
+            ended = ids[-1] in body.get("stop_token_ids", ())
             prompt = self.logits(body["prompt"]).log_softmax(-1)
             scored = [None] + [
                 {str(token): {"logprob": prompt[at, token].item()}}
                 for at, token in enumerate(body["prompt"][1:])
             ]
             choices.append({
-                "index": index, "token_ids": ids[len(body["prompt"]) :], "finish_reason": "length",
+                "index": index, "token_ids": ids[len(body["prompt"]) :],
+                "finish_reason": "stop" if ended else "length",
                 "logprobs": {"token_logprobs": logprobs}, "prompt_token_ids": body["prompt"],
                 "prompt_logprobs": scored if "prompt_logprobs" in body else None,
             })

@@ -106,6 +106,8 @@ BAD = [  # (options, what the error names); in every recipe that has them
     (dict(reward_weights=[0.0]), "all 0"), (dict(reward_weights=[math.inf]), "finite"),
     (dict(reward_timeout=0.0), "reward_timeout"), (dict(reward_format="("), "reward_format"),
     (dict(num_iterations=0), "num_iterations"), (dict(steps_per_generation=0), "steps_per_generation"),
+    (dict(distillation_coef=-1.0), "distillation_coef"), (dict(dynamic_sampling=-1), "dynamic_sampling"),
+    (dict(environment_workers=0), "environment_workers"), (dict(environment_timeout=0.0), "environment_time"),
     (dict(ref_model_mixup_alpha=2.0), "ref_model_mixup"), (dict(replay_buffer_size=-1), "replay_buffer"),
     (dict(eval_temperature=-1.0), "eval_temperature"), (dict(eval_num_generations=0), "eval_num_generations"),
     (dict(stride=0), "stride"), (dict(context_length=0), "context_length"),
@@ -199,7 +201,8 @@ RUNS = {  # for each recipe and mode: runs whose code together reads its options
               "reward_funcs=[letters.many_g, format, length]", "log_completions=true", "save_steps=1",
               "eval_greedy=true"],
              ["adapter=lora", "lora_r=4", "top_entropy_quantile=0.5", "reward_funcs=[letters.many_g]"],
-             ["environment=letters.Once", "reward_funcs=[]"]],
+             ["environment=letters.Once", "reward_funcs=[]"],
+             ["teacher_model=CHECKPOINT", "reward_funcs=[letters.many_g]", "dynamic_sampling=1"]],
     "structured": [["val_set_size=4", "log_completions=true", "save_steps=1"], ["adapter=lora", "lora_r=4"]],
     "strided": [["val_set_size=4", "log_completions=true", "save_steps=1"], ["adapter=lora", "lora_r=4"]],
 }
@@ -228,7 +231,8 @@ def test_every_option_is_read_by_the_recipe_and_mode_that_takes_it(
     read = BY_KEY | NEUTRAL | {"use_whitening"}  # which sets `whitening` when the config is made
     for k, more in enumerate(RUNS[kind]):
         done = run_program(
-            ROOT / "tests" / "executed.py", recipe, "--config", str(tmp_path / "c.yaml"), *OWN[kind], *more,
+            ROOT / "tests" / "executed.py", recipe, "--config", str(tmp_path / "c.yaml"), *OWN[kind],
+            *[option.replace("CHECKPOINT", str(small_checkpoint[0])) for option in more],
             f"output_dir={tmp_path / str(k)}",
         )
         assert done.returncode == 0, done.stdout + done.stderr

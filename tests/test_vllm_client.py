@@ -1,5 +1,6 @@
 """What the client of vLLM decides by itself, without a server (with one: test_vllm.py)."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import ROOT, metrics, run_program
 from data import Prompt
 from dist import World
 from grpo import Config
+from rollouts.environments import conversations, play, played
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import MEMORY, EngineError, ServerLost, sync_method
 from rollouts.vllm_worker import checksum
@@ -239,3 +241,68 @@ def test_a_server_that_is_lost_during_the_probe_leaves_the_model_in_training(sta
     monkeypatch.setattr(engine, "_ask_probe", once)
     engine.sync(0)
     assert engine.model.training and engine.sent == 0 and not lost
+
+
+class Pace:
+    """Three turns; the row with `slow` waits until every other row is done, so it must not hold them."""
+
+    done: threading.Semaphore
+    order: list[tuple[int, int]]
+
+    def reset(self, prompt, row=0, **columns):
+        self.row, self.turn = row, 0
+
+    def step(self, text, ids):
+        if self.row == 0 and self.turn == 0:
+            assert all(Pace.done.acquire(timeout=20) for _ in range(2)), Pace.order
+        self.turn += 1
+        Pace.order.append((self.row, self.turn))
+        if self.turn == 3:
+            Pace.done.release()
+        return " on", 0.5, self.turn == 3
+
+
+def test_a_slow_environment_does_not_hold_the_conversations_beside_it(start, small_checkpoint):
+    engine, _ = start("max_completion_length=400")
+    engine.sync(0)
+    engine.stop_ids = list(range(0, 500, 3))  # a random model hardly ever ends its turn
+    tokenizer = Tokenizer.load(small_checkpoint[0])
+    prompts = [Prompt([5 + k, 6], "q", {"row": k}, f"f:{k}") for k in range(3)]
+    config = SimpleNamespace(
+        max_completion_length=400, max_turns=8, environment_workers=4, environment_timeout=30.0
+    )
+    found = []
+    for _ in range(2):
+        Pace.done, Pace.order = threading.Semaphore(0), []
+        rollouts = play(engine, Pace, prompts, [0, 1, 2], 1, step=0, seed=(1, 7), options=config,
+                        tokenizer=tokenizer, world=WORLD)
+        first = Pace.order.index((0, 1))
+        assert sum(1 for row, _ in Pace.order[:first] if row) == 6  # all turns of the two others came before
+        assert [r.rewards["environment"] for r in rollouts] == [1.5] * 3
+        assert all(len(r.step_ends) == 3 and not r.truncated for r in rollouts)
+        found.append([r.completion_ids.tolist() for r in rollouts])
+    assert found[0] == found[1]  # drawn by row and turn, not by who comes first
+    Pace.done, Pace.order = threading.Semaphore(0), []
+    engine.prefetch(engine.conversations_of(conversations(Pace, prompts, 1, (1, 7), config, tokenizer)))
+    ahead = played(engine.collect(1), prompts, [0, 1, 2], 1, 1, engine)
+    assert [r.completion_ids.tolist() for r in ahead] == found[0] and ahead[0].prompt_index == 0
+
+
+def test_conversations_begin_anew_after_the_server_was_restarted(start, small_checkpoint):
+    engine, fake = start("max_completion_length=40")
+    engine.sync(0)
+    tokenizer, begun = Tokenizer.load(small_checkpoint[0]), []
+
+    class Restarts:
+        def reset(self, prompt, **columns):
+            begun.append(self)
+
+        def step(self, text, ids):
+            if len(begun) == 1:
+                fake.restart()
+            return None, 1.0, True
+
+    config = SimpleNamespace(max_completion_length=40, max_turns=8)
+    (one,) = play(engine, Restarts, [Prompt([5, 6], "q", {}, "f:1")], [0], 1, step=0, seed=(1,),
+                  options=config, tokenizer=tokenizer, world=WORLD)
+    assert len(begun) == 2 and one.rewards == {"environment": 1.0}
