@@ -412,6 +412,15 @@ def _prompt_of(
     return tokenizer.encode_prompt(messages, tools, **kwargs), messages, answer, tools
 
 
+def only_tools(row: dict, tools: list[dict], form: str) -> list[dict]:
+    """The tools of a run; BadRow for a row that brings its own, or that has no messages to show them in."""
+    if row.get("tools"):
+        raise BadRow("has tools of its own, which cannot be called here: remove the column or the option")
+    if form == "instruct" or (form == "prompt_completion" and isinstance(row.get("prompt"), str)):
+        raise BadRow("is no conversation: the chat template shows tools to messages only")
+    return tools
+
+
 Turns = Literal["last", "first", "every", "rollout"]
 
 
@@ -434,9 +443,11 @@ def _turns_of(kind: str, row: dict, turns: Turns) -> list[dict]:
 def read_prompts(
     specs: list[dict], tokenizer: Tokenizer, options: DataOptions, directory: Path,
     longest: int | None = None, turns: Turns = "last", counts: dict[str, int] | None = None,
+    tools: list[dict] | None = None,
 ) -> tuple[list[Prompt], str]:
     """Every row of the datasets as a prompt, and a fingerprint of them all. `turns` says which answers of a
-    conversation are asked for; the number of prompts left out as too long is added to `counts`.
+    conversation are asked for; the number of prompts left out as too long is added to `counts`; `tools` are
+    shown to every prompt.
 
     Kinds: chat (`messages`, or `prompt` as a list), instruct, prompt_completion, or your module.function,
     which returns one of those forms. Every column of the row, and of what the function returned, goes to the
@@ -472,6 +483,8 @@ def read_prompts(
                     values = with_system(values, spec.get("system"))
                     if options.strip_thinking:
                         values = without_thinking(values)
+                    if tools:
+                        values = {**values, "tools": only_tools(values, tools, form)}
                     parts = [(v, *_prompt_of(form, v, tokenizer)) for v in _turns_of(form, values, turns)]
                 if not all(ids for _, ids, *_ in parts):
                     raise BadRow("the prompt is empty")

@@ -49,6 +49,7 @@ from rollouts.rewards import (
 )
 from rollouts.rollout import OF_TRAINER, Rollout, show_rollouts, tokens_of
 from rollouts.sampler import ReplayBuffer, Sampler, SamplerOptions, evaluate, groups_of
+from rollouts.tools import ToolBox
 from rollouts.trial import score_samples
 from rollouts.vllm_server import EngineError, serve
 from run import loop
@@ -400,7 +401,8 @@ def main(config: Config) -> None:
     rows_at_once = config.micro_batch_size * world.size  # in one micro-batch of all ranks
 
     # 2. Prompts.
-    prompts = read_prompt_data(config, tokenizer, run.directory, batch_size, updates)
+    prompts = read_prompt_data(config, tokenizer, run.directory, batch_size, updates,
+                               tools=ToolBox(config.tools, run.directory).schemas)
     total_steps = min(prompts.batches * updates, config.max_steps or prompts.batches * updates)
     loop.plan(run, total_steps, updates * prompts.batches_per_epoch, **{
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

@@ -5,6 +5,7 @@ server; a call that takes longer than environment_timeout costs its row, not the
 """
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import queue
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ class EnvironmentOptions:
     environment: str | None = None
     """Multi-turn: module.Class with reset(prompt, **columns) and step(text, ids) → (observation, reward,
     done), plain or async."""
+    tools: list[str] = field(default_factory=list)
+    """Python functions that the policy may call, as module.function with type hints and a docstring, or
+    module.Class, whose public methods are tools and which is made anew for each conversation. Results come
+    back as tool messages, which are not trained on, for at most max_turns answers."""
+    tool_timeout: float = 30.0
+    """Seconds that a tool may take; then its call is answered with an error."""
     environment_workers: int = 256
     """Conversations, and calls of environments, at the same time."""
     environment_timeout: float = 600.0
@@ -42,8 +49,11 @@ class EnvironmentOptions:
 
     def check(self) -> None:
         check_at_least_one(self, "environment_workers")
-        if not 0 < self.environment_timeout < float("inf"):
-            raise ConfigError("environment_timeout", self.environment_timeout, "must be above 0")
+        for key in ("environment_timeout", "tool_timeout"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise ConfigError(key, getattr(self, key), "must be above 0")
+        if self.tools and self.environment:
+            raise ConfigError("tools", self.tools, "are an environment of their own: drop `environment`")
 
 
 def load_environment(name: str, directory: Path) -> Callable[[], Any]:
@@ -166,11 +176,13 @@ class Episode:
         text = self.tokenizer.decode(answer.ids)
         observation, reward, done = finished(self.world.step(text, answer.ids.tolist()))
         self.rewards.append((len(self.ids), float(reward or 0.0)))
-        self.history.append({"role": "assistant", "content": text})
+        self.history.append(getattr(self.world, "message", {"role": "assistant", "content": text}))
         cut = answer.finish_reason == "length"
         self.truncated = cut
         last = done or observation is None or cut or len(self.rewards) == self.options.max_turns
         ids = [] if last else _said_ids(observation, self.prompt, self.history, self.tokenizer)
+        if last and isinstance(observation, list) and all(isinstance(m, dict) for m in observation):
+            self.history += observation
         self.over = last or self.room - len(ids) < 1
         if self.over:
             self.truncated = cut or not last
@@ -206,10 +218,12 @@ class Episode:
         ids, logprobs, mask = self.ids, self.logprobs, self.mask
         if not len(ids):
             ids, logprobs, mask = as_ids(self.tokenizer.stop_ids[:1]), as_logprobs([None]), as_mask([0])
+        asked = self.prompt.prompt
         ends, rewards = zip(*self.rewards, strict=True) if self.rewards else ((), ())
         return {
             "prompt_ids": self.prompt_ids, "completion_ids": ids, "sampling_logprobs": logprobs,
             "completion_mask": np.zeros_like(mask) if self.failed else mask, "failed": self.failed,
+            "messages": self.history[len(asked) if isinstance(asked, list) else 1 :],
             "truncated": self.truncated, "step_ends": as_ids(ends), "step_rewards": as_logprobs(rewards),
             "rewards": {"environment": None if self.failed else float(sum(rewards))},
         }
@@ -311,19 +325,42 @@ def _said_ids(observation: Any, prompt: Prompt, history: list[dict], tokenizer: 
         return observation
     if isinstance(observation, list) and all(isinstance(m, dict) for m in observation) and history:
         try:
-            before = tokenizer.render(history, prompt.tools)
-            after = tokenizer.render([*history, *observation], prompt.tools, generation_prompt=True)
+            more = _after_answer(observation, prompt, history, tokenizer)
         except BadRow as error:
             raise BallastError(f"environment: {error} ({prompt.name})") from None
         history.extend(observation)
-        if after.startswith(before):
-            # The template closes the assistant's turn; its end token was sampled, what follows it was not.
-            closed = tokenizer.decode([tokenizer.turn_end()], special=True)
-            tail = before[before.rfind(closed) + len(closed) :] if closed in before else ""
-            return tokenizer.encode_rest(tail + after[len(before) :])
+        if more is not None:
+            return tokenizer.encode_rest(more)
         raise BallastError(
             "environment: this chat template changes earlier turns; return text or token ids, not messages"
         )
     raise BallastError(
         f"environment: returned {observation!r}; it must be text, token ids, messages or None ({prompt.name})"
     )
+
+
+ANSWER = "the answer of the policy stands here"
+
+
+def _after_answer(
+    observation: list[dict], prompt: Prompt, history: list[dict], tokenizer: Tokenizer
+) -> str | None:
+    """What the chat template writes after the end token of the last answer: the observation, and the
+    beginning of the next answer. None where that cannot be told apart from what stands before.
+
+    A template may write an answer otherwise when something follows it (Qwen3 puts an empty <think> into the
+    last one alone), so a placeholder stands for it here: what the policy has read and written stays as it is.
+    """
+    closed = tokenizer.decode([tokenizer.turn_end()], special=True)
+    with contextlib.suppress(BadRow):  # a template may want the calls that a tool answers
+        marked = [*history[:-1], {"role": "assistant", "content": ANSWER}, *observation]
+        _, found, rest = tokenizer.render(marked, prompt.tools, generation_prompt=True).rpartition(ANSWER)
+        before, end, after = rest.partition(closed)
+        if found and end and not before.strip():
+            return after
+    head = tokenizer.render(history, prompt.tools)
+    whole = tokenizer.render([*history, *observation], prompt.tools, generation_prompt=True)
+    if not whole.startswith(head):
+        return None
+    # The template closes the assistant's turn; its end token was sampled, what follows it was not.
+    return (head[head.rfind(closed) + len(closed) :] if closed in head else "") + whole[len(head) :]

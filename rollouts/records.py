@@ -58,6 +58,8 @@ def to_table(rollouts: Sequence[Rollout], leave_out: Sequence[str] = ()) -> pa.T
             ends = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
             flat = pa.array(np.concatenate(arrays))
             columns[name] = pa.ListArray.from_arrays(pa.array(ends), flat, mask=pa.array(missing))
+        elif name == "messages":  # each may have other fields
+            columns[name] = pa.array([None if v is None else json.dumps(v) for v in values])
         elif name != "rewards" or any(values):  # Parquet has no struct without a field
             columns[name] = pa.array(values)
     return pa.table(columns)
@@ -72,6 +74,8 @@ def from_table(table: pa.Table) -> list[Rollout]:
             flat, ends = column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
             known = column.is_valid().to_numpy(zero_copy_only=False)
             fields[name] = [flat[ends[k] : ends[k + 1]] if ok else None for k, ok in enumerate(known)]
+        elif name == "messages":
+            fields[name] = [None if v is None else json.loads(v) for v in column.to_pylist()]
         else:
             fields[name] = [{} if v is None else v for v in column.to_pylist()]
     rollouts = [Rollout(**dict(zip(fields, row, strict=True))) for row in zip(*fields.values(), strict=True)]

@@ -68,10 +68,18 @@ def completion_text(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else "".join(m.get("content") or "" for m in completion)
 
 
+def answer_text(completion: str | list[dict]) -> str:
+    """The text of a completion, or of the last answer of a conversation."""
+    if isinstance(completion, str):
+        return completion
+    answers = [m for m in completion if m.get("role") == "assistant"]
+    return completion_text(answers[-1:])
+
+
 def exact_match(completions: list, answer: list, **_: Any) -> list[float | None]:
     """1 if the completion equals the answer, ignoring white space at its ends; None without an answer."""
     return [
-        None if is_null(a) else float(completion_text(c).strip() == str(a).strip())
+        None if is_null(a) else float(answer_text(c).strip() == str(a).strip())
         for c, a in zip(completions, answer, strict=True)
     ]
 
@@ -99,7 +107,7 @@ def numeric_match(completions: list, answer: list, **_: Any) -> list[float | Non
         if is_null(expected):
             scores.append(None)
             continue
-        text, wanted = completion_text(completion), _last_number(str(expected))
+        text, wanted = answer_text(completion), _last_number(str(expected))
         right = wanted is not None and _last_number(text) == wanted
         if not right and parse is not None and verify is not None:
             # Its timeouts use signals, which fail in threads; reward_timeout limits the whole call.
@@ -121,7 +129,7 @@ def reasoning_gym(completions: list, answer: list, metadata: list, **columns: An
             continue
         score: Any = gym.get_score_answer_fn(meta["source_dataset"])
         entry = {"question": question, "answer": a, "metadata": meta}
-        scores.append(float(score(completion_text(completion).strip(), entry)))
+        scores.append(float(score(answer_text(completion).strip(), entry)))
     return scores
 
 
@@ -169,21 +177,26 @@ class Scorer:
             raise ConfigError("reward_funcs", config.reward_funcs, "has two functions of the same name")
         self.threads = ThreadPoolExecutor(max(1, 4 * len(self.functions)), thread_name_prefix="reward")
 
-    def begin(self, prompts: Sequence[Prompt], ids: Sequence[Any]) -> dict[str, Future]:
-        """Start scoring completions `ids`; prompts[i] belongs to ids[i]."""
-        arguments = self.arguments(prompts, ids)
+    def begin(
+        self, prompts: Sequence[Prompt], ids: Sequence[Any], messages: Sequence[list[dict] | None] = ()
+    ) -> dict[str, Future]:
+        """Start scoring completions `ids`; prompts[i] belongs to ids[i], and so do messages[i], what was said
+        in a conversation."""
+        arguments = self.arguments(prompts, ids, messages)
         names = [p.name for p in prompts]
         return {
             name: self.threads.submit(self._call, name, function, arguments, names)
             for name, function in self.functions.items()
         }
 
-    def arguments(self, prompts: Sequence[Prompt], ids: Sequence[Any]) -> dict[str, Sequence]:
+    def arguments(
+        self, prompts: Sequence[Prompt], ids: Sequence[Any], messages: Sequence[list[dict] | None] = ()
+    ) -> dict[str, Sequence]:
         """The keyword arguments of every reward function; one entry per completion."""
         texts = self.tokenizer.decode_all(ids)
         completions = [
-            text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}]
-            for p, text in zip(prompts, texts, strict=True)
+            said or (text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}])
+            for p, text, said in zip(prompts, texts, messages or [None] * len(texts), strict=True)
         ]
         columns = {
             key: [p.columns.get(key) for p in prompts]

@@ -150,6 +150,7 @@ class Rollout:
     completion_ids: np.ndarray
     sampling_logprobs: np.ndarray | None = None  # NaN where the sampler gave none
     completion_mask: np.ndarray | None = None  # False on tokens of an environment; None: the policy wrote all
+    messages: list[dict] | None = None  # of a conversation: what came after the prompt
     failed: bool = False  # its environment did not answer in time: neither scored nor trained
     truncated: bool = False  # the last token does not end a turn
     rewards: dict[str, float | None] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from rollouts.rewards import Scorer, reward_table, weighted_rewards
 from rollouts.rollout import Engine, Rollout
 from rollouts.signs import ScoreChecks
 from rollouts.tokens import as_ids
+from rollouts.tools import ToolBox
 from rollouts.vllm_server import Completion
 from run.config import check_at_least_one, check_ranges
 from text.prompt import Prompt
@@ -136,8 +137,11 @@ class Sampler:
         self.scorer = Scorer(config, tokenizer) if world.main else None
         self.score_checks = ScoreChecks(self.scorer) if self.scorer is not None and config.health else None
         self.environment = None
+        directory = Path(config.config_directory)
         if config.environment:
-            self.environment = load_environment(config.environment, Path(config.config_directory))
+            self.environment = load_environment(config.environment, directory)
+        elif config.tools:
+            self.environment = ToolBox(config.tools, directory).environment(tokenizer, config.tool_timeout)
         self.seconds = {"generate": 0.0, "reward": 0.0}
         self.signs: dict[str, float] = {}  # what scoring the last batch showed
         self._early: dict[int, dict[str, Future]] = {}
@@ -197,7 +201,8 @@ class Sampler:
                 parts = [self.scorer.finish(early[i]) for i in range(len(prompts))]
                 scores = {name: [x for part in parts for x in part[name]] for name in self.scorer.functions}
             else:
-                scores = self.scorer.finish(self.scorer.begin(each, [r.completion_ids for r in rollouts]))
+                ids, messages = [r.completion_ids for r in rollouts], [r.messages for r in rollouts]
+                scores = self.scorer.finish(self.scorer.begin(each, ids, messages))
             rewards = [{name: scores[name][i] for name in scores} for i in range(len(rollouts))]
             checks = self.score_checks if temperature is None and self.environment is None else None
             return rewards, checks.metrics(seed[1] + 1, each, rollouts, rewards) if checks else {}

@@ -108,6 +108,7 @@ BAD = [  # (options, what the error names); in every recipe that has them
     (dict(num_iterations=0), "num_iterations"), (dict(steps_per_generation=0), "steps_per_generation"),
     (dict(distillation_coef=-1.0), "distillation_coef"), (dict(dynamic_sampling=-1), "dynamic_sampling"),
     (dict(environment_workers=0), "environment_workers"), (dict(environment_timeout=0.0), "environment_time"),
+    (dict(tool_timeout=0.0), "tool_timeout"),
     (dict(ref_model_mixup_alpha=2.0), "ref_model_mixup"), (dict(replay_buffer_size=-1), "replay_buffer"),
     (dict(eval_temperature=-1.0), "eval_temperature"), (dict(eval_num_generations=0), "eval_num_generations"),
     (dict(stride=0), "stride"), (dict(context_length=0), "context_length"),
@@ -202,6 +203,7 @@ RUNS = {  # for each recipe and mode: runs whose code together reads its options
               "eval_greedy=true"],
              ["adapter=lora", "lora_r=4", "top_entropy_quantile=0.5", "reward_funcs=[letters.many_g]"],
              ["environment=letters.Once", "reward_funcs=[]"],
+             ["tools=[letters.look]", "reward_funcs=[format]"],
              ["teacher_model=CHECKPOINT", "reward_funcs=[letters.many_g]", "dynamic_sampling=1"]],
     "structured": [["val_set_size=4", "log_completions=true", "save_steps=1"], ["adapter=lora", "lora_r=4"]],
     "strided": [["val_set_size=4", "log_completions=true", "save_steps=1"], ["adapter=lora", "lora_r=4"]],
@@ -219,7 +221,8 @@ def test_every_option_is_read_by_the_recipe_and_mode_that_takes_it(
     kind, small_checkpoint, task, texts, tmp_path
 ):
     (tmp_path / "letters.py").write_text(
-        (task / "letters.py").read_text() + "class Once:\n"
+        (task / "letters.py").read_text() + "def look(a: int) -> int:\n    'Look it up.'\n    return a\n"
+        "class Once:\n"
         "    def reset(self, prompt, **columns): pass\n"
         "    def step(self, text, ids): return None, 1.0, True\n"
     )
