@@ -90,7 +90,7 @@ def of_config(config: Path, steps: int) -> None:
         patch = CLOCK.replace("TIMES", str(times)).replace("LAST", str(steps))
         recipe = next(r for r in ("sft", "grpo", "ebft") if r in config.stem)
         begun = drill.begin(Path.cwd(), recipe, ["--config", str(config), f"output_dir={out}",
-                                                 f"max_steps={steps}", "save_steps=0"], out, patch)
+                                                 f"max_steps={steps}", "save_steps=null"], out, patch)
         begun.join()
         assert begun.exitcode == 0, (out / "stderr").read_text()
         stamps = json.loads(times.read_text())
