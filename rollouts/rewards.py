@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rollouts.judge import Judge, JudgeOptions
 from rollouts.tokens import IdLists, as_ids
 from run.config import BallastError, ConfigError, import_attribute
 from run.log import log
@@ -28,9 +29,9 @@ from text.tokenizer import Tokenizer
 
 
 @dataclass
-class RewardOptions:
+class RewardOptions(JudgeOptions):
     reward_funcs: list[str] = field(default_factory=list)
-    """Reward functions: exact_match, numeric_match, reasoning_gym, format, length, or your own
+    """Reward functions: exact_match, numeric_match, reasoning_gym, format, length, llm_judge, or your own
     module.function (from the config's directory or an installed package), called as f(prompts=…,
     completions=…, completion_ids=…, **columns) and returning a number, or None where it does not apply, for
     each completion."""
@@ -156,8 +157,10 @@ def import_reward(name: str, config: Any) -> Callable:
     built_in, directory = built_in_rewards(config), config.config_directory
     if name in built_in:
         return built_in[name]
+    if name == "llm_judge":
+        return Judge(config).llm_judge
     if "." not in name:
-        known = ", ".join(built_in)
+        known = ", ".join([*built_in, "llm_judge"])
         raise ConfigError("reward_funcs", name, f"is neither built in ({known}) nor a module.function")
     function = import_attribute("reward_funcs", name, directory)
     if not callable(function):
@@ -176,6 +179,11 @@ class Scorer:
         if len(self.functions) < len(config.reward_funcs):
             raise ConfigError("reward_funcs", config.reward_funcs, "has two functions of the same name")
         self.threads = ThreadPoolExecutor(max(1, 4 * len(self.functions)), thread_name_prefix="reward")
+
+    def metrics(self) -> dict[str, float]:
+        """What the functions have to say of themselves: the judge's replies and their cost."""
+        judge = getattr(self.functions.get("llm_judge"), "__self__", None)
+        return judge.metrics() if judge is not None else {}
 
     def begin(
         self, prompts: Sequence[Prompt], ids: Sequence[Any], messages: Sequence[list[dict] | None] = ()
@@ -227,6 +235,8 @@ class Scorer:
 
         try:
             scores = run(arguments)
+        except BallastError as error:  # of our own, and clear
+            raise RewardError(f"reward {name}: {error}") from None
         except Exception as error:
             where = self._culprit(run, arguments, count)
             saved = self._save_traceback(name)

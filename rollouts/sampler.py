@@ -205,7 +205,8 @@ class Sampler:
                 scores = self.scorer.finish(self.scorer.begin(each, ids, messages))
             rewards = [{name: scores[name][i] for name in scores} for i in range(len(rollouts))]
             checks = self.score_checks if temperature is None and self.environment is None else None
-            return rewards, checks.metrics(seed[1] + 1, each, rollouts, rewards) if checks else {}
+            found = checks.metrics(seed[1] + 1, each, rollouts, rewards) if checks else {}
+            return rewards, found | self.scorer.metrics()
 
         rewards_of, self.signs = dist.from_main(score, self.world)
         for rollout, rewards in zip(rollouts, rewards_of, strict=True):

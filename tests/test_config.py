@@ -15,7 +15,7 @@ import sft
 from conftest import ROOT, metrics, run_program
 from health.__main__ import recipe_config
 from health.options import options_page
-from rollouts import nccl_transfer, vllm_client, vllm_server
+from rollouts import judge, nccl_transfer, vllm_client, vllm_server
 from run.config import ConfigError, UnknownOption, parse_config
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml")) + sorted((ROOT / "drills" / "base").glob("*.yaml"))
@@ -108,7 +108,10 @@ BAD = [  # (options, what the error names); in every recipe that has them
     (dict(num_iterations=0), "num_iterations"), (dict(steps_per_generation=0), "steps_per_generation"),
     (dict(distillation_coef=-1.0), "distillation_coef"), (dict(dynamic_sampling=-1), "dynamic_sampling"),
     (dict(environment_workers=0), "environment_workers"), (dict(environment_timeout=0.0), "environment_time"),
-    (dict(tool_timeout=0.0), "tool_timeout"),
+    (dict(tool_timeout=0.0), "tool_timeout"), (dict(judge_max_tokens=0), "judge_max_tokens"),
+    (dict(judge_workers=0), "judge_workers"), (dict(judge_retries=-1), "judge_retries"),
+    (dict(judge_timeout=0.0), "judge_timeout"), (dict(judge_range=[1.0, 0.0]), "judge_range"),
+    (dict(judge_price=[-1.0, 0.0]), "judge_price"),
     (dict(ref_model_mixup_alpha=2.0), "ref_model_mixup"), (dict(replay_buffer_size=-1), "replay_buffer"),
     (dict(eval_temperature=-1.0), "eval_temperature"), (dict(eval_num_generations=0), "eval_num_generations"),
     (dict(stride=0), "stride"), (dict(context_length=0), "context_length"),
@@ -241,7 +244,7 @@ def test_every_option_is_read_by_the_recipe_and_mode_that_takes_it(
         assert done.returncode == 0, done.stdout + done.stderr
         read |= set(json.loads(done.stdout.splitlines()[-1]))
     if kind in ("grpo", "structured"):  # no server is at hand: what its client and `serve` read counts
-        modules = (vllm_client, vllm_server, nccl_transfer)
+        modules = (vllm_client, vllm_server, nccl_transfer, judge)
         every = [(m.__name__, c) for m in modules for c in vars(m).values() if inspect.isclass(c)]
         classes = [c for name, c in every if c.__module__ == name]
         for owner in (*modules, *classes):

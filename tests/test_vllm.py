@@ -1,6 +1,7 @@
 """GRPO with a real vLLM server on the CPU, in an environment of its own (VLLM_PYTHON, or .venv-vllm, made
 here)."""
 
+import asyncio
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ from data import Prompt
 from dist import World
 from grpo import Config
 from rollouts.chat import load_for_inference
+from rollouts.judge import Judge
 from rollouts.records import kept
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import EngineError
@@ -243,6 +245,46 @@ def test_an_interrupted_run_goes_on_where_it_was_also_with_a_prefetched_batch(se
     grpo(setup, server.url, tmp_path, "async_prefetch=true", "max_steps=4", "save_steps=2")
     recorded = (tmp_path / "rollouts" / "step-2.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["completion_ids"] for line in recorded) == expected
+
+
+@pytest.mark.parametrize("more", [[], ["async_prefetch=true"]])
+def test_conversations_go_on_each_at_its_own_pace(more, server, setup, tmp_path):
+    """With the real server, ahead of time and not: the trainer's log-probs of all turns are the sampler's."""
+    (setup / "turns.py").write_text(
+        "import asyncio\n"
+        "class Turns:\n"
+        "    def reset(self, prompt, **columns):\n"
+        "        self.turn = 0\n"
+        "    async def step(self, text, ids):\n"
+        "        await asyncio.sleep(0.02 * (len(ids) % 3))\n"
+        "        self.turn += 1\n"
+        "        return ' more', len(set(ids)) / 10, self.turn == 3\n"
+    )
+    grpo(setup, server.url, tmp_path, "environment=turns.Turns", "reward_funcs=[]",
+         "max_completion_length=60", "advantage_level=step", "max_steps=3", *more)
+    rows = metrics(tmp_path)
+    assert len(rows) == 3 and all(row["train/grad_norm"] > 0 for row in rows)
+    if not more:
+        assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-3
+    assert max(row["weight_version_lag"] for row in rows) == len(more)
+
+
+def test_a_model_on_the_server_judges(server, small_checkpoint, tmp_path):
+    config = parse_config(Config, [
+        f"base_model={small_checkpoint[0]}", "datasets=[{path: x}]", "reward_funcs=[llm_judge]",
+        f"judge_base_url={server.url}/v1", "judge_model=policy", "judge_max_tokens=8",
+        "judge_prompt=Judge: {completion}", "judge_pattern=()", "judge_price=[1, 2]",
+        f"output_dir={tmp_path}",
+    ])
+    judge = Judge(config)
+    prompts, completions = [[{"role": "user", "content": "?"}]] * 3, [
+        [{"role": "assistant", "content": text}] for text in ("a", "b", "c")
+    ]
+    assert asyncio.run(judge.llm_judge(prompts, completions)) == [None] * 3  # random weights write no number
+    found = judge.metrics()
+    assert found["judge/replies"] == 3 and found["judge/tokens"] > 24 and found["judge/cost"] > 0
+    asyncio.run(judge.llm_judge(prompts, completions))
+    assert judge.metrics()["judge/cached"] == 3 and judge.asked == 3
 
 
 @pytest.mark.parametrize("way", ["nothing", "reload_weights"])
