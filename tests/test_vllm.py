@@ -261,7 +261,7 @@ def test_conversations_go_on_each_at_its_own_pace(more, server, setup, tmp_path)
         "        return ' more', len(set(ids)) / 10, self.turn == 3\n"
     )
     grpo(setup, server.url, tmp_path, "environment=turns.Turns", "reward_funcs=[]",
-         "max_completion_length=60", "advantage_level=step", "max_steps=3", *more)
+         "max_completion_length=30", "advantage_level=step", "max_steps=3", *more)
     rows = metrics(tmp_path)
     assert len(rows) == 3 and all(row["train/grad_norm"] > 0 for row in rows)
     if not more:
@@ -273,7 +273,7 @@ def test_a_model_on_the_server_judges(server, small_checkpoint, tmp_path):
     config = parse_config(Config, [
         f"base_model={small_checkpoint[0]}", "datasets=[{path: x}]", "reward_funcs=[llm_judge]",
         f"judge_base_url={server.url}/v1", "judge_model=policy", "judge_max_tokens=8",
-        "judge_prompt=Judge: {completion}", "judge_pattern=()", "judge_price=[1, 2]",
+        "judge_prompt=Judge this {completion}", "judge_pattern=()", "judge_price=[1, 2]",
         f"output_dir={tmp_path}",
     ])
     judge = Judge(config)
@@ -434,9 +434,9 @@ def engine_behind(server, setup):
 TRANSIENT = ["refuse", "drop", "500", "slow", "aborted"]
 WRONG = {
     "too_few": "3 completions, asked for 4", "too_many": "5 completions, asked for 4",
-    "no_logprobs": "not understood", "nan_logprobs": "not one usable log-prob",
+    "no_logprobs": "not understood", "nan_logprobs": "not understood",
     "fewer_logprobs": "log-probs", "other_prompt": "a prompt other than", "foreign_ids": "below 512",
-    "too_long": "asked for 1 to 12", "not_json": "not JSON", "a_list": "not understood",
+    "too_long": "asked for 1 to 12", "not_json": "not understood", "a_list": "not understood",
     "null": "not understood", "400": "answered 400",
 }
 
