@@ -495,7 +495,7 @@ def read_prompts(
                 bad += 1
                 log.info("data: %s: bad: %s", name, error)
                 continue
-            for values, ids, prompt, answer, tools in parts:
+            for values, ids, prompt, answer, shown in parts:
                 if longest is not None and len(ids) > longest:
                     too_long += 1
                     continue
@@ -504,7 +504,7 @@ def read_prompts(
                 if answer is not None:
                     columns.setdefault("answer", answer)
                 completion = answer if isinstance(answer, str) else None
-                prompts.append(Prompt(ids, prompt, columns, name, completion, tools, number))
+                prompts.append(Prompt(ids, prompt, columns, name, completion, shown, number))
                 digest.update(repr((ids, sorted(columns.items(), key=str), completion)).encode())
     if too_long:
         log.info("data: %d prompts of more than %d tokens left out (max_prompt_length)", too_long, longest)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollouts.rewards import spread
+from rollouts.rewards import Steps, spread
 from rollouts.rollout import Rollout
+from rollouts.tokens import as_ids, as_logprobs
 from run.config import ConfigError, check_ranges
 
 SMALL = 1e-4  # added to a standard deviation before dividing by it
@@ -71,6 +72,23 @@ def separate_advantages(table: Tensor, weights: Tensor, n: int) -> Tensor:
     total = torch.stack(parts, -1) @ weights
     applies = ~torch.isnan(table).all(-1)
     return torch.where(applies, total / (spread(total[applies]) + SMALL), 0.0)
+
+
+def rewarded_steps(rollout: Rollout, weights: dict[str, float]) -> None:
+    """Set step_ends and step_rewards from all rewards: those of an environment's turns as they are, a
+    function's steps times its weight, and what judges the whole completion at its end."""
+    ends = [] if rollout.step_ends is None else rollout.step_ends.tolist()
+    rewards = [] if rollout.step_rewards is None else rollout.step_rewards.tolist()
+    steps = list(zip(ends, rewards, strict=True))
+    for name, value in rollout.rewards.items():
+        weight = weights.get(name, 1.0)
+        if isinstance(value, Steps):
+            steps += [(end, weight * reward) for end, reward in value.steps]
+        elif value is not None and name != "environment":
+            steps.append((len(rollout.completion_ids), weight * value))
+    steps.sort()
+    rollout.step_ends = as_ids([end for end, _ in steps])
+    rollout.step_rewards = as_logprobs([reward for _, reward in steps])
 
 
 def step_advantages(group: Sequence[Rollout], scale: str) -> list[np.ndarray]:

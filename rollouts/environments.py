@@ -149,14 +149,19 @@ class Episode:
         text = prompt.prompt
         self.history = list(text) if isinstance(text, list) else [{"role": "user", "content": text}]
         self.world: Any = None
+        self.asked = len(self.history)  # messages before the first answer
 
     def begin(self) -> None:
         """Make the environment and hear what it says first."""
         self.world = self.make()
         said = finished(self.world.reset(self.prompt.prompt, **self.prompt.columns))
-        if said is not None:
+        if isinstance(said, list) and said and isinstance(said[0], dict):
+            self.history = _joined(self.history, said)
+            self.prompt_ids = as_ids(self.tokenizer.encode_prompt(self.history, self.prompt.tools))
+        elif said is not None:
             more = _said_ids(said, self.prompt, [], self.tokenizer)
             self.prompt_ids = np.concatenate([self.prompt_ids, as_ids(more)])
+        self.asked = len(self.history)
 
     @property
     def context(self) -> list[int]:
@@ -218,12 +223,11 @@ class Episode:
         ids, logprobs, mask = self.ids, self.logprobs, self.mask
         if not len(ids):
             ids, logprobs, mask = as_ids(self.tokenizer.stop_ids[:1]), as_logprobs([None]), as_mask([0])
-        asked = self.prompt.prompt
         ends, rewards = zip(*self.rewards, strict=True) if self.rewards else ((), ())
         return {
             "prompt_ids": self.prompt_ids, "completion_ids": ids, "sampling_logprobs": logprobs,
             "completion_mask": np.zeros_like(mask) if self.failed else mask, "failed": self.failed,
-            "messages": self.history[len(asked) if isinstance(asked, list) else 1 :],
+            "messages": self.history[self.asked :],
             "truncated": self.truncated, "step_ends": as_ids(ends), "step_rewards": as_logprobs(rewards),
             "rewards": {"environment": None if self.failed else float(sum(rewards))},
         }
@@ -315,6 +319,14 @@ def _in_turns(
 
         contexts, turn = dist.from_main(reply, world, long=True), turn + 1
     return dist.from_main(lambda: [e.told() for e in episodes], world)
+
+
+def _joined(messages: list[dict], more: list[dict]) -> list[dict]:
+    """The messages with more behind them; two of the user in a row, which some templates refuse, are one."""
+    if messages and messages[-1]["role"] == more[0].get("role") == "user":
+        both = "\n\n".join(str(m.get("content") or "") for m in (messages[-1], more[0]))
+        return [*messages[:-1], {**messages[-1], "content": both}, *more[1:]]
+    return [*messages, *more]
 
 
 def _said_ids(observation: Any, prompt: Prompt, history: list[dict], tokenizer: Tokenizer) -> list[int]:

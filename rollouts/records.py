@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rollouts.rollout import ARRAYS, OF_TRAINER, Rollout, tokens_of
 from rollouts.tokens import same_ids
@@ -44,9 +42,12 @@ def to_json(rollout: Rollout) -> dict[str, Any]:
     return {k: _jsonable(v) for k, v in vars(rollout).items() if v is not None and k not in OF_TRAINER}
 
 
-def to_table(rollouts: Sequence[Rollout], leave_out: Sequence[str] = ()) -> pa.Table:
-    """A row for each rollout: lists of numbers, null where a field is unset; rewards by name."""
-    columns: dict[str, pa.Array] = {}
+def to_table(rollouts: Sequence[Rollout], leave_out: Sequence[str] = ()) -> Any:
+    """A pyarrow.Table with a row for each rollout: lists of numbers, null where a field is unset; rewards by
+    name."""
+    import pyarrow as pa  # slow to import; only needed here
+
+    columns: dict[str, Any] = {}
     for name in vars(rollouts[0]):
         values = [getattr(r, name) for r in rollouts]
         present = next((v for v in values if v is not None), None)
@@ -65,7 +66,7 @@ def to_table(rollouts: Sequence[Rollout], leave_out: Sequence[str] = ()) -> pa.T
     return pa.table(columns)
 
 
-def from_table(table: pa.Table) -> list[Rollout]:
+def from_table(table: Any) -> list[Rollout]:
     """The rollouts of `to_table`; completions of the same prompt share one array of it."""
     fields: dict[str, list[Any]] = {}
     for name in table.column_names:
@@ -89,6 +90,9 @@ def as_parquet(rollouts: Sequence[Rollout], leave_out: Sequence[str] = ()) -> by
     """Rollouts as the bytes of a Parquet file, which holds every value exactly; none: no bytes."""
     if not rollouts:
         return b""
+    import pyarrow as pa  # slow to import; only needed here
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
     pq.write_table(to_table(rollouts, leave_out), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
@@ -98,7 +102,11 @@ def kept(folder: Path | None, name: str, state: dict) -> list[Rollout]:
     """The rollouts that a checkpoint keeps under a name; up to version 0.2 they were in its JSON state."""
     old = [Rollout(**row) for row in state.pop(name, None) or []]
     file = folder / f"{name}.parquet" if folder is not None else None
-    return from_table(pq.read_table(file)) if file and file.exists() and file.stat().st_size else old
+    if file is None or not file.exists() or not file.stat().st_size:
+        return old
+    import pyarrow.parquet as pq  # slow to import; only needed here
+
+    return from_table(pq.read_table(file))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,6 +240,14 @@ def from_fields(row: dict[str, Any], file: str, number: int, stops: set[int]) ->
             continue
         if not isinstance(given, list) or len(given) != count or not all(x in (0, 1) for x in given):
             raise DataError(file, number, f"{name} must have {count} entries of 0 or 1")
+    ends, earned = row.get("step_ends"), row.get("step_rewards")
+    if ends is not None or earned is not None:
+        if not isinstance(ends, list) or not all(type(x) is int and 1 <= x <= length for x in ends):
+            raise DataError(file, number, f"step_ends must be a list of numbers from 1 to {length}")
+        if not isinstance(earned, list) or len(earned) != len(ends) or not all(
+            x is not None and figure(x) for x in earned
+        ):
+            raise DataError(file, number, f"step_rewards must have {len(ends)} numbers, one for each step")
     rewards = row.get("rewards", {})
     if not isinstance(rewards, dict) or not all(figure(value) for value in rewards.values()):
         raise DataError(file, number, "rewards must be {name: number or null}")
@@ -255,6 +271,9 @@ def read_recorded(file: Path, stops: set[int]) -> Iterator[Rollout]:
         for name, number, line in lines_of(file):
             yield read_rollout(line, name, number, stops)
         return
+    import pyarrow as pa  # slow to import; only needed here
+    import pyarrow.parquet as pq
+
     number = 0
     try:
         for batch in pq.ParquetFile(file).iter_batches(64):

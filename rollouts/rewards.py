@@ -168,6 +168,25 @@ def import_reward(name: str, config: Any) -> Callable:
     return function
 
 
+class Steps(float):
+    """The score of a completion that is rewarded step by step: the sum, with (tokens until then, reward) of
+    each step."""
+
+    steps: list[tuple[int, float]]
+
+    @staticmethod
+    def of(score: Any, length: int) -> "float | Steps | None":
+        """What a function returned for a completion of so many tokens. Raises ValueError or TypeError."""
+        if not isinstance(score, list | tuple):
+            return None if score is None else float(score)
+        steps = [(int(end), float(reward)) for end, reward in score]
+        if not all(1 <= end <= length for end, _ in steps):
+            raise ValueError(f"a step must end after 1 to {length} tokens")
+        whole = Steps(sum(reward for _, reward in steps))
+        whole.steps = steps
+        return whole
+
+
 class Scorer:
     """The reward functions of a run, each on a thread of its own. Lives on rank 0."""
 
@@ -257,14 +276,15 @@ class Scorer:
         checked: list[float | None] = []
         for i, score in enumerate(scores):
             try:
-                value = None if score is None else float(score)
+                value = Steps.of(score, len(arguments["completion_ids"][i]))
             except (TypeError, ValueError):
                 value = math.nan
             if value is not None and not math.isfinite(value):
                 shown = completion_text(arguments["completions"][i])
                 raise RewardError(
                     f"reward {name}: returned {score!r} for {names[i]}, completion {shown[:80]!r}; a score "
-                    "is a finite number, or None where it does not apply"
+                    "is a finite number, or None where it does not apply (or a list of (tokens until then, "
+                    "reward))"
                 )
             checked.append(value)
         return checked
@@ -292,14 +312,15 @@ class Scorer:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def weights_by_name(config: Any) -> dict[str, float]:
+    """reward_weights by the short names of their functions."""
+    given = zip(config.reward_funcs, config.reward_weights or (), strict=False)
+    return {name.rpartition(".")[2] or name: weight for name, weight in given}
+
+
 def reward_table(rollouts: Sequence[Any], config: Any) -> tuple[Tensor, list[str], Tensor]:
     """(rewards [B, R] in fp64 with NaN where a function does not apply, their names, weights [R])."""
-    weights = dict.fromkeys((name for r in rollouts for name in r.rewards), 1.0)
-    if config.reward_weights is not None:
-        weights |= {
-            n.rpartition(".")[2] or n: w
-            for n, w in zip(config.reward_funcs, config.reward_weights, strict=True)
-        }
+    weights = dict.fromkeys((name for r in rollouts for name in r.rewards), 1.0) | weights_by_name(config)
     names = list(weights)
     if not names and not getattr(config, "teacher_model", None):
         raise BallastError("no rollout has a reward: name reward_funcs, or record rewards with the rollouts")

@@ -15,11 +15,11 @@ from torch import Tensor
 import dist
 from dist import Timer, World
 from rollouts import policy
-from rollouts.advantages import in_groups
+from rollouts.advantages import in_groups, rewarded_steps
 from rollouts.environments import EnvironmentOptions, conversations, load_environment, play, played
 from rollouts.prompts import PromptData
 from rollouts.records import Recorder
-from rollouts.rewards import Scorer, reward_table, weighted_rewards
+from rollouts.rewards import Scorer, reward_table, weighted_rewards, weights_by_name
 from rollouts.rollout import Engine, Rollout
 from rollouts.signs import ScoreChecks
 from rollouts.tokens import as_ids
@@ -142,6 +142,7 @@ class Sampler:
             self.environment = load_environment(config.environment, directory)
         elif config.tools:
             self.environment = ToolBox(config.tools, directory).environment(tokenizer, config.tool_timeout)
+        self.weights = weights_by_name(config)
         self.seconds = {"generate": 0.0, "reward": 0.0}
         self.signs: dict[str, float] = {}  # what scoring the last batch showed
         self._early: dict[int, dict[str, Future]] = {}
@@ -211,6 +212,8 @@ class Sampler:
         rewards_of, self.signs = dist.from_main(score, self.world)
         for rollout, rewards in zip(rollouts, rewards_of, strict=True):
             rollout.rewards |= dict.fromkeys(rewards) if rollout.failed else rewards
+            if self.config.advantage_level == "step" and not rollout.failed:
+                rewarded_steps(rollout, self.weights)
         if self.environment is not None:
             turns = sum(0 if r.step_ends is None else len(r.step_ends) for r in rollouts)
             self.signs = self.signs | {

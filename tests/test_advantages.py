@@ -1,5 +1,6 @@
 """Advantages beyond the plain group, k2 and k3, bypass, dynamic sampling and distillation."""
 
+import json
 import math
 import re
 import shutil
@@ -13,9 +14,10 @@ from checkpoints.weights import load_pretrained
 from conftest import ROOT, PolicyOptions, embedded, metrics, options, run_ok, run_program
 from dist import World
 from grpo import StepSize, group_advantages, policy_loss
-from rollouts.advantages import AdvantageOptions, assign, separate_advantages, step_advantages
+from rollouts.advantages import AdvantageOptions, assign, rewarded_steps, separate_advantages, step_advantages
 from rollouts.distillation import Teacher
 from rollouts.policy import collate, token_logprobs
+from rollouts.rewards import Steps
 from rollouts.rollout import Rollout
 from rollouts.sampler import Sampler
 
@@ -73,6 +75,35 @@ def test_a_step_earns_its_own_and_all_later_rewards():
     assert plain[0].tolist() == pytest.approx([0.5 - 0.5] * 2 + [-0.5] * 3 + [0])
     flat = step_advantages([steps([2], [0.5]), steps([3], [0.5])], "group")
     assert not any(tokens.any() for tokens in flat)
+
+
+def test_a_function_may_score_step_by_step_beside_others():
+    score = Steps.of([(2, 0.5), (6, 1.0)], 6)
+    assert score == 1.5 and Steps.of(2, 6) == 2.0 and Steps.of(None, 6) is None
+    for wrong in ([(0, 1.0)], [(7, 1.0)], [1.0, 2.0], [("a", 1.0)]):
+        with pytest.raises((ValueError, TypeError)):
+            Steps.of(wrong, 6)
+    one = steps([3], [0.25])  # of a turn of the environment
+    one.rewards = {"environment": 0.25, "process": score, "whole": 4.0, "not_here": None}
+    rewarded_steps(one, {"process": 2.0, "whole": 0.5})
+    assert one.step_ends.tolist() == [2, 3, 6, 6] and one.step_rewards.tolist() == [1.0, 0.25, 2.0, 2.0]
+
+
+def test_steps_of_a_reward_function_train_tokens_unlike(task, small_checkpoint, tmp_path):
+    (tmp_path / "process.py").write_text(
+        "def halves(completion_ids, **_):\n"
+        "    return [[(max(1, len(i) // 2), i[0] % 5), (len(i), i[-1] % 5)] for i in completion_ids]\n"
+    )
+    (tmp_path / "rows.jsonl").write_text((task / "rows.jsonl").read_text())
+    given = embedded(tmp_path, small_checkpoint[0], tmp_path / "run", "reward_funcs=[process.halves]",
+                     "advantage_level=step", "max_steps=2", "val_set_size=0")
+    run_ok(ROOT / "grpo.py", *given)
+    lines = (tmp_path / "run" / "rollouts" / "step-0.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        ids = row["completion_ids"]
+        assert row["step_rewards"] == [ids[0] % 5, ids[-1] % 5] and row["step_ends"][-1] == len(ids)
+        assert row["rewards"]["halves"] == sum(row["step_rewards"])
+    assert all(row["train/grad_norm"] > 0 for row in trained(tmp_path / "run"))
 
 
 def test_advantages_of_steps_reach_the_loss_token_by_token():

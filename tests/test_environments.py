@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import torch
 from checkpoints.weights import load_pretrained
 from conftest import ROOT, embedded, metrics, options, run_ok, run_program
 from dist import World
+from rollouts.bridges import Gymnasium, OpenEnv
 from rollouts.engines import EmbeddedEngine
 from rollouts.environments import TimedOut, play, run_all
+from rollouts.vllm_server import Completion
 from run.config import BallastError
 from text.prompt import Prompt
 from text.tokenizer import Tokenizer
@@ -162,3 +165,91 @@ def test_an_environment_that_is_late_in_a_run_is_counted(task, small_checkpoint,
     rows = [row for row in metrics(tmp_path / "run") if row["step"]]
     assert sum(row["environment/timeouts"] for row in rows) > 0
     assert all(row["train/grad_norm"] > 0 for row in rows)
+
+
+# Bridges ----------------------------------------------------------------------------------------------------
+
+
+class Says:
+    """An engine that answers what it is told to, turn by turn."""
+
+    def __init__(self, tokenizer, *answers):
+        self.tokenizer, self.answers, self.asked = tokenizer, [*answers], []
+
+    def version(self, step):
+        return step
+
+    def generate(self, prompts, n, **_):
+        self.asked.append([self.tokenizer.decode(ids, special=True) for ids in prompts])
+        ids = [*self.tokenizer.encode(self.answers.pop(0)), self.tokenizer.turn_end()]
+        return [[Completion(ids, [-0.5] * len(ids), "stop") for _ in range(n)] for _ in prompts]
+
+
+def games(coder, environment, *answers, columns=None, n=1):
+    question = [{"role": "user", "content": "Play."}]
+    prompt = Prompt(coder.encode_prompt(question), question, columns or {}, "f:1")
+    engine = Says(coder, *answers)
+    rollouts = play(engine, environment, [prompt], [0], n, step=0, seed=(1,), tokenizer=coder, world=ALONE,
+                    options=options(max_completion_length=1000))
+    return engine, rollouts
+
+
+def test_a_game_of_gymnasium_is_played(tokenizer):
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Lake(Gymnasium):
+        make = staticmethod(lambda: gymnasium.make("FrozenLake-v1", is_slippery=False))
+        penalty = -0.1
+
+        def action(self, text):
+            return ["left", "down", "right", "up"].index(text.strip())
+
+        def text(self, observation):
+            return f"You stand on field {observation}."
+
+    coder = tokenizer("chatml")
+    way = ["down", "down", "right", "fly", "right", "down", "right"]
+    engine, (one,) = games(coder, Lake, *way, columns={"seed": 3})
+    assert engine.asked[0][0].endswith("Play.\n\nYou stand on field 0.<|im_end|>\n<|im_start|>assistant\n")
+    said = [m["content"] for m in one.messages if m["role"] == "user"]
+    assert said[:3] == ["You stand on field 4.", "You stand on field 8.", "You stand on field 9."]
+    assert said[3].startswith("error: 'fly' is no action") and said[-1] == "You stand on field 15."
+    assert one.rewards["environment"] == pytest.approx(0.9) and len(one.step_ends) == 7
+    assert coder.decode(one.completion_ids[one.written()]) == "".join(way)
+
+
+def test_the_completions_of_a_prompt_play_the_same_game(tokenizer):
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Cards(Gymnasium):
+        make = staticmethod(lambda: gymnasium.make("Blackjack-v1"))
+
+        def action(self, text):
+            return {"stick": 0, "hit": 1}[text.strip()]
+
+    engine, _ = games(tokenizer("chatml"), Cards, "stick", columns={"seed": 11}, n=8)
+    assert len(engine.asked[0]) == 1  # one prompt for all eight: one prefill serves them
+
+
+def test_a_client_of_openenv_is_played(tokenizer):
+    """As openenv's EnvClient answers: StepResult(observation, reward, done), async or not."""
+
+    class Client:
+        closed = False
+
+        async def reset(self):
+            return SimpleNamespace(observation="Guess a number.", reward=None, done=False)
+
+        def step(self, action):
+            done = action == "7"
+            return SimpleNamespace(observation="right" if done else "higher", reward=float(done), done=done)
+
+        async def close(self):
+            Client.closed = True
+
+    class Guess(OpenEnv):
+        make = Client
+
+    _, (one,) = games(tokenizer("chatml"), Guess, "3", "7")
+    assert [m["content"] for m in one.messages] == ["3", "higher", "7", "right"] and Client.closed
+    assert one.rewards == {"environment": 1.0} and one.step_rewards.tolist() == [0.0, 1.0]

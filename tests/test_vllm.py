@@ -33,8 +33,10 @@ from data import Prompt
 from dist import World
 from grpo import Config
 from rollouts.chat import load_for_inference
+from rollouts.distillation import ServedTeacher, Teacher
 from rollouts.judge import Judge
 from rollouts.records import kept
+from rollouts.rollout import Rollout
 from rollouts.vllm_client import VllmEngine
 from rollouts.vllm_server import EngineError
 from run.config import parse_config
@@ -267,6 +269,25 @@ def test_conversations_go_on_each_at_its_own_pace(more, server, setup, tmp_path)
     if not more:
         assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-3
     assert max(row["weight_version_lag"] for row in rows) == len(more)
+
+
+def test_a_teacher_on_a_server_says_what_the_same_model_says_here(server, setup, small_checkpoint, tmp_path):
+    """The server has other weights by now, those of an earlier test's policy: they are read from it."""
+    tokenizer = Tokenizer.load(small_checkpoint[0])
+    model = load_pretrained(str(small_checkpoint[0]), dtype=torch.float32)
+    world = World(0, 1, 0, torch.device("cpu"))
+    config = parse_config(Config, ["--config", str(setup / "c.yaml"), f"vllm_server_base_url=[{server.url}]",
+                                   f"output_dir={tmp_path}"])
+    VllmEngine(model, config, tokenizer, world, [Prompt([5, 6], "", {}, "")]).sync(0)
+    rollouts = [Rollout(ids, [7, 8 + k, 9]) for k, ids in enumerate(PROMPTS)]
+    served = ServedTeacher(server.url, "policy", 60.0, tokenizer)
+    here = Teacher(model).logprobs(rollouts, config, world, False)
+    assert (served.logprobs(rollouts, config, world, False) - here).abs().max() < 1e-4
+    with pytest.raises(EngineError, match="serves policy, teacher_model is 'other'"):
+        ServedTeacher(server.url, "other", 60.0, tokenizer)
+    grpo(setup, server.url, tmp_path / "run", "rollout_engine=embedded", "teacher_model=policy", "rl_coef=0",
+         f"teacher_server_base_url={server.url}", "max_steps=2", "reward_funcs=[]")
+    assert metrics(tmp_path / "run")[0]["distillation/reverse_kl"] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_a_model_on_the_server_judges(server, small_checkpoint, tmp_path):
