@@ -47,6 +47,7 @@ METHODS = {
         "weight_decay=0.0",
     ]),
     "GRPO": ("grpo.py", "grpo.yaml", []),
+    "Distillation from GRPO's result": ("grpo.py", "distill.yaml", []),
     "EBFT, structured": ("ebft.py", "ebft.yaml", []),
     "EBFT, structured, ce_coef 0.1": ("ebft.py", "ebft.yaml", ["ce_coef=0.1"]),
     "EBFT, strided": ("ebft.py", "ebft_strided.yaml", []),
