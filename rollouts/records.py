@@ -106,7 +106,7 @@ def kept(folder: Path | None, name: str, state: dict) -> list[Rollout]:
         return old
     import pyarrow.parquet as pq  # slow to import; only needed here
 
-    return from_table(pq.read_table(file))
+    return from_table(pq.ParquetFile(file).read())
 
 
 # ------------------------------------------------------------------------------------------------------------
