@@ -263,7 +263,7 @@ def test_a_finished_run_that_is_started_again_says_that_nothing_is_trained_and_w
 
 IN_THREE_DAYS = """
 import datetime, runpy, sys
-import pyarrow.parquet  # compiled against the real class
+import pyarrow.compute, pyarrow.parquet  # compiled against the real class
 class Later(datetime.datetime):
     @classmethod
     def now(cls, tz=None):
