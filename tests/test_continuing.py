@@ -263,7 +263,8 @@ def test_a_finished_run_that_is_started_again_says_that_nothing_is_trained_and_w
 
 IN_THREE_DAYS = """
 import datetime, runpy, sys
-import pyarrow.compute, pyarrow.parquet  # compiled against the real class
+import pyarrow.compute, pyarrow.parquet, zoneinfo  # compiled against the real class
+pyarrow.array([1]).to_pylist()  # which imports pandas, where it is installed
 class Later(datetime.datetime):
     @classmethod
     def now(cls, tz=None):
