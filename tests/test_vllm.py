@@ -271,13 +271,13 @@ def test_conversations_go_on_each_at_its_own_pace(more, server, setup, tmp_path)
     assert max(row["weight_version_lag"] for row in rows) == len(more)
 
 
-def test_a_teacher_on_a_server_says_what_the_same_model_says_here(server, setup, small_checkpoint, tmp_path):
+def test_a_teacher_on_a_server_says_what_the_same_model_says_here(server, setup, tmp_path):
     """The server has other weights by now, those of an earlier test's policy: they are read from it."""
-    tokenizer = Tokenizer.load(small_checkpoint[0])
-    model = load_pretrained(str(small_checkpoint[0]), dtype=torch.float32)
     world = World(0, 1, 0, torch.device("cpu"))
     config = parse_config(Config, ["--config", str(setup / "c.yaml"), f"vllm_server_base_url=[{server.url}]",
                                    f"output_dir={tmp_path}"])
+    tokenizer = Tokenizer.load(config.base_model)
+    model = load_pretrained(config.base_model, dtype=torch.float32)
     VllmEngine(model, config, tokenizer, world, [Prompt([5, 6], "", {}, "")]).sync(0)
     rollouts = [Rollout(ids, [7, 8 + k, 9]) for k, ids in enumerate(PROMPTS)]
     served = ServedTeacher(server.url, "policy", 60.0, tokenizer)
