@@ -14,12 +14,13 @@ and `environment: my_games.Blackjack`. An answer that `action` cannot read, for 
 KeyError, is answered with an error text and costs `penalty`.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from rollouts.environments import finished
 
 
-class Bridge:
+class Bridge(ABC):
     """What both kinds share. Observations go to the policy as messages of the user."""
 
     make: Any  # a static method without arguments: the environment
@@ -59,11 +60,13 @@ class Bridge:
         if callable(close):
             finished(close())
 
+    @abstractmethod
     def _begin(self) -> Any:
-        raise NotImplementedError
+        """Begin a game: its first observation."""
 
+    @abstractmethod
     def _act(self, action: Any) -> tuple[Any, float, bool]:
-        raise NotImplementedError
+        """(observation, reward, whether it is over) after an action."""
 
 
 class Gymnasium(Bridge):

@@ -254,8 +254,8 @@ class Scorer:
 
         try:
             scores = run(arguments)
-        except BallastError as error:  # of our own, and clear
-            raise RewardError(f"reward {name}: {error}") from None
+        except BallastError as error:  # of our own: clear, and names the function
+            raise RewardError(f"reward {error}") from None
         except Exception as error:
             where = self._culprit(run, arguments, count)
             saved = self._save_traceback(name)
