@@ -45,9 +45,10 @@ from rollouts.engines import check_sampler, make_engine
 from rollouts.environments import conversations, play, played
 from rollouts.policy import PolicyBatch, PolicyOptions, Tally
 from rollouts.prompts import PromptData, read_prompt_data
+from rollouts.queues import RolloutQueue
 from rollouts.records import Recorder, as_parquet, kept
 from rollouts.rollout import Rollout, tokens_of
-from rollouts.sampler import RolloutQueue, as_rollouts
+from rollouts.sampler import as_rollouts
 from rollouts.tokens import as_ids, as_mask, same_ids
 from rollouts.truths import Conversation, true_completion, true_rollout
 from rollouts.vllm_server import EngineError
@@ -571,6 +572,8 @@ def structured(config: Config) -> None:
             message = f"{error}; step {run.step} is saved, the same command continues from it"
             raise EngineError(message) from None
         raise
+    finally:
+        queue.close()
 
     # 6. Final save and report.
     recorder.finish()

@@ -38,6 +38,7 @@ from rollouts.distillation import TeacherOptions, read_teacher
 from rollouts.engines import check_sampler, make_engine
 from rollouts.policy import PolicyBatch, PolicyOptions, Tally
 from rollouts.prompts import read_prompt_data
+from rollouts.queues import RolloutQueue
 from rollouts.records import Recorder, as_parquet, kept
 from rollouts.rewards import (
     RewardOptions,
@@ -432,7 +433,8 @@ def main(config: Config) -> None:
     buffer.groups.extend(groups_of(kept(run.resume_from, "buffer", state), n))
     engine = make_engine(model, config, tokenizer, world, prompts.train)
     sampler = Sampler(engine, prompts.train, config, tokenizer, world)
-    queue = sampler.queue(prompts, batch_size, kept(run.resume_from, "ahead", state))
+    ahead = kept(run.resume_from, "ahead", state)
+    queue = sampler.queue(prompts, batch_size, updates, run.step, ahead, state.get("queue") or {})
     eval_sampler = Sampler(engine, prompts.held_out, config, tokenizer, world)
     forensics = Forensics(model, config, world, tokenizer, reference)
     recorder = Recorder(run.output_dir / "rollouts", tokenizer, world.main)
@@ -451,11 +453,12 @@ def main(config: Config) -> None:
             rank_timing = dist.begin_step(run.step + 1, world)
             generation, used = divmod(run.step, updates)
             timer, seconds_by_phase = dist.Timer(), {"sync": 0.0, "logprob": 0.0, "train": 0.0}
-            sampler.seconds, queue.metrics = {"generate": 0.0, "reward": 0.0}, {}
-            if used == 0:
+            sampler.seconds, queue.seconds, queue.metrics = {"generate": 0.0, "reward": 0.0}, 0.0, {}
+            if used:
+                queue.refresh(generation + 1, run.step)
+            else:
                 # a. Roll out: num_generations completions of each prompt, scored. Token ids, never text.
                 rollouts = queue.next(generation, run.step, last=run.step + updates >= total_steps)
-                seconds_by_phase["sync"] = queue.seconds
                 timer()
 
                 # b. Advantages: a completion is good only relative to its siblings.
@@ -536,7 +539,7 @@ def main(config: Config) -> None:
             tally.mean("train/loss", sum(loss.item() for loss in losses), 1.0 / world.size)
             policy_metrics = tally.result(world)
             state["entropy"] = policy_metrics.get("entropy", state.get("entropy", 0.0))
-            seconds_by_phase |= sampler.seconds
+            seconds_by_phase |= {**sampler.seconds, "sync": queue.seconds}
             metrics: dict[str, float] = {
                 **state["batch_metrics"], **policy_metrics, "train/grad_norm": norm.item(),
                 "train/learning_rate": rate, "num_tokens": state["num_tokens"],
@@ -563,18 +566,20 @@ def main(config: Config) -> None:
                 # The servers get the weights of the checkpoint, so that a resumed run samples from the same.
                 engine.sync(run.step, due=True)
                 recorder.finish()
-                save(run, model, optimizers, rollouts, queue.prefetched, buffer, moving)
+                save(run, model, optimizers, rollouts, queue, buffer, moving)
             if due.stop:
                 return loop.stop(run)
     except EngineError as error:
         # A lost server must not lose progress: save what was trained so far before the run ends.
         if run.step > (run.checkpointer.steps() or [0])[-1]:
-            save(run, model, optimizers, rollouts, queue.prefetched, buffer, moving)
+            save(run, model, optimizers, rollouts, queue, buffer, moving)
             run.checkpointer.finish()
             raise EngineError(
                 f"{error}; step {run.step} is saved, the same command continues from it"
             ) from None
         raise
+    finally:
+        queue.close()
 
     # 6. Final save and report.
     recorder.finish()
@@ -607,16 +612,17 @@ def step_size(
 
 def save(
     run: Run, model: Transformer, optimizers: list, rollouts: list[Rollout],
-    prefetched: list[Rollout] | None, buffer: ReplayBuffer, moving: dict[str, Any],
+    queue: RolloutQueue, buffer: ReplayBuffer, moving: dict[str, Any],
 ) -> None:
-    """A checkpoint with what the loop holds besides weights: the batch in use with its π_old and π_ref, a
-    prefetched batch, the replay buffer. A collective."""
+    """A checkpoint with what the loop holds besides weights: the batch in use with its π_old and π_ref, what
+    was sampled ahead, the replay buffer. A collective."""
     stored = [(i, name, value) for i, r in enumerate(rollouts) for name in OF_TRAINER
               if (value := getattr(r, name)) is not None]
     for of_rank in dist.gather(stored, run.world):
         for i, name, value in of_rank:
             setattr(rollouts[i], name, value)
-    held = {"rollouts": rollouts, "ahead": prefetched or [], "buffer": [r for g in buffer.groups for r in g]}
+    ahead, run.state["queue"] = queue.keep()
+    held = {"rollouts": rollouts, "ahead": ahead, "buffer": [r for g in buffer.groups for r in g]}
     files = {f"{name}.parquet": as_parquet(some) for name, some in held.items() if run.world.main}
     run.checkpointer.save(run.step, model, optimizers, run.state, moving, files)
 

@@ -144,6 +144,7 @@ class Episode:
         self.make, self.prompt, self.options, self.tokenizer = make, prompt, options, tokenizer
         self.prompt_ids = as_ids(prompt.ids)
         self.ids, self.logprobs, self.mask = as_ids([]), as_logprobs([]), as_mask([])
+        self.versions = as_ids([])  # of the weights that wrote each token, where an engine tells
         self.rewards: list[tuple[int, float]] = []  # (tokens until then, reward) of each turn
         self.over = self.failed = self.truncated = False
         text = prompt.prompt
@@ -178,6 +179,8 @@ class Episode:
     def answered(self, answer: Completion) -> None:
         """Take the policy's answer, and hear what the environment says to it."""
         self.extend(answer.ids, answer.logprobs, True)
+        if answer.versions is not None:
+            self.versions = np.concatenate([self.versions, answer.versions])
         text = self.tokenizer.decode(answer.ids)
         observation, reward, done = finished(self.world.step(text, answer.ids.tolist()))
         self.rewards.append((len(self.ids), float(reward or 0.0)))
@@ -193,6 +196,8 @@ class Episode:
             self.truncated = cut or not last
         else:
             self.extend(as_ids(ids), np.full(len(ids), np.nan, np.float32), False)
+            if len(self.versions):
+                self.versions = np.concatenate([self.versions, np.full(len(ids), self.versions[-1])])
 
     def fail(self, error: Any) -> None:
         """End it: a time-out costs the row; what else was raised ends the run."""
@@ -228,6 +233,7 @@ class Episode:
             "prompt_ids": self.prompt_ids, "completion_ids": ids, "sampling_logprobs": logprobs,
             "completion_mask": np.zeros_like(mask) if self.failed else mask, "failed": self.failed,
             "messages": self.history[self.asked :],
+            "token_versions": self.versions if len(self.versions) == len(ids) else None,
             "truncated": self.truncated, "step_ends": as_ids(ends), "step_rewards": as_logprobs(rewards),
             "rewards": {"environment": None if self.failed else float(sum(rewards))},
         }

@@ -248,6 +248,11 @@ def from_fields(row: dict[str, Any], file: str, number: int, stops: set[int]) ->
             x is not None and figure(x) for x in earned
         ):
             raise DataError(file, number, f"step_rewards must have {len(ends)} numbers, one for each step")
+    versions = row.get("token_versions")
+    if versions is not None and not (isinstance(versions, list) and len(versions) == length and all(
+        type(x) is int and 0 <= x < 2**31 for x in versions
+    )):
+        raise DataError(file, number, f"token_versions must be {length} whole numbers, one for each token")
     rewards = row.get("rewards", {})
     if not isinstance(rewards, dict) or not all(figure(value) for value in rewards.values()):
         raise DataError(file, number, "rewards must be {name: number or null}")

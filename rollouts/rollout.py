@@ -158,7 +158,8 @@ class Rollout:
     step_rewards: np.ndarray | None = None
     advantage: float = 0.0
     step: int = 0  # optimiser steps done when it was sampled
-    weight_version: int = 0  # optimiser steps done by the weights that sampled it
+    weight_version: int = 0  # optimiser steps done by the weights that sampled its first token
+    token_versions: np.ndarray | None = None  # those of each token, where they differ
     row: str = ""  # file:line of the prompt
     prompt_index: int = -1  # the prompt in the data set; −1 for a replay
     ground_truth_ids: np.ndarray | None = None
@@ -191,6 +192,7 @@ ARRAYS: dict[str, Callable[[Any], np.ndarray]] = {
     "completion_mask": as_mask, "ground_truth_ids": as_ids, "ground_truth_mask": as_mask,
     "old_logprobs": as_logprobs, "ref_logprobs": as_logprobs, "entropies": as_logprobs,
     "step_ends": as_ids, "step_rewards": as_logprobs, "token_advantages": as_logprobs,
+    "token_versions": as_ids,
 }
 # Computed from the trainer's current weights: not recorded
 OF_TRAINER = ("old_logprobs", "ref_logprobs", "entropies", "token_advantages")

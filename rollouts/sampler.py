@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import dist
-from dist import Timer, World
+from dist import World
 from rollouts import policy
 from rollouts.advantages import in_groups, rewarded_steps
-from rollouts.environments import EnvironmentOptions, conversations, load_environment, play, played
+from rollouts.environments import EnvironmentOptions, Episode, conversations, load_environment, play, played
 from rollouts.prompts import PromptData
+from rollouts.queues import Group, RolloutQueue, Stream, StreamOptions, StreamQueue
 from rollouts.records import Recorder
 from rollouts.rewards import Scorer, reward_table, weighted_rewards, weights_by_name
 from rollouts.rollout import Engine, Rollout
@@ -29,9 +30,11 @@ from run.config import check_at_least_one, check_ranges
 from text.prompt import Prompt
 from text.tokenizer import Tokenizer
 
+SEQUENCES_PER_SERVER = 512  # that a stream asks for at the same time
+
 
 @dataclass
-class SamplerOptions(EnvironmentOptions):
+class SamplerOptions(EnvironmentOptions, StreamOptions):
     replay_buffer_size: int = 0
     """Keep the last N groups with differing rewards, and use them in place of flat groups."""
     dynamic_sampling: int = 0
@@ -72,57 +75,6 @@ def as_rollouts(
                 )
             )
     return rollouts
-
-
-class RolloutQueue:
-    """Yields generation batches in order. Before each the engine gets the trainer's weights; with
-    async_prefetch it samples the next batch while this one trains.
-
-    `sample(number, step, prefetched)` makes a batch, from what was prefetched or anew; `prefetch(number)`
-    begins one on the engine's thread.
-    """
-
-    def __init__(
-        self, engine: Engine, sample: Callable[[int, int, bool], list[Rollout]],
-        prefetch: Callable[[int], None], *, asynchronous: bool, prefetched: list[Rollout] | None = None,
-    ):
-        self.engine, self.sample, self.prefetch, self.asynchronous = engine, sample, prefetch, asynchronous
-        self.prefetched = prefetched  # the next batch, if it was collected early for a checkpoint
-        self.under_way = False  # whether the engine samples the next batch
-        self.seconds = 0.0  # spent on sending weights in the last `next`
-        self.metrics: dict[str, float] = {}  # of that sync, and of the batch's prompts
-        self.prompts_before: set[int] = set()  # of the last batch
-
-    def next(self, number: int, step: int, last: bool) -> list[Rollout]:
-        """Batch `number`, after `step` optimiser steps; `last`: there is no other to prefetch. A
-        collective."""
-        timer, self.seconds, self.metrics = Timer(), 0.0, {}
-        if not self.under_way and self.prefetched is None:
-            self.metrics = self.engine.sync(step)
-            self.seconds += timer()
-        rollouts = self.prefetched
-        if rollouts is None:
-            rollouts = self.sample(number, step, self.under_way)
-        self.prefetched, self.under_way = None, False
-        timer()
-        if self.asynchronous and not last:
-            self.metrics = self.engine.sync(step) or self.metrics
-            self.seconds += timer()
-            self.prefetch(number + 1)
-            self.under_way = True
-        prompts = {r.prompt_index for r in rollouts if r.prompt_index >= 0}
-        if prompts and self.prompts_before:
-            repeated = len(prompts & self.prompts_before) / len(prompts)
-            self.metrics = {
-                **self.metrics, "now/prompts/repeated": repeated, "now/prompts/in_batch": float(len(prompts)),
-            }
-        self.prompts_before = prompts
-        return rollouts
-
-    def settle(self, number: int, step: int) -> None:
-        """Collect the prefetched batch `number` before new weights are sent. A collective."""
-        if self.under_way:
-            self.prefetched, self.under_way = self.sample(number, step, True), False
 
 
 class Sampler:
@@ -193,20 +145,29 @@ class Sampler:
                 )
             rollouts = as_rollouts(groups, prompts, indices, step, self.engine, self.tokenizer.stop_ids)
         self.seconds["generate"] += seconds()
+        begun, self._early = [one for _, one in sorted(self._early.items())], {}
+        checks = self.score_checks if temperature is None and self.environment is None else None
+        return self._scored(rollouts, prompts, begun, checks, seed[1])
+
+    def _scored(
+        self, rollouts: list[Rollout], prompts: list[Prompt], begun: Sequence[dict[str, Future] | None],
+        checks: ScoreChecks | None, generation: int,
+    ) -> list[Rollout]:
+        """The rollouts, those of a prompt adjacent, with rewards; `begun`: the scores that were begun before,
+        by prompt. A collective."""
+        count, seconds = len(rollouts) // len(prompts), dist.Timer()
 
         def score() -> tuple[list[dict[str, float | None]], dict[str, float]]:
             assert self.scorer is not None
-            early, self._early = self._early, {}
             each = [p for p in prompts for _ in range(count)]
-            if len(early) == len(prompts):
-                parts = [self.scorer.finish(early[i]) for i in range(len(prompts))]
+            if len(begun) == len(prompts):
+                parts = [self.scorer.finish(one) for one in begun if one is not None]
                 scores = {name: [x for part in parts for x in part[name]] for name in self.scorer.functions}
             else:
                 ids, messages = [r.completion_ids for r in rollouts], [r.messages for r in rollouts]
                 scores = self.scorer.finish(self.scorer.begin(each, ids, messages))
             rewards = [{name: scores[name][i] for name in scores} for i in range(len(rollouts))]
-            checks = self.score_checks if temperature is None and self.environment is None else None
-            found = checks.metrics(seed[1] + 1, each, rollouts, rewards) if checks else {}
+            found = checks.metrics(generation + 1, each, rollouts, rewards) if checks else {}
             return rewards, found | self.scorer.metrics()
 
         rewards_of, self.signs = dist.from_main(score, self.world)
@@ -224,11 +185,10 @@ class Sampler:
         return rollouts
 
     def replace_flat(
-        self, rollouts: list[Rollout], generation: int, step: int, prompts: PromptData
+        self, rollouts: list[Rollout], fresh: Callable[[int, int, set[int]], list[Rollout]]
     ) -> list[Rollout]:
-        """Dynamic sampling: groups whose rewards are all the same give way to groups of prompts that are not
-        in the batch, as long as rounds are left. Which prompts come is a function of the seed, the batch and
-        the round. A collective."""
+        """Dynamic sampling: groups whose rewards are all the same give way to those that `fresh(round, how
+        many, prompts in the batch)` samples, as long as rounds are left. A collective."""
         n, first_signs = self.config.num_generations, self.signs
         groups, replaced, rounds = groups_of(rollouts, n), 0, 0
         rewards, flat = self._judge(rollouts)
@@ -236,12 +196,10 @@ class Sampler:
         for rounds in range(1, self.config.dynamic_sampling + 1):
             empty = [k for k, is_flat in enumerate(flat) if is_flat]
             here = {group[0].prompt_index for group in groups}
-            order = prompts.order.batch(rounds * prompts.batches + generation)
-            fresh = [i for i in order if i not in here][: len(empty)]
-            if not fresh:
+            more = fresh(rounds, len(empty), here) if empty else []
+            if not more:
                 rounds -= 1
                 break
-            more = self.sample(fresh, step, (self.config.seed, generation, rounds))
             good = [g for g, bad in zip(groups_of(more, n), self._judge(more)[1], strict=True) if not bad]
             for k, group in zip(empty, good, strict=False):
                 groups[k], flat[k] = group, False
@@ -254,31 +212,106 @@ class Sampler:
         }
         return [rollout for group in groups for rollout in group]
 
+    def fresh(
+        self, prompts: PromptData, generation: int, step: int
+    ) -> Callable[[int, int, set[int]], list[Rollout]]:
+        """Samples other prompts than those of a batch; which is a function of the seed, the batch and the
+        round."""
+
+        def sample(round: int, count: int, here: set[int]) -> list[Rollout]:
+            later = prompts.order.batch(round * prompts.batches + generation)
+            chosen = [i for i in later if i not in here][:count]
+            return self.sample(chosen, step, (self.config.seed, generation, round)) if chosen else []
+
+        return sample
+
     def _judge(self, rollouts: list[Rollout]) -> tuple[Tensor, list[bool]]:
         """(the weighted reward of each, NaN without one; which groups are flat)."""
         table, _, weights = reward_table(rollouts, self.config)
         rewards = weighted_rewards(table, weights)
         return rewards, in_groups(rewards, self.config.num_generations)[2].flatten().tolist()
 
-    def queue(self, prompts: PromptData, batch_size: int, ahead: list[Rollout]) -> RolloutQueue:
-        """The generation batches of a run; `ahead`: the next one, if a checkpoint kept it."""
-        order, seed = prompts.order, self.config.seed
+    def queue(
+        self, prompts: PromptData, batch_size: int, updates: int, step: int, ahead: list[Rollout],
+        state: dict[str, Any],
+    ) -> RolloutQueue:
+        """The generation batches of a run, each for `updates` optimiser steps, from `step` on; `ahead` and
+        `state`: what a checkpoint kept of the queue."""
+        order, seed, config = prompts.order, self.config.seed, self.config
+        if config.max_staleness:
+            taken = -(-step // updates)  # batches until now
+            state = state or {"following": taken * order.size, "done": [], "begun": []}
+            return self._stream(prompts, batch_size, updates, ahead, state)
+        if state:  # of a stream: its groups are no batch
+            ahead = []
 
         def sample(generation: int, step: int, prefetched: bool) -> list[Rollout]:
             if prompts.replay is not None:
                 return prompts.replay.batch(generation, batch_size)
             rollouts = self.sample(order.batch(generation), step, (seed, generation), prefetched=prefetched)
-            if self.config.dynamic_sampling:
-                rollouts = self.replace_flat(rollouts, generation, step, prompts)
+            if config.dynamic_sampling:
+                rollouts = self.replace_flat(rollouts, self.fresh(prompts, generation, step))
             return rollouts
 
         def prefetch(generation: int) -> None:
             self.prefetch(order.batch(generation), (seed, generation))
 
         return RolloutQueue(
-            self.engine, sample, prefetch, asynchronous=self.config.async_prefetch,
-            prefetched=ahead or None,
+            self.engine, sample, prefetch, asynchronous=config.async_prefetch, prefetched=ahead or None
         )
+
+    def _stream(
+        self, prompts: PromptData, batch_size: int, updates: int, ahead: list[Rollout], state: dict[str, Any]
+    ) -> StreamQueue:
+        config, n, order = self.config, self.config.num_generations, prompts.order
+        rows = batch_size * (1 + config.max_staleness // updates)
+        most = SEQUENCES_PER_SERVER * len(config.vllm_server_base_url)
+
+        def task(group: Group, k: int) -> Callable[..., dict[str, Any]]:
+            prompt, seed = self.prompts[group.index], (config.seed, group.number, k)
+            if self.environment is not None:
+                episode = Episode(self.environment, prompt, config, self.tokenizer)
+                return lambda ask: episode.talk(ask, seed, None).told()
+            return lambda ask: _fields(
+                prompt, ask(prompt.ids, 1, config.max_completion_length, None, seed)[0],
+                self.tokenizer.stop_ids,
+            )
+
+        def score(group: Group) -> dict[str, Future]:
+            assert self.scorer is not None
+            made = [group.made[k] for k in range(n)]
+            ids, messages = [m["completion_ids"] for m in made], [m.get("messages") for m in made]
+            return self.scorer.begin([self.prompts[group.index]] * n, ids, messages)
+
+        def rolled_out(groups: Sequence[Group], step: int, waited: float) -> list[Rollout]:
+            self.seconds["generate"] += waited
+            asked = [self.prompts[g.index] for g in groups]
+            rollouts = [r for g, p in zip(groups, asked, strict=True) for r in g.rollouts(p, step)]
+            checks = self.score_checks if self.environment is None else None
+            return self._scored(rollouts, asked, [g.scores for g in groups], checks, step // updates)
+
+        stream = None
+        if self.world.main:
+            stream = Stream(
+                self.engine, lambda number: order.batch(number // order.size)[number % order.size], n, task,
+                score, batch=order.size, updates=updates, staleness=config.max_staleness,
+                batches=prompts.batches, workers=min(rows, config.environment_workers) if self.environment
+                else min(rows, most),
+            )
+            stream.restore(ahead, state)
+        flat = self.replace_flat if config.dynamic_sampling else None
+        return StreamQueue(
+            self.engine, stream, rolled_out, flat, self.world, order.size, prompts.batches
+        )
+
+
+def _fields(prompt: Prompt, completion: Completion, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """The fields of a rollout that one completion settles."""
+    return {
+        "prompt_ids": as_ids(prompt.ids), "completion_ids": completion.ids,
+        "sampling_logprobs": completion.logprobs, "truncated": int(completion.ids[-1]) not in stop_ids,
+        "token_versions": completion.versions,
+    }
 
 
 def groups_of(rollouts: list[Rollout], n: int) -> list[list[Rollout]]:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import dist
@@ -25,7 +26,9 @@ from checkpoints.weights import iterate_weights, save_pretrained, weight_shapes
 from dist import World
 from model import Transformer, without_gradients
 from numerics.losses import linear_logprobs
+from rollouts.gate import Gate
 from rollouts.nccl_transfer import NcclTransfer, refuse_nccl
+from rollouts.tokens import as_ids, as_logprobs
 from rollouts.vllm_server import (
     NEUTRAL,
     PROBE_ANSWER,
@@ -81,6 +84,7 @@ class VllmEngine:
             str, dict[str, dict[str, int]]
         ] = {}  # by server: bit sums last sent and last held
         self._versions: set[str] = set()  # versions that this run has set on servers
+        self.gate = Gate()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if world.main else None
         threads = THREADS_PER_SERVER * len(self.servers)
         self._requests = ThreadPoolExecutor(threads, thread_name_prefix="vllm") if world.main else None
@@ -198,11 +202,9 @@ class VllmEngine:
             if state == "ok":
                 return result
             losses += 1
-            log.warning("%s", result)
             if losses > 5:
                 raise EngineError(f"{result}; five attempts in a row failed; see the server's log")
-            self._wait_until_healthy()
-            self._send_until_it_works(self.now)
+            self.restore(result)
             attempt = job
 
     def _groups(self, prompts, n, seed, temperature, limits, on_group) -> tuple[str, Any]:
@@ -241,9 +243,10 @@ class VllmEngine:
             chosen: float = self.options.temperature if temperature is None else temperature
             if over.is_set():
                 raise ServerLost(f"{server.url}: the attempt has ended")
-            answer = server.ask(
-                "POST", "/v1/completions", self._body(prompt, n, limit, chosen, drawn), raw=True
-            )
+            with self.gate.passage():
+                answer = server.ask(
+                    "POST", "/v1/completions", self._body(prompt, n, limit, chosen, drawn), raw=True
+                )
             found = read_completions(answer, n, limit, server.url, prompt, self.model.arch.vocab_size)
             if over.is_set():
                 raise ServerLost(f"{server.url}: the attempt has ended")
@@ -255,12 +258,12 @@ class VllmEngine:
 
         asked: list[Future] = []
         try:
-            self._check_versions()
+            self.check_versions()
             assert threads is not None
             asked = [threads.submit(one, i) for i in range(len(tasks))]
             for done in concurrent.futures.as_completed(asked):
                 done.result()
-            self._check_versions()  # a server that was restarted in between sampled from other weights
+            self.check_versions()  # a server that was restarted in between sampled from other weights
         except (StaleServer, ServerLost) as problem:
             return "stale", str(problem)  # a lost server may come back with other weights: send them again
         finally:
@@ -272,10 +275,50 @@ class VllmEngine:
         """End the requests of an attempt: they would hold blocks of old weights, and report to the next
         one."""
         if running := [one for one in asked if not one.done() and not one.cancel()]:
-            for server in self.servers:
-                with contextlib.suppress(ServerLost, EngineError):
-                    server.abort()
+            self.abort()
             concurrent.futures.wait(running)
+
+    def abort(self) -> None:
+        """End what the servers are asked at the moment."""
+        for server in self.servers:
+            with contextlib.suppress(ServerLost, EngineError):
+                server.abort()
+
+    def go_on(
+        self, era: int, place: int, prompt: list[int], n: int, limit: int, temperature: float | None,
+        seed: tuple,
+    ) -> list[Completion]:
+        """One completion (n is 1) that an update of the weights interrupts and does not end: what is written
+        stays, the new weights read it and go on. Each token has the version of the weights that drew it.
+        Raises ServerLost where the gate's era is over."""
+        ids, logprobs, versions = as_ids([]), as_logprobs([]), as_ids([])
+        chosen = self.options.temperature if temperature is None else temperature
+        reason = "abort"
+        while reason == "abort" and len(ids) < limit:
+            left, context = limit - len(ids), [*prompt, *ids.tolist()]
+            drawn = random.Random(repr((seed, len(ids)))).getrandbits(31)
+            with self.gate.passage(era):
+                server, version = self.servers[place % len(self.servers)], self.sent
+                try:
+                    answer = server.ask(
+                        "POST", "/v1/completions", self._body(context, 1, left, chosen, drawn), raw=True
+                    )
+                    (part,) = read_completions(
+                        answer, 1, left, server.url, context, self.model.arch.vocab_size, parts=True
+                    )
+                except ServerLost as problem:
+                    self.gate.lost(str(problem), era)
+                    raise
+            ids, logprobs = np.concatenate([ids, part.ids]), np.concatenate([logprobs, part.logprobs])
+            versions = np.concatenate([versions, np.full(len(part.ids), version, np.int32)])
+            reason = part.finish_reason
+        return [Completion(ids, logprobs, "length" if reason == "abort" else reason, versions)]
+
+    def restore(self, reason: str) -> None:
+        """After a loss: wait for the servers and send the weights again. A collective."""
+        log.warning("%s", reason)
+        self._wait_until_healthy()
+        self._send_until_it_works(self.now)
 
     def _body(
         self, prompt: list[int], n: int, limit: int, temperature: float, seed: int | None
@@ -289,7 +332,8 @@ class VllmEngine:
             "cache_salt": self._version_name(),
         }
 
-    def _check_versions(self) -> None:
+    def check_versions(self) -> None:
+        """Raise StaleServer, or ServerLost, unless every server has the weights that were sent last."""
         for server in self.servers:
             version = server.version()
             if version != self._version_name():
@@ -317,13 +361,14 @@ class VllmEngine:
 
     def _send_until_it_works(self, step: int) -> dict[str, float]:
         last = ""
-        for tries in range(5):
-            try:
-                return self._send(step)
-            except ServerLost as problem:
-                last = str(problem)
-                log.warning("%s (sync %d)", last, tries + 1)
-                self._wait_until_healthy()
+        with self.gate.shut(self.abort):
+            for tries in range(5):
+                try:
+                    return self._send(step)
+                except ServerLost as problem:
+                    last = str(problem)
+                    log.warning("%s (sync %d)", last, tries + 1)
+                    self._wait_until_healthy()
         raise EngineError(
             f"step {step}: the weights could not be sent in five attempts: {last}; was the server started "
             "with `python grpo.py serve`?"

@@ -30,7 +30,8 @@ class Completion:
 
     ids: np.ndarray  # int32
     logprobs: np.ndarray  # fp32, under the distribution that each token was drawn from; NaN: unknown
-    finish_reason: str  # stop or length
+    finish_reason: str  # stop or length; abort: a part of one
+    versions: np.ndarray | None = None  # int32, of the weights that drew each token; None: the same for all
 
     def __post_init__(self):
         self.ids, self.logprobs = as_ids(self.ids), as_logprobs(self.logprobs)
@@ -49,7 +50,7 @@ class _LogProbs(msgspec.Struct):
 class _Choice(msgspec.Struct):
     index: int
     token_ids: list[int]
-    logprobs: _LogProbs
+    logprobs: _LogProbs | None
     finish_reason: str | None = None
     prompt_token_ids: list[int] | None = None
 
@@ -185,9 +186,10 @@ def compare_received(sent: dict[str, list[int]], worker: Any, url: str, step: in
 
 def read_completions(
     answer: bytes, n: int, limit: int, url: str, prompt: Sequence[int] | None = None,
-    vocab_size: int | None = None,
+    vocab_size: int | None = None, *, parts: bool = False,
 ) -> list[Completion]:
-    """The completions in a server's JSON answer. Raises EngineError if it does not match the request."""
+    """The completions in a server's JSON answer, with `parts` also what there is of those that were aborted.
+    Raises EngineError if it does not match the request."""
     beyond = 2**31 if vocab_size is None else vocab_size
     try:
         choices = sorted(_DECODER.decode(answer).choices, key=lambda choice: choice.index)
@@ -195,8 +197,12 @@ def read_completions(
         raise EngineError(f"{url}: an answer that is not understood ({error}); is it vLLM 0.32?") from None
     completions = []
     for choice in choices:
-        ids, logprobs = np.array(choice.token_ids or [-1]), as_logprobs(choice.logprobs.token_logprobs)
-        if choice.finish_reason not in ("stop", "length"):
+        logprobs = as_logprobs(choice.logprobs.token_logprobs if choice.logprobs else [])
+        ids = np.array(choice.token_ids or [-1])
+        if parts and choice.finish_reason == "abort" and not choice.token_ids and not len(logprobs):
+            completions.append(Completion(as_ids([]), logprobs, "abort"))
+            continue
+        if choice.finish_reason not in ("stop", "length", *(("abort",) if parts else ())):
             raise ServerLost(f"{url}: ended a completion with {choice.finish_reason!r}")
         if ids.dtype != np.int64 or ids.min() < 0 or ids.max() >= beyond or len(ids) > limit:
             raise EngineError(

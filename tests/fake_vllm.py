@@ -25,7 +25,7 @@ class FakeVllm:
     """`faults` may hold: ignores_weights, raw_logprobs, raw_below (of prompts shorter than this),
     cache_is_held (a number of times), fails_once (a prompt), and of tensors, by name, loses, corrupts and
     leaves_out; `fails`: by route, how many requests are answered 500, and after how many that are not;
-    never_joins. `workers` share the server."""
+    never_joins; token_seconds: what a token takes. `workers` share the server."""
 
     def __init__(
         self, checkpoint: Path, name: str, max_model_len: int = 512, workers: int = 1, **faults: Any
@@ -37,6 +37,7 @@ class FakeVllm:
         self.bodies: list[dict] = []
         self.asked: list[str] = []
         self.aborted = threading.Event()
+        self.aborts = 0
         self.running = 0
         self.overlap = False  # whether an attempt began while requests of another ran
         self.lock = threading.Lock()
@@ -129,6 +130,7 @@ class FakeVllm:
                 return 200, {"success": held == 0}
             case "/abort_requests":
                 self.aborted.set()
+                self.aborts += 1
                 return 200, {"status": "aborted"}
             case "/collective_rpc":
                 if not self.faults.get("ignores_weights"):
@@ -203,10 +205,13 @@ class FakeVllm:
                 return 500, {"error": "once"}
             self.aborted.wait(2.0)  # the siblings take their time
         generator = torch.Generator().manual_seed(body["seed"] or 0)
-        choices = []
+        choices, aborts = [], self.aborts
         for index in range(body["n"]):
             ids, logprobs = list(body["prompt"]), []
             for _ in range(body["max_tokens"]):
+                if self.aborts > aborts and "fails_once" not in self.faults:
+                    break
+                time.sleep(self.faults.get("token_seconds", 0))
                 logits = self.logits(ids)[-1]
                 tempered = (logits / body["temperature"] if body["temperature"] else logits).log_softmax(-1)
                 token = (
@@ -219,7 +224,8 @@ class FakeVllm:
                 logprobs.append(reported[token].item())
                 if token in body.get("stop_token_ids", ()):
                     break
-            ended = ids[-1] in body.get("stop_token_ids", ())
+            ended = len(logprobs) and ids[-1] in body.get("stop_token_ids", ())
+            aborted = not ended and len(logprobs) < body["max_tokens"]
             prompt = self.logits(body["prompt"]).log_softmax(-1)
             scored = [None] + [
                 {str(token): {"logprob": prompt[at, token].item()}}
@@ -227,8 +233,9 @@ class FakeVllm:
             ]
             choices.append({
                 "index": index, "token_ids": ids[len(body["prompt"]) :],
-                "finish_reason": "stop" if ended else "length",
-                "logprobs": {"token_logprobs": logprobs}, "prompt_token_ids": body["prompt"],
+                "finish_reason": "abort" if aborted else "stop" if ended else "length",
+                "logprobs": {"token_logprobs": logprobs} if logprobs else None,
+                "prompt_token_ids": body["prompt"],
                 "prompt_logprobs": scored if "prompt_logprobs" in body else None,
             })
         time.sleep(0)

@@ -200,7 +200,7 @@ def sampler_of(reward, rounds):
 def test_groups_without_a_signal_give_way_to_fresh_prompts_in_the_order_of_the_seed():
     made = sampler_of(lambda i, k: float(k if i % 3 else 1), rounds=3)  # prompts 0, 3, 6, 9 are flat
     first = made.sample([0, 1], 0, (1, 0))
-    filled = made.replace_flat(first, 0, 0, Prompts)
+    filled = made.replace_flat(first, made.fresh(Prompts, 0, 0))
     assert [r.prompt_index for r in filled] == [2, 2, 1, 1]  # of batch 5, [1, 2], the first that is not here
     assert made.asked == [([0, 1], (1, 0)), ([2], (1, 0, 1))]
     assert made.signs == {
@@ -208,13 +208,13 @@ def test_groups_without_a_signal_give_way_to_fresh_prompts_in_the_order_of_the_s
         "dynamic_sampling/rounds": 1.0, "dynamic_sampling/reward_before": 0.75,
     }
     again = sampler_of(lambda i, k: float(k if i % 3 else 1), rounds=3)
-    same = again.replace_flat(again.sample([0, 1], 0, (1, 0)), 0, 0, Prompts)
+    same = again.replace_flat(again.sample([0, 1], 0, (1, 0)), again.fresh(Prompts, 0, 0))
     assert [r.prompt_index for r in same] == [r.prompt_index for r in filled]
 
 
 def test_dynamic_sampling_ends_with_its_rounds():
     made = sampler_of(lambda i, k: 1.0, rounds=2)
-    filled = made.replace_flat(made.sample([0, 1], 0, (1, 0)), 0, 0, Prompts)
+    filled = made.replace_flat(made.sample([0, 1], 0, (1, 0)), made.fresh(Prompts, 0, 0))
     assert [r.prompt_index for r in filled] == [0, 0, 1, 1] and len(made.asked) == 3
     assert made.signs["dynamic_sampling/replaced_groups"] == 0
 
