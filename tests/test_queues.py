@@ -1,4 +1,4 @@
-"""A stream of groups: how old they may be, what updates do to them, what survives a server or a checkpoint."""
+"""A stream of groups: how old they may be, and what updates, lost servers and checkpoints do to them."""
 
 import json
 import threading
@@ -92,7 +92,7 @@ def test_no_more_is_begun_than_can_be_used_in_time(updates, staleness, ahead, sl
         while not all(g.done for g in stream.groups):
             time.sleep(0.001)
         if used == 0:
-            state, groups = stream.take(2, step, last=False)
+            _, groups = stream.take(2, step, last=False)
             lags += [step - g.oldest() for g in groups]
             stream.fill(number + 1)
     assert max(lags) <= staleness and stream.dropped == 0
@@ -411,5 +411,3 @@ def test_a_stream_with_dynamic_sampling_or_an_environment(more, task, small_chec
     rows = stream_run(task, small_checkpoint[0], server, tmp_path / "a", "max_staleness=2", "max_steps=4",
                       "max_completion_length=24", *more)
     assert len(rows) == 4 and max(row["weight_version_lag"] for row in rows) <= 2
-
-

@@ -510,3 +510,94 @@ def test_weights_of_another_run_on_the_same_server_are_noticed_and_sent_again(en
     proxy.seen.clear()
     assert as_ever()
     assert "/collective_rpc" in proxy.seen  # the weights went again before a token was used
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A stream
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_completions_go_on_through_updates_and_the_first_tokens_agree(ranks, server, setup, tmp_path):
+    """Where all tokens of a batch come from its own weights its log-probs are the trainer's; no later batch
+    is older than its bound."""
+    grpo(
+        setup, f"{server.url}, {server.url}/", tmp_path, "max_staleness=2", "max_steps=12",
+        f"micro_batch_size={8 // ranks}", "save_steps=5", ranks=ranks,
+    )
+    rows = metrics(tmp_path)
+    assert len(rows) == 12 and 1 <= max(row["weight_version_lag"] for row in rows) <= 2
+    assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert all(row["train/grad_norm"] > 0 and row.get("sync/probe_difference", 0) < 1e-4 for row in rows)
+
+
+def test_every_token_of_a_stream_has_the_log_prob_of_the_weights_that_it_names(server, setup, tmp_path):
+    world = World(0, 1, 0, torch.device("cpu"))
+    config = parse_config(Config, ["--config", str(setup / "c.yaml"), f"vllm_server_base_url=[{server.url}]",
+                                   f"output_dir={tmp_path}", "max_completion_length=40", "temperature=0.8"])
+    model = load_pretrained(config.base_model, dtype=torch.float32).eval()
+    prompt = [5, 6, 7]
+    engine = VllmEngine(model, config, Tokenizer.load(config.base_model), world,
+                        [Prompt(prompt, "", {}, "row 1")])
+    engine.stop_ids, weights, found = [], {}, []
+    threads = [
+        threading.Thread(target=lambda k=k: found.extend(
+            engine.go_on(engine.gate.era, 0, prompt, 1, 40, None, (1, k))
+        )) for k in range(64)
+    ]
+    for step in range(4):
+        if step:
+            time.sleep(0.05)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.02 * torch.randn_like(p))
+        weights[step] = {k: v.clone() for k, v in model.state_dict().items()}
+        engine.sync(step)
+        if not step:
+            for thread in threads:
+                thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 64 and sum(len(set(c.versions.tolist())) > 1 for c in found) > 10
+    worst = 0.0
+    for version, state in weights.items():
+        model.load_state_dict(state)
+        for c in found:
+            with torch.no_grad():
+                hidden, _ = model.hidden_states(torch.tensor([prompt + c.ids.tolist()]))
+                expected = (model.logits(hidden[0]).float() / 0.8).log_softmax(-1).numpy()
+            for k in np.flatnonzero(c.versions == version):
+                worst = max(worst, abs(expected[len(prompt) - 1 + k, c.ids[k]] - c.logprobs[k]))
+    assert worst < 2e-4
+
+
+def test_the_requests_of_a_trainer_that_is_gone_do_not_keep_the_server_busy(vllm_python, setup, tmp_path):
+    """vLLM ends what nobody listens to any more; a trainer that is asked to stop ends it itself."""
+    served = Served(setup, vllm_python, "vllm_max_model_len=512").wait()
+
+    def running() -> float:
+        text = httpx.get(served.url + "/metrics").text
+        return sum(float(line.split()[-1]) for line in text.splitlines()
+                   if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{")))
+
+    def until(wanted, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not wanted() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return wanted()
+
+    try:
+        for how in (signal.SIGKILL, signal.SIGTERM):
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "grpo.py"), "--config", str(setup / "c.yaml"),
+                 f"vllm_server_base_url=[{served.url}]", f"output_dir={tmp_path / how.name}",
+                 "max_completion_length=450", "num_generations=16", "micro_batch_size=64",
+                 "max_staleness=2", "max_steps=50"],
+                start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            assert until(lambda: running() >= 32, 120)
+            os.killpg(process.pid, how)
+            process.wait(120)
+            assert until(lambda: running() == 0, 5)
+    finally:
+        served.kill()
