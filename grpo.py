@@ -50,6 +50,7 @@ from rollouts.rewards import (
 )
 from rollouts.rollout import OF_TRAINER, Rollout, show_rollouts, tokens_of
 from rollouts.sampler import ReplayBuffer, Sampler, SamplerOptions, evaluate, groups_of
+from rollouts.schedule import Schedule
 from rollouts.tools import ToolBox
 from rollouts.trial import score_samples
 from rollouts.vllm_server import EngineError, serve
@@ -438,6 +439,7 @@ def main(config: Config) -> None:
     eval_sampler = Sampler(engine, prompts.held_out, config, tokenizer, world)
     forensics = Forensics(model, config, world, tokenizer, reference)
     recorder = Recorder(run.output_dir / "rollouts", tokenizer, world.main)
+    schedule = Schedule(engine, run.output_dir, world.main)
 
     def micro_batches(rollouts: list[Rollout]) -> list[list[Rollout]]:
         """This rank's share of some rollouts, cut into micro-batches."""
@@ -547,7 +549,8 @@ def main(config: Config) -> None:
                 "epoch": prompts.epoch_of(generation),
                 "step_time": sum(seconds_by_phase.values()),
                 **{f"step_time/{phase}": value for phase, value in seconds_by_phase.items()},
-                **queue.metrics, **forensics.metrics(), **memory.peak_memory(world.device), **rank_timing,
+                **schedule.write(run.step, seconds_by_phase), **queue.metrics, **forensics.metrics(),
+                **memory.peak_memory(world.device), **rank_timing,
             }
 
             # g. Evaluate, log, save.

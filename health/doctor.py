@@ -89,6 +89,7 @@ NEEDS: tuple[tuple[str, Callable[[dict], Any]], ...] = (
     ("vllm_importance_sampling*", lambda config: True),
     ("vllm_*", lambda config: config.get("rollout_engine", "vllm") == "vllm"),
     ("async_prefetch", lambda config: config.get("async_prefetch")),
+    ("max_staleness", lambda config: config.get("max_staleness")),
     ("val_set_size", lambda config: not config.get("test_datasets")),
     ("warmup_ratio", lambda config: config.get("warmup_steps") is None),
     ("num_epochs", lambda config: config.get("max_steps") is None),
@@ -154,8 +155,9 @@ def rules_of(config: dict, rules: Sequence[Rule] = RULES) -> list[Rule]:
         change = own.get(rule.name, {})
         if change in (False, "off") or (rule.guard and not GUARDS[rule.guard](config)):
             continue
-        if rule.plus is not None and rule.high is not None:
-            rule = replace(rule, high=rule.high + float(config.get(rule.plus) or 0.0))
+        if rule.plus and rule.high is not None:
+            more = sum(float(config.get(option) or 0.0) for option in rule.plus)
+            rule = replace(rule, high=rule.high + more)
         found.append(replace(rule, **change))
     return found
 

@@ -24,6 +24,7 @@ import yaml
 
 from health.doctor import Doctor, Verdict, of_training, own_name, rules_of
 from health.rules import samples
+from health.timeline import draw_schedule, read_schedule
 from run.config import ConfigError, read_yaml_file
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,6 +162,7 @@ class RunPage:
     incidents: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
     error: str | None = None  # the error that ended the run
+    schedule: str = ""  # an SVG of the last steps, where servers sampled
 
     @property
     def steps(self) -> int:
@@ -238,6 +240,7 @@ def read_run(path: Path) -> RunPage:
     if not path.is_dir():
         return page
     page.error = ended_in(path)
+    page.schedule = picture_of(read_schedule(path))
     for report in sorted(path.glob("incidents/step-*/report.json"), key=lambda p: int(p.parent.name[5:])):
         page.incidents.append(json.loads(report.read_text(encoding="utf-8")))
     files = sorted(path.glob("rollouts/*.jsonl"), key=lambda p: p.stat().st_mtime)
@@ -251,14 +254,39 @@ def read_run(path: Path) -> RunPage:
     return page
 
 
-def draw(metric: str, pages: list[RunPage]) -> str:
-    """The metric of every run as one SVG, with its healthy band."""
+def canvas(width: float, height: float) -> tuple[Any, Any]:
+    """An empty figure and its axis."""
     import matplotlib  # slow to import, and needed only here
     from matplotlib import pyplot
 
     matplotlib.use("Agg")
+    return pyplot.subplots(figsize=(width, height))
 
-    figure, axis = pyplot.subplots(figsize=(4.6, 2.5))
+
+def as_svg(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def picture_of(rows: list[dict]) -> str:
+    """The schedule of the last steps as one SVG; nothing without one."""
+    if not rows:
+        return ""
+    figure, axis = canvas(9.4, 2.0)
+    figure.subplots_adjust(left=0.08, right=0.98, top=0.8, bottom=0.22)
+    draw_schedule(axis, rows)
+    axis.set_xlabel("seconds", fontsize=7)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=6, fontsize=7, frameon=False)
+    return as_svg(figure)
+
+
+def draw(metric: str, pages: list[RunPage]) -> str:
+    """The metric of every run as one SVG, with its healthy band."""
+    figure, axis = canvas(4.6, 2.5)
     figure.subplots_adjust(left=0.14, right=0.98, top=0.88, bottom=0.18)
     values: list[float] = []
     for page, colour in zip(pages, COLOURS * len(pages), strict=False):
@@ -305,10 +333,7 @@ def draw(metric: str, pages: list[RunPage]) -> str:
     if not positive:
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")  # no offset that overlaps the title
     axis.spines[["top", "right"]].set_visible(False)
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
-    return out.getvalue()[out.getvalue().index("<svg") :]
+    return as_svg(figure)
 
 
 def band(metric: str, config: dict) -> tuple[float | None, float | None]:
@@ -399,6 +424,8 @@ runs lie. Dashed red: where a rule was broken first.</p>
 <div class="grid">{% for svg in drawings %}<div>{{ svg|safe }}</div>{% endfor %}</div>
 {% if flat %}<details><summary>{{ flat|length }} that never changed</summary>
 <div class="grid">{% for svg in flat %}<div>{{ svg|safe }}</div>{% endfor %}</div></details>{% endif %}
+{% for p in pages %}{% if p.schedule %}<h2>{{ p.name }}: schedule of the last steps</h2>
+<div>{{ p.schedule|safe }}</div>{% endif %}{% endfor %}
 {% for p in pages %}{% if p.once %}<details>
 <summary>{{ p.name }}: measured before and in the first step</summary>
 <table>{% for name, value in p.once %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>

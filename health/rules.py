@@ -22,7 +22,7 @@ class Rule:
     fixes: tuple[tuple[str, str] | tuple[str, str, tuple[float, float] | tuple[str, ...]], ...]
     low: float | None = None
     high: float | None = None
-    plus: str | None = None  # an option whose value is added to `high`
+    plus: tuple[str, ...] = ()  # options whose values are added to `high`
     window: int = 1  # steps in a row (observations, for what is measured more rarely than every step)
     after: int = 0  # steps before the rule applies
     severity: Literal["warning", "critical"] = "warning"
@@ -683,9 +683,17 @@ RULES: tuple[Rule, ...] = (
         "stale_weights", ("weight_version_lag",), "outside", "samples come from old weights",
         "the sync is late: an engine that is lost or an interval that is long",
         (("vllm_sync_interval", "lower it: sync more often", (0, 1)),
-        ("async_prefetch", "costs one update", (0, 0))),
-        high=1.0, plus="vllm_sync_interval", window=2,
+        ("async_prefetch", "costs one update", (0, 0)), ("max_staleness", "lower it")),
+        high=1.0, plus=("vllm_sync_interval", "max_staleness"), window=2,
         explains=("sampler_mismatch", "off_policy", "ratio_vanishing", "correction_*"),
+    ),
+    Rule(
+        "samples_too_old", ("staleness/dropped_share",), "outside",
+        "much of what is sampled is too old when it is done, and is thrown away",
+        "completions or their environments take longer than the optimiser steps that max_staleness allows",
+        (("max_staleness", "raise it"), ("max_completion_length", "shorter ones are done sooner"),
+         ("environment_timeout", "ends what does not answer")),
+        high=0.2, window=5, after=3,
     ),
     Rule(
         "policy_gradient_large", ("train/grad_norm",), "outside", "gradients of the policy are large",

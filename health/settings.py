@@ -53,6 +53,8 @@ BOUNDS: tuple[tuple[str, float, float, str, str, Callable[[dict], Any]], ...] = 
     ("off_policy_mask_threshold", 1e-3, WIDE, "masks nearly all that is not exactly on policy: 0.5", "", _rl),
     ("vllm_sync_interval", 0, 64, "", "samples from weights of long ago: 1 to 8",
      lambda c: c.get("rollout_engine") == "vllm"),
+    ("max_staleness", -1, 64, "", "trains on samples of long ago: 1 to 8",
+     lambda c: c.get("rollout_engine") == "vllm"),
     ("vllm_importance_sampling_clip_max", 0.2, WIDE, "drops what is on policy: 2 to 10", "", _rl),
     # Features
     ("diversity_coef", 0, 50, "rewards samples that are alike", "outweighs the agreement: 1",

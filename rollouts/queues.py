@@ -356,6 +356,7 @@ class StreamQueue(RolloutQueue):
         self.metrics |= self.repeated(rollouts) | {
             "staleness/mean": float(step - np.concatenate(versions).mean()),
             "staleness/dropped": float(dropped),
+            "staleness/dropped_share": dropped / (dropped + len(rollouts)),
             "staleness/through_updates": sum(r.token_versions is not None for r in rollouts) / len(rollouts),
         }
         return rollouts

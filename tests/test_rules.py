@@ -68,6 +68,7 @@ ILL: dict[str, tuple[str, list, list, int]] = {
     "clipping": ("clip_ratio/region_mean", noisy(0.02, 30), [0.5] * 6, 5),
     "length_creep": ("completions/mean_length", noisy(50, 60, 0.1), [50 * 1.03**i for i in range(60)], 45),
     "completions_clipped": ("completions/clipped_ratio", noisy(0.1, 30, 0.3), [0.95] * 6, 5),
+    "samples_too_old": ("staleness/dropped_share", [0.0, 0.1] * 10, [0.4] * 6, 5),
     "stale_weights": ("weight_version_lag", [0.0, 1.0, 2.0, 3.0] * 5, [9.0] * 3, 2),
     "policy_gradient_large": ("train/grad_norm", noisy(0.5, 30, 0.5), [30.0] * 6, 5),
     "no_gradient": ("train/grad_norm", noisy(0.5, 30, 0.5), [0.0] * 11, 10),
