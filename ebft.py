@@ -553,6 +553,7 @@ def structured(config: Config) -> None:
                 queue.settle(run.step, run.step)  # before new weights are sent
             if due.evaluate:
                 metrics |= evaluate_structured(model, frozen, held_out, run, recorder)
+                engine.rest()
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
             run.logger.observe(run.step, metrics)
             if due.log or due.evaluate:
@@ -560,6 +561,7 @@ def structured(config: Config) -> None:
                 show_samples(rollouts[: 2 if config.log_completions and world.main else 0], run)
             if due.save:
                 engine.sync(run.step, due=True)
+                engine.rest()
                 recorder.finish()
                 files = {"ahead.parquet": as_parquet(queue.prefetched or [])}
                 run.checkpointer.save(run.step, model, optimizers, state, files=files)

@@ -100,6 +100,9 @@ class LossOptions:
     bypass_mode: bool = False
     """Take the sampler's log-probs as π_old: no pass computes it, epsilon bounds the ratio to the sampler,
     and the sampler correction does nothing."""
+    router_replay: bool = False
+    """Mixture of experts: the updates of a batch use the experts that the pass of π_old chose, so that ratios
+    show what training changed and not which experts flipped (Routing Replay, GSPO, arXiv 2507.18071)."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     entropy_target: float | None = None
@@ -162,6 +165,13 @@ class Config(
             raise ConfigError("rl_coef", 0, "leaves nothing to learn from without a teacher_model")
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
+        several = self.num_iterations > 1 or self.steps_per_generation > self.gradient_accumulation_steps
+        if self.router_replay and (self.bypass_mode or not several):
+            raise ConfigError(
+                "router_replay", True,
+                "needs a pass that computes π_old: several updates a batch (num_iterations or "
+                "steps_per_generation), without bypass_mode",
+            )
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ConfigError(
                 "steps_per_generation", self.steps_per_generation,
@@ -287,8 +297,9 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """This micro-batch's part of the step's loss, and intermediate values for the metrics. FSDP averages
     gradients over ranks, but the loss is a sum over them: × ranks."""
+    routes = batch.kept_routes(model.arch) if config.router_replay else None
     logprobs, entropy, router_logits, nonfinite = policy.token_logprobs(
-        model, batch, config.temperature, entropy_gradient=bool(size.entropy_coef)
+        model, batch, config.temperature, entropy_gradient=bool(size.entropy_coef), routes=routes
     )
     old_logprobs, entropy_mask = logprobs.detach(), None
     if config.bypass_mode and batch.sampling_logprobs is not None:
@@ -315,6 +326,8 @@ def grpo_loss(
     stats |= {"loss": loss.detach(), "entropy": entropy.detach(),
               "old_logprobs": logprobs.detach() if config.bypass_mode else old_logprobs,
               "nonfinite_hidden_states": nonfinite}
+    if routes is not None:
+        stats["rerouted"] = policy.rerouted(router_logits, routes)
     if aux_coef and router_logits:
         real = torch.ones(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
         balance = load_balancing_loss(router_logits, model.arch, real)
@@ -423,6 +436,8 @@ def main(config: Config) -> None:
         f"{step_rows} completions on {world.devices(config)}, {config.rollout_engine} rollouts",
     )
     policy.report_kl(config)
+    if config.router_replay and not any(model.arch.expert_layers):
+        raise ConfigError("router_replay", True, "is for mixtures of experts, and this model is none")
     loop.warn_beyond_positions(run, prompts.longest(config), "max_prompt_length or max_completion_length")
 
     # 4. Resume.
@@ -559,6 +574,7 @@ def main(config: Config) -> None:
                 queue.settle(generation + 1, run.step)  # before new weights are sent
             if due.evaluate:
                 metrics |= evaluate(eval_sampler, run, recorder)
+                engine.rest()
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
             run.logger.observe(run.step, metrics)
             if due.log or due.evaluate:
@@ -568,6 +584,7 @@ def main(config: Config) -> None:
             if due.save:
                 # The servers get the weights of the checkpoint, so that a resumed run samples from the same.
                 engine.sync(run.step, due=True)
+                engine.rest()
                 recorder.finish()
                 save(run, model, optimizers, rollouts, queue, buffer, moving)
             if due.stop:

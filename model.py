@@ -271,6 +271,7 @@ class Pass:
     documents: kernels.Documents | kernels.SharedPrompts | None
     cache: "Cache | None"
     decoding: bool  # one new token per row against the cache
+    routes: dict[int, Tensor] = field(default_factory=dict)  # by layer: experts to use [N, k], not the best
 
 
 class Attention(nn.Module):
@@ -351,11 +352,14 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(X, 2 * hidden, D))
         self.down_proj = nn.Parameter(torch.empty(X, D, hidden))
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`routes` [N, k]: experts to use in the place of the best ones; their weights are those of now."""
         x = x_BTD.flatten(0, 1)  # [N, D]
         router_logits = F.linear(x, as_dtype(self.gate.weight, x.dtype))  # [N, X]
         probabilities = router_logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
         weights, experts = probabilities.topk(self.arch.experts_per_token, dim=-1)
+        if routes is not None:
+            weights, experts = probabilities.gather(-1, routes), routes
         if self.arch.normalize_experts:
             weights = weights / weights.sum(-1, keepdim=True)
         # Tokens sorted by expert: every expert's rows are one contiguous block of a grouped matrix product.
@@ -413,12 +417,16 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, context: Pass) -> tuple[Tensor, Tensor | None]:
         if self.norms == "pre":
             x = x + self.self_attn(self.input_layernorm(x), context)
-            out, router_logits = self.mlp(self.post_attention_layernorm(x))
+            out, router_logits = self._feed(self.post_attention_layernorm(x), context)
             return x + out, router_logits
         both = self.norms == "both"
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x) if both else x, context))
-        out, router_logits = self.mlp(self.pre_feedforward_layernorm(x) if both else x)
+        out, router_logits = self._feed(self.pre_feedforward_layernorm(x) if both else x, context)
         return x + self.post_feedforward_layernorm(out), router_logits
+
+    def _feed(self, x: Tensor, context: Pass) -> tuple[Tensor, Tensor | None]:
+        routes = context.routes.get(self.self_attn.layer)
+        return self.mlp(x) if routes is None else self.mlp(x, routes)
 
 
 class TokenRows(nn.Module):
@@ -532,6 +540,7 @@ class Transformer(nn.Module):
         shared_prompts: kernels.SharedPrompts | None = None,
         cache: "Cache | None" = None,
         layers: tuple[int, ...] | None = None,
+        routes: dict[int, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [B, T, D] after the last norm, and each expert layer's router logits [N, X].
 
@@ -541,6 +550,7 @@ class Transformer(nn.Module):
         `shared_prompts` the one row holds prompts and their completions, which attend to their prompt. With
         `layers` the result is instead those layers' outputs, L2-normalised per token and concatenated: [B, T,
         D · layers]; 0 is the embedding, the last layer is taken after the norm, and no deeper layer is run.
+        `routes`: by layer the experts of each token [N, k], in the place of the router's choice.
         """
         B, T = input_ids.shape
         decoding = cache is not None and cache.length > 0
@@ -573,7 +583,7 @@ class Transformer(nn.Module):
             # Rounded to x's dtype, as Gemma was trained.
             x = x * torch.tensor(self.arch.hidden_size**0.5, dtype=x.dtype)
         tables = {key: rope.tables(position_ids, lengths, x.dtype) for key, rope in self.arch.ropes.items()}
-        context = Pass(tables, documents, cache, decoding)
+        context = Pass(tables, documents, cache, decoding, routes or {})
         all_router_logits = []
         features = {0: x}
         for depth, block in enumerate(self.layers, 1):

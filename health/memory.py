@@ -116,6 +116,7 @@ class Estimate:
     loss: int  # the chunk of logits, and the gradient of the head
     cache: int  # keys and values of the embedded rollout engine
     copies: int  # the frozen reference or feature network
+    server: int  # a vLLM server on the same GPU, awake: weights, and keys and values of a batch
     naive_logits: int  # for comparison: all logits in fp32, with their gradient
     tokens: int  # in one forward pass
     accumulating: bool  # gradients of earlier micro-batches exist during the forward pass
@@ -125,7 +126,12 @@ class Estimate:
         """The maximum over the backward pass and sampling."""
         early = self.activations + max(self.loss, self.working)
         training = early + self.gradients if self.accumulating else max(early, self.gradients + self.working)
-        return self.weights + self.optimizer + self.copies + max(training, self.cache)
+        return self.resident + max(training, self.cache, self.server)
+
+    @property
+    def resident(self) -> int:
+        """What stays while completions are sampled."""
+        return self.weights + self.optimizer + self.copies
 
 
 def tokens_of(config: Any) -> tuple[int, int]:
@@ -153,6 +159,7 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
     """Estimate for a recipe's `config`; `processes`, or hsdp_shard_size of them, share weights (FSDP2)."""
     with torch.device("meta"):
         model = Transformer(arch)
+        size = sum(p.numel() for p in model.parameters())
         if config.adapter:
             apply_lora(model.to(torch.bfloat16 if config.bf16 else torch.float32), config)
         set_precision(model, config)
@@ -186,7 +193,7 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
     if shards > 1:  # FSDP gathers a block and the next one in the compute dtype
         block = max(sum(p.numel() for p in b.parameters()) for b in model.layers)
         gathered = element * (2 * block + V * D * (1 if arch.tied else 2))
-    copies, cache = 0, 0
+    copies, cache, server = 0, 0, 0
     needs_copy = getattr(config, "beta", 0.0) or hasattr(config, "feature_layers")
     if hasattr(config, "num_generations") or hasattr(config, "feature_layers"):
         if needs_copy and not config.adapter and not getattr(config, "offload_feature_network", False):
@@ -197,12 +204,19 @@ def estimate(arch: Architecture, config: Any, processes: int = 1) -> Estimate:
             length = (config.max_prompt_length or 512) + config.max_completion_length
             rows = config.micro_batch_size * config.gradient_accumulation_steps
             cache = min(rows, config.rollout_batch_size or MOST_ROWS) * sampled_bytes(arch, config, length)
+        if getattr(config, "vllm_mode", "") == "colocate":
+            length = (config.max_prompt_length or 512) + config.max_completion_length
+            rows = min(MOST_ROWS, config.micro_batch_size * config.gradient_accumulation_steps)
+            exact = config.vllm_dtype == "float32" or (config.vllm_dtype == "auto" and not config.bf16)
+            a_token = arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim
+            server = (4 if exact else 2) * (size + rows * length * a_token)
     if config.fsdp_cpu_offload:
         stored = gradients = state = 0
     return Estimate(
         weights=stored // shards + gathered, gradients=gradients // shards, optimizer=state // shards,
         activations=kept, working=tokens * working, loss=loss, cache=cache, copies=copies // shards,
-        naive_logits=judged * V * 8, tokens=tokens, accumulating=config.gradient_accumulation_steps > 1,
+        server=server, naive_logits=judged * V * 8, tokens=tokens,
+        accumulating=config.gradient_accumulation_steps > 1,
     )
 
 
@@ -372,9 +386,14 @@ def table(arch: Architecture, config: Any, processes: int = 1) -> str:
         ("backward", e.working, "of one block at a time"),
         ("loss", e.loss, f"a chunk of logits; all of them at once would take {gib(e.naive_logits)}"),
         ("keys and values", e.cache, "of the embedded engine, while it samples"),
+        ("vLLM, awake", e.server, "its weights, and keys and values of a batch; asleep it has about 1 GiB"),
     ]
     lines = [f"{arch.name}: estimated peak of a process {gib(e.peak)}"]
     lines += [f"  {name:<16}{gib(size):>12}  {note}" for name, size, note in rows if size]
+    if e.server:
+        share = max(0.0, min(0.95, (80 - 2 - e.resident / 2**30) / 80))
+        lines.append(f"  vllm_gpu_memory_utilization: at most {share:.2f} on 80 GiB, "
+                     f"beside {gib(e.resident)} that stay while it samples")
     lines.append("what to change, from least to most disruptive (each with those above it):")
     lines += [f"  saves {gib(saved):>10}  {text}" for text, saved in ladder(arch, config, processes)]
     return "\n".join(lines)

@@ -107,6 +107,12 @@ class EmbeddedEngine:
     def version(self, step: int) -> int:
         return step
 
+    def rest(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Which engine, and whether it samples from the policy

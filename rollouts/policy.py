@@ -18,6 +18,7 @@ from torch import Tensor
 
 import dist
 from checkpoints.adapters import base_of
+from checkpoints.families import Architecture
 from dist import World
 from kernels import SharedPrompts
 from model import Transformer, forward_only, without_gradients
@@ -94,6 +95,7 @@ class PolicyBatch:
     sampling_logprobs: Tensor | None  # [B, T], NaN where the sampler gave none
     truncated: Tensor  # [B] bool: hit the length limit
     rollouts: Sequence[Rollout]
+    spans: np.ndarray  # [B, 2]: places in N where prompt and completion of each begin
 
     @property
     def rows(self) -> list[str]:
@@ -110,6 +112,29 @@ class PolicyBatch:
         if any(row is None for row in rows):
             return None
         return torch.from_numpy(padded(rows, self.mask.shape[1])).to(self.mask.device)
+
+    def keep_routes(self, router_logits: Sequence[Tensor], experts: int) -> None:
+        """Keep the `experts` that each expert layer chose for every token, from its logits [N, X]."""
+        chosen = torch.stack([logits.topk(experts).indices for logits in router_logits], 1)
+        table = chosen.to(torch.int16).cpu().numpy()  # [N, layers, k]
+        for r, (prompt, completion) in zip(self.rollouts, self.spans.tolist(), strict=True):
+            r.routes = np.concatenate([
+                table[prompt : prompt + len(r.prompt_ids)],
+                table[completion : completion + len(r.completion_ids)],
+            ]).reshape(-1)
+
+    def kept_routes(self, arch: Architecture) -> dict[int, Tensor] | None:
+        """By expert layer the routes [N, k] that `keep_routes` kept, or None."""
+        layers, k = [i for i, has in enumerate(arch.expert_layers) if has], arch.experts_per_token
+        table = np.zeros((self.input_ids.numel(), len(layers), k), np.int64)
+        for r, (prompt, completion) in zip(self.rollouts, self.spans.tolist(), strict=True):
+            if r.routes is None:
+                return None
+            P, routes = len(r.prompt_ids), r.routes.reshape(-1, len(layers), k)
+            table[prompt : prompt + P] = routes[:P]
+            table[completion : completion + len(r.completion_ids)] = routes[P:]
+        on_device = torch.from_numpy(table).to(self.input_ids.device)
+        return {layer: on_device[:, place] for place, layer in enumerate(layers)}
 
     def given(self) -> dict[str, Tensor]:
         """The tensors that the loss takes besides the model, [B] or [B, T]."""
@@ -167,6 +192,7 @@ def collate(rollouts: Sequence[Rollout], device: torch.device, share_prompts: bo
         torch.from_numpy(padded([r.written() for r in rollouts], T)).to(device),
         _advantages(rollouts, T).to(device), reported,
         torch.tensor([r.truncated for r in rollouts], device=device), rollouts,
+        np.stack([last - prompts + 1, begins], -1),
     )
 
 
@@ -178,9 +204,11 @@ def _advantages(rollouts: Sequence[Rollout], width: int) -> Tensor:
     return torch.from_numpy(padded(rows, width))
 
 
-def hidden_states(model: Transformer, batch: PolicyBatch) -> tuple[Tensor, list[Tensor]]:
+def hidden_states(
+    model: Transformer, batch: PolicyBatch, routes: dict[int, Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
     return model.hidden_states(
-        batch.input_ids, document_ids=batch.document_ids, shared_prompts=batch.shared_prompts
+        batch.input_ids, document_ids=batch.document_ids, shared_prompts=batch.shared_prompts, routes=routes
     )
 
 
@@ -200,11 +228,12 @@ def can_share_prompts(model: Transformer, wanted: bool | None) -> bool:
 
 
 def token_logprobs(
-    model: Transformer, batch: PolicyBatch, temperature: float, entropy_gradient: bool = False
+    model: Transformer, batch: PolicyBatch, temperature: float, entropy_gradient: bool = False,
+    routes: dict[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], int]:
     """(log π [B, T], entropy [B, T], router logits, number of non-finite hidden states) of the tempered
-    policy, zeros where m is 0."""
-    hidden, router_logits = hidden_states(model, batch)
+    policy, zeros where m is 0. `routes`: those of another pass, in the place of the router's choice."""
+    hidden, router_logits = hidden_states(model, batch, routes)
     hidden = hidden[0].index_select(0, batch.sources)
     bad = int((~torch.isfinite(hidden)).any(-1).sum())
     if bad:  # the safety net: replaced so that one bad token does not end the step, but counted and named
@@ -215,6 +244,15 @@ def token_logprobs(
     )
     entropy = statistics.entropy if entropy_gradient else statistics.entropy.detach()
     return batch.spread(statistics.logprobs), batch.spread(entropy), router_logits, bad
+
+
+def rerouted(router_logits: Sequence[Tensor], routes: dict[int, Tensor]) -> Tensor:
+    """The share of replayed choices that the routers would not make now."""
+    kept = [
+        (logits.topk(chosen.shape[-1]).indices[:, :, None] == chosen[:, None]).any(-1).float().mean()
+        for logits, chosen in zip(router_logits, routes.values(), strict=True)
+    ]
+    return 1 - torch.stack(kept).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -326,6 +364,8 @@ def tally_policy(
             tally.mean(name, (x * mask).sum().item(), tokens)
 
     masked_mean("entropy", stats["entropy"])
+    if "rerouted" in stats:
+        tally.mean("router/replayed_otherwise", stats["rerouted"].item(), 1)
     if first_use and "log_ratio" in stats:
         masked_mean("ratio/first_use", stats["log_ratio"].abs())
     if "kl" in stats:
@@ -419,7 +459,9 @@ def keep_logprobs(
     for micro_batch in micro:
         batch = collate(micro_batch, world.device, share_prompts)
         if old:
-            logprobs, entropy, _, _ = token_logprobs(model, batch, options.temperature)
+            logprobs, entropy, router_logits, _ = token_logprobs(model, batch, options.temperature)
+            if getattr(options, "router_replay", False):
+                batch.keep_routes(router_logits, model.arch.experts_per_token)
             batch.keep("old_logprobs", logprobs)
             batch.keep("entropies", entropy)
         if kl:

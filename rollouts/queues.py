@@ -77,6 +77,8 @@ class RolloutQueue:
             self.seconds += timer()
             self.prefetch(number + 1)
             self.under_way = True
+        else:
+            self.engine.rest()
         self.metrics = self.metrics | self.repeated(rollouts)
         return rollouts
 
@@ -106,6 +108,7 @@ class RolloutQueue:
         """End what is under way."""
         if self.under_way:
             self.engine.abort()  # type: ignore[attr-defined]
+        self.engine.close()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -410,6 +413,7 @@ class StreamQueue(RolloutQueue):
     def close(self) -> None:
         if self.stream is not None:
             self.stream.close()
+        self.engine.close()
 
 
 def _not_by_batch(*_: Any) -> Any:

@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 
-from rollouts.tokens import as_ids, as_logprobs, as_mask
+from rollouts.tokens import as_ids, as_logprobs, as_mask, as_routes
 from rollouts.vllm_server import MEMORY, Completion
 from run.config import ConfigError, check_at_least_one
 from run.log import log
@@ -42,6 +42,9 @@ class RolloutOptions:
     """replay: a JSONL file (or a directory of step-N.jsonl) of rollouts instead of sampling."""
     max_turns: int = 8
     """Multi-turn: maximum number of answers in one completion."""
+    vllm_mode: Literal["server", "colocate"] = "server"
+    """server: vLLM servers that you start. colocate: the run starts one on each of its GPUs; they sleep while
+    it trains, and weights and cache leave the GPU then."""
     vllm_server_base_url: list[str] = field(default_factory=lambda: ["http://127.0.0.1:8000"])
     """vLLM servers; prompts are spread over them."""
     vllm_model_name: str | None = None
@@ -107,6 +110,8 @@ class RolloutOptions:
             raise ConfigError(
                 "async_prefetch", True, "needs rollout_engine: vllm; in one process nothing overlaps"
             )
+        if self.vllm_mode == "colocate":
+            self._check_colocate()
         if self.rollout_engine == "vllm":
             if not self.vllm_server_base_url:
                 raise ConfigError("vllm_server_base_url", None, "must name at least one server")
@@ -119,6 +124,19 @@ class RolloutOptions:
                         "holds a user name or password, which would show in config.yaml and the logs; reach "
                         "the server through an SSH tunnel or a private network instead",
                     )
+
+    def _check_colocate(self) -> None:
+        """A server that sleeps while the trainer trains takes part in nothing that runs meanwhile."""
+        if self.rollout_engine != "vllm":
+            raise ConfigError("vllm_mode", "colocate", "needs rollout_engine: vllm")
+        for key, only in (("async_prefetch", False), ("max_staleness", 0), ("vllm_sync_interval", 1),
+                          ("vllm_tensor_parallel_size", 1)):
+            if getattr(self, key, only) != only:
+                raise ConfigError(key, getattr(self, key), f"must be {only} with vllm_mode: colocate")
+        if self.vllm_sync_method == "nccl":
+            raise ConfigError(
+                "vllm_sync_method", "nccl", "does not work between two processes on one GPU; leave it at auto"
+            )
 
 
 class Engine(Protocol):
@@ -138,6 +156,14 @@ class Engine(Protocol):
 
     def version(self, step: int) -> int:
         """Optimiser steps in the weights that the engine samples from."""
+        ...
+
+    def rest(self) -> None:
+        """Nothing is sampled before the next `sync`. A collective."""
+        ...
+
+    def close(self) -> None:
+        """The run has ended."""
         ...
 
 
@@ -167,6 +193,7 @@ class Rollout:
     old_logprobs: np.ndarray | None = None  # log π_old of each token, where the trainer computed it
     ref_logprobs: np.ndarray | None = None
     entropies: np.ndarray | None = None
+    routes: np.ndarray | None = None  # experts that π_old used, of prompt and completion [tokens, layers, k]
     token_advantages: np.ndarray | None = None  # in the place of `advantage`, where tokens differ in it
 
     def __post_init__(self):
@@ -192,10 +219,10 @@ ARRAYS: dict[str, Callable[[Any], np.ndarray]] = {
     "completion_mask": as_mask, "ground_truth_ids": as_ids, "ground_truth_mask": as_mask,
     "old_logprobs": as_logprobs, "ref_logprobs": as_logprobs, "entropies": as_logprobs,
     "step_ends": as_ids, "step_rewards": as_logprobs, "token_advantages": as_logprobs,
-    "token_versions": as_ids,
+    "token_versions": as_ids, "routes": as_routes,
 }
 # Computed from the trainer's current weights: not recorded
-OF_TRAINER = ("old_logprobs", "ref_logprobs", "entropies", "token_advantages")
+OF_TRAINER = ("old_logprobs", "ref_logprobs", "entropies", "token_advantages", "routes")
 
 
 def tokens_of(rollouts: Sequence[Rollout]) -> int:

@@ -19,6 +19,11 @@ def as_mask(values: Iterable[int]) -> np.ndarray:
     return np.asarray(values, bool)
 
 
+def as_routes(values: Iterable[int]) -> np.ndarray:
+    """Experts of tokens, flat: [tokens · layers · experts of a token]."""
+    return np.asarray(values, np.int16)
+
+
 def same_ids(a: np.ndarray, b: np.ndarray) -> bool:
     return a is b or np.array_equal(a, b)
 

@@ -26,6 +26,7 @@ from checkpoints.weights import iterate_weights, save_pretrained, weight_shapes
 from dist import World
 from model import Transformer, without_gradients
 from numerics.losses import linear_logprobs
+from rollouts.colocation import ColocatedServers, free_memory
 from rollouts.gate import Gate
 from rollouts.nccl_transfer import NcclTransfer, refuse_nccl
 from rollouts.tokens import as_ids, as_logprobs
@@ -60,7 +61,13 @@ class VllmEngine:
         self.model, self.options, self.world = model, options, world
         self.stop_ids = tokenizer.stop_ids
         self.name = options.vllm_model_name or options.base_model
-        self.servers = [Server(url, options.vllm_timeout) for url in options.vllm_server_base_url]
+        self.colocated = options.vllm_mode == "colocate"
+        self._own: ColocatedServers | None = None
+        urls = options.vllm_server_base_url if not self.colocated else dist.from_main(
+            self._start_servers, world, long=True
+        )
+        self.servers = [Server(url, options.vllm_timeout) for url in urls]
+        self.asleep = False
         self.run_id = dist.from_main(lambda: secrets.token_hex(4), world)
         self.now = 0  # optimiser steps of the trainer's weights
         self.sent: int | None = None  # optimiser steps of the weights on the servers
@@ -102,6 +109,27 @@ class VllmEngine:
         self._earlier: dict[str, torch.Tensor] = {}
         self._floor = math.inf  # smallest difference of a probe so far
 
+    def _start_servers(self) -> list[str]:
+        self._own = ColocatedServers(self.options, self.world)
+        return self._own.urls
+
+    def close(self) -> None:
+        """End the servers that this run has started."""
+        if self._own is not None:
+            self._own.close()
+
+    def rest(self) -> None:
+        """Let servers that share the trainer's GPUs sleep until the next sync. A collective."""
+        if self.colocated and not self.asleep:
+            # An adapter is loaded onto weights that must be there still.
+            level = 1 if self.method == "adapter" else 2
+            self._on_main(lambda: [server.sleep(level) for server in self.servers])
+            self.asleep = True
+
+    def _wake(self, what: str) -> None:
+        if self.asleep:
+            self._on_main(lambda: [server.wake(what) for server in self.servers])
+
     # -- before the first step -------------------------------------------------------------------------------
 
     def _meet(self) -> int | None:
@@ -136,6 +164,8 @@ class VllmEngine:
         deadline, pause = time.monotonic() + self.options.vllm_timeout, 0.5
         told = False
         while lost := [server.url for server in self.servers if not server.healthy()]:
+            if self._own is not None:
+                self._own.check()
             if time.monotonic() > deadline:
                 living = [server for server in self.servers if server.url not in lost]
                 if living and self.options.vllm_allow_missing_servers:
@@ -353,9 +383,10 @@ class VllmEngine:
     def sync(self, step: int, due: bool = False) -> dict[str, float]:
         """Send the weights of `step` if the interval asks for it (or `due`), and verify it. A collective."""
         self.now = step
-        if self.sent == step:
+        if self.sent == step and not self.asleep:
             return {}
-        if self.sent is not None and not due and step - self.sent < self.options.vllm_sync_interval:
+        soon = self.sent is not None and step - self.sent < self.options.vllm_sync_interval
+        if soon and not due and not self.asleep:
             return {}
         return self._send_until_it_works(step)
 
@@ -378,7 +409,12 @@ class VllmEngine:
         seconds = dist.Timer()
         self.sent = step
         send = {"file": self._send_file, "adapter": self._send_adapter, "nccl": self._send_nccl}
+        if self.asleep:
+            free_memory()
+        self._wake("weights")
         count = send[self.method](step)
+        self._wake("kv_cache")
+        self.asleep = False
 
         def settle() -> None:
             for server in self.servers:

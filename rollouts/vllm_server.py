@@ -148,6 +148,14 @@ class Server:
     def set_version(self, version: str) -> None:
         self.ask("POST", "/update_weight_version", {"new_version": version})
 
+    def sleep(self, level: int) -> None:
+        """Leave the GPU: level 1 keeps the weights in the host's memory, level 2 nothing."""
+        self.ask("POST", "/sleep", params={"level": level})
+
+    def wake(self, what: str) -> None:
+        """Take memory on the GPU again, for `weights` or `kv_cache`."""
+        self.ask("POST", "/wake_up", params={"tags": what})
+
     def remote_call(self, method: str, *arguments: str) -> list:
         answer = self.ask("POST", "/collective_rpc", {"method": method, "args": list(arguments)})
         return answer.get("results", []) if isinstance(answer, dict) else []
@@ -157,6 +165,8 @@ def sync_method(options: Any) -> str:
     """The method that vllm_sync_method: auto selects. Files in this host's memory are local to it."""
     if options.vllm_sync_method != "auto":
         return options.vllm_sync_method
+    if options.vllm_mode == "colocate":
+        return "adapter" if options.adapter else "file"
     hosts = {urlparse(url).hostname for url in options.vllm_server_base_url}
     if hosts <= {"127.0.0.1", "localhost", "::1"} or options.vllm_sync_directory != MEMORY:
         return "adapter" if options.adapter else "file"
@@ -266,6 +276,8 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
         rank = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= most), most)
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
     if gpu:
+        if options.vllm_mode == "colocate":
+            command += ["--enable-sleep-mode"]  # vLLM's CPU build has the routes and ignores them
         command += ["--gpu-memory-utilization", str(options.vllm_gpu_memory_utilization)]
         command += ["--tensor-parallel-size", str(options.vllm_tensor_parallel_size)]
         if method == "nccl":

@@ -113,6 +113,15 @@ class FakeVllm:
                 if self.received:
                     self.take(self.received)
                 return 200, {"message": "finished"}
+            case "/sleep?level=1":
+                return 200, {"status": "sleeping"}
+            case "/sleep?level=2":
+                with torch.no_grad():
+                    for p in self.model.parameters():
+                        p.zero_()
+                return 200, {"status": "sleeping"}
+            case "/wake_up?tags=weights" | "/wake_up?tags=kv_cache":
+                return 200, {"status": "awake"}
             case "/health":
                 return 200, {}
             case "/v1/models":

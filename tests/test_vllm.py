@@ -601,3 +601,18 @@ def test_the_requests_of_a_trainer_that_is_gone_do_not_keep_the_server_busy(vllm
             assert until(lambda: running() == 0, 5)
     finally:
         served.kill()
+
+
+@pytest.mark.parametrize("more", [[], ["adapter=lora", "lora_r=8", "learning_rate=1e-2"]])
+def test_servers_of_the_run_s_own_sleep_while_it_trains_and_end_with_it(more, vllm_python, setup, tmp_path):
+    """vLLM's CPU build takes the calls and keeps its memory: what sleeping frees needs a GPU to be seen."""
+    grpo(setup, "http://127.0.0.1:9", tmp_path, "vllm_mode=colocate", f"vllm_python={vllm_python}",
+         "max_steps=3", "save_steps=2", "val_set_size=4", "eval_steps=2", *more)
+    rows = [row for row in metrics(tmp_path) if "train/loss" in row]
+    assert len(rows) == 3 and all(row["weight_version_lag"] == 0 for row in rows)
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in rows)
+    told = (tmp_path / "server" / "server-0.log").read_text()
+    assert told.count("to fall asleep") >= 3 <= told.count("to wake up tags {'kv_cache'}") or told
+    port = next(word for word in told.split() if word.startswith("http://127.0.0.1:")).split(":")[2]
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://127.0.0.1:{int(port.split('/')[0])}/health", timeout=2)

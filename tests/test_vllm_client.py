@@ -27,7 +27,7 @@ def engine_for(new_ids, base_rows, adapter, trains_rows):
     options = SimpleNamespace(
         vllm_model_name=None, base_model="base", vllm_server_base_url=["http://127.0.0.1:9"], vllm_timeout=1,
         vllm_sync_method="auto", adapter=adapter, tokens=["<a>"], vllm_sync_directory=MEMORY,
-        vllm_sync_address=None, vllm_allow_missing_servers=False,
+        vllm_sync_address=None, vllm_allow_missing_servers=False, vllm_mode="server",
     )
     model = SimpleNamespace(
         arch=SimpleNamespace(checkpoint_vocab_size=base_rows),
@@ -222,7 +222,7 @@ def test_a_checksum_sees_one_bit():
 )
 def test_memory_of_this_host_is_no_way_to_another(adapter, url, directory, way):
     options = SimpleNamespace(vllm_sync_method="auto", vllm_server_base_url=[url], adapter=adapter,
-                              vllm_sync_directory=directory)
+                              vllm_sync_directory=directory, vllm_mode="server")
     assert sync_method(options) == way
 
 
@@ -306,3 +306,52 @@ def test_conversations_begin_anew_after_the_server_was_restarted(start, small_ch
     (one,) = play(engine, Restarts, [Prompt([5, 6], "q", {}, "f:1")], [0], 1, step=0, seed=(1,),
                   options=config, tokenizer=tokenizer, world=WORLD)
     assert len(begun) == 2 and one.rewards == {"environment": 1.0}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# On the trainer's GPU
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_sleeps_gets_the_weights_before_its_cache_and_before_anything_is_sampled(start):
+    """Asleep it has no weights: also those of the step that it had are sent again."""
+    engine, fake = start()
+    engine.colocated = True
+    engine.sync(0)
+    engine.generate([[5, 6, 7]], 2, seed=(1,))
+    engine.rest()
+    engine.rest()  # it sleeps already
+    assert fake.asked.count("/sleep?level=2") == 1
+    fake.asked.clear()
+    engine.sync(0)
+    order = ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache", "/reset_prefix_cache"]
+    assert [route for route in fake.asked if route in order] == order
+    engine.generate([[5, 6, 7]], 2, seed=(1,))
+    fake.asked.clear()
+    assert engine.sync(0) == {} and not fake.asked
+
+
+@pytest.mark.parametrize(
+    "more, named",
+    [(["rollout_engine=embedded"], "vllm_mode"), (["async_prefetch=true"], "async_prefetch"),
+     (["max_staleness=1"], "max_staleness"), (["vllm_sync_interval=2"], "vllm_sync_interval"),
+     (["vllm_sync_method=nccl"], "vllm_sync_method"),
+     (["vllm_tensor_parallel_size=2"], "vllm_tensor_parallel_size")],
+)
+def test_what_a_sleeping_server_cannot_do_is_refused(more, named):
+    with pytest.raises(ConfigError, match=named):
+        parse_config(Config, ["base_model=x", "datasets=[{path: x}]", "reward_funcs=[length]",
+                              "rollout_engine=vllm", "vllm_mode=colocate", *more])
+
+
+@pytest.mark.parametrize("python, told", [("/bin/nothing", "vllm_python"), ("/bin/false", "ended")])
+def test_a_server_that_cannot_be_started_ends_the_run_with_a_line(
+    python, told, small_checkpoint, task, tmp_path
+):
+    (task / "colocate.yaml").write_text("datasets: [{path: rows.jsonl, type: chat}]\n")
+    done = run_program(
+        ROOT / "grpo.py", "--config", str(task / "colocate.yaml"), f"base_model={small_checkpoint[0]}",
+        f"output_dir={tmp_path}", "rollout_engine=vllm", "vllm_mode=colocate", f"vllm_python={python}",
+        "reward_funcs=[letters.spread]", "num_generations=4", "micro_batch_size=8", "max_steps=1",
+    )
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
