@@ -1,9 +1,12 @@
 """What waits for what: the schedule of GRPO with a vLLM server at several bounds of staleness, in one run.
 
     VLLM_PYTHON=…/python python bench/schedule.py --picture docs/schedule.png
+    VLLM_PYTHON=…/python python bench/schedule.py --environment
 
 The model and prompts of bench/grpo.py, 32 completions of 64 tokens a step. The server has one core, the
-trainer another, as they would have GPUs of their own. The first steps of each run are left out.
+trainer another, as they would have GPUs of their own. With `--environment` each conversation begins with a
+wait, 2 seconds on average and exponentially distributed, as sandboxes and tools take their time. The first
+steps of each run are left out.
 """
 
 import argparse
@@ -22,6 +25,14 @@ MODES = {
     "max_staleness: 1": ("max_staleness=1",), "max_staleness: 2": ("max_staleness=2",),
     "max_staleness: 4": ("max_staleness=4",),
 }
+WAITS = (
+    "import asyncio, random\n"
+    "class Waits:\n"
+    "    async def reset(self, prompt, **columns):\n"
+    "        await asyncio.sleep(min(12.0, random.expovariate(0.5)))\n"
+    "    def step(self, text, ids):\n"
+    "        return None, sum(i % 2 for i in ids) / len(ids), True\n"
+)
 SKIP = 4  # steps: queues fill
 
 
@@ -45,11 +56,14 @@ def run(directory: Path, url: str, name: str, steps: int, options: tuple[str, ..
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--environment", action="store_true", help="conversations that wait")
     parser.add_argument("--picture", type=Path, help="draw the schedules into this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory, every = Path(name), os.sched_getaffinity(0)
         make(directory)
+        (directory / "waits.py").write_text(WAITS)
+        own = ("environment=waits.Waits", "reward_funcs=[]") if arguments.environment else ()
         on_core(0)
         server = Vllm(directory, os.environ["VLLM_PYTHON"])
         os.sched_setaffinity(0, every)
@@ -60,7 +74,7 @@ def main() -> None:
                   f"{'oldest':>8}{'mean age':>10}{'dropped':>9}")
             base = 0.0
             for mode, options in MODES.items():
-                found[mode] = run(directory, server.url, mode, arguments.steps, options)
+                found[mode] = run(directory, server.url, mode, arguments.steps, (*own, *options))
                 lines = (found[mode] / "metrics.jsonl").read_text().splitlines()
                 rows = [row for line in lines if "step_time" in (row := json.loads(line))][SKIP:]
 

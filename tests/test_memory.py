@@ -126,6 +126,24 @@ def test_as_many_sequences_are_sampled_at_once_as_a_gpu_has_room_for():
     assert memory.rollout_rows(arch, config, 768, -1.0) == 1
 
 
+def test_a_server_on_the_same_gpu_is_awake_while_no_activation_is_kept():
+    """16 completions of 100 + 156 tokens; its weights and theirs are never on the GPU with activations."""
+    arch = read_architecture(ROOT / "configs" / "tiny")
+    given = ["base_model=x", "datasets=[{path: x}]", "reward_funcs=[length]", "rollout_engine=vllm",
+             "micro_batch_size=8", "gradient_accumulation_steps=2", "max_prompt_length=100", "bf16=true",
+             "max_completion_length=156"]
+    alone = memory.estimate(arch, parse_config(grpo.Config, given))
+    config = parse_config(grpo.Config, [*given, "vllm_mode=colocate"])
+    beside = memory.estimate(arch, config)
+    with torch.device("meta"):
+        weights = building.Transformer(arch).count_parameters()
+    a_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim
+    assert alone.server == 0 and beside.server == 2 * (weights + 16 * 256 * a_token)
+    assert beside.peak == max(alone.peak, beside.resident + beside.server)
+    text = memory.table(arch, config)
+    assert "vLLM, awake" in text and "vllm_gpu_memory_utilization: at most 0.9" in text
+
+
 def test_the_ladder_saves_more_at_each_rung_and_names_values_of_now():
     rungs = memory.ladder(Architecture.from_config(TINY), config_of())
     saved = [bytes_ for _, bytes_ in rungs]
