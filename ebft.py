@@ -643,7 +643,7 @@ class TruthSampler:
             return self.engine.conversations_of(
                 conversations(Conversation, asked, n, key, options, self.tokenizer)
             )
-        return self.engine.groups_of([p.ids for p in asked], n, seed=key, limits=[limit] * len(asked))
+        return self.engine.completions_of([p.ids for p in asked], n, seed=key, limits=[limit] * len(asked))
 
     def _with_truth(self, rollouts: list[Rollout]) -> list[Rollout]:
         for rollout in rollouts:

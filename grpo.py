@@ -449,8 +449,7 @@ def main(config: Config) -> None:
     buffer.groups.extend(groups_of(kept(run.resume_from, "buffer", state), n))
     engine = make_engine(model, config, tokenizer, world, prompts.train)
     sampler = Sampler(engine, prompts.train, config, tokenizer, world)
-    ahead = kept(run.resume_from, "ahead", state)
-    queue = sampler.queue(prompts, batch_size, updates, run.step, ahead, state.get("queue") or {})
+    queue = sampler.queue(prompts, batch_size, updates, run)
     eval_sampler = Sampler(engine, prompts.held_out, config, tokenizer, world)
     forensics = Forensics(model, config, world, tokenizer, reference)
     recorder = Recorder(run.output_dir / "rollouts", tokenizer, world.main)
@@ -574,7 +573,6 @@ def main(config: Config) -> None:
                 queue.settle(generation + 1, run.step)  # before new weights are sent
             if due.evaluate:
                 metrics |= evaluate(eval_sampler, run, recorder)
-                engine.rest()
                 state["eval_after"] = {k: v for k, v in metrics.items() if k.startswith("eval/")}
             run.logger.observe(run.step, metrics)
             if due.log or due.evaluate:
@@ -584,7 +582,6 @@ def main(config: Config) -> None:
             if due.save:
                 # The servers get the weights of the checkpoint, so that a resumed run samples from the same.
                 engine.sync(run.step, due=True)
-                engine.rest()
                 recorder.finish()
                 save(run, model, optimizers, rollouts, queue, buffer, moving)
             if due.stop:
@@ -641,6 +638,7 @@ def save(
     for of_rank in dist.gather(stored, run.world):
         for i, name, value in of_rank:
             setattr(rollouts[i], name, value)
+    queue.engine.rest()
     ahead, run.state["queue"] = queue.keep()
     held = {"rollouts": rollouts, "ahead": ahead, "buffer": [r for g in buffer.groups for r in g]}
     files = {f"{name}.parquet": as_parquet(some) for name, some in held.items() if run.world.main}

@@ -18,7 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpo import ROOT, Vllm, make
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench.grpo import Vllm, make  # noqa: E402
+from health.timeline import draw_schedule, read_schedule  # noqa: E402
 
 MODES = {
     "one after the other": (), "async_prefetch": ("async_prefetch=true",),
@@ -95,9 +98,6 @@ def main() -> None:
 
 def draw(found: dict[str, Path], picture: Path) -> None:
     import matplotlib
-
-    sys.path.insert(0, str(ROOT))
-    from health.timeline import draw_schedule, read_schedule
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

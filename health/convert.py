@@ -400,15 +400,19 @@ def _scale_rewards(c: Conversion, value: Any) -> Values:
     }
 
 
+def _colocated(c: Conversion) -> bool:
+    return c.get("vllm_mode", "colocate" if c.source == "TRL" else "server") == "colocate"
+
+
 def _vllm(c: Conversion, value: Any) -> Values:
-    mode = c.get("vllm_mode", "colocate" if c.source == "TRL" else "server")
     if not value:
         return {}
-    if mode == "colocate":
-        c.say("changed", "vllm_mode", "colocate: vLLM shares the trainer's GPU there; here the embedded "
-                                      "engine samples in the trainer, or set rollout_engine: vllm and "
-                                      "start `python grpo.py serve`")
-        return {"rollout_engine": "embedded"}
+    if _colocated(c):
+        c.say("changed", "vllm_mode", "colocate: here each server is a process of its own beside the trainer "
+                                      "and always sleeps while it trains; set vllm_python if vLLM has an "
+                                      "environment of its own")
+        share = c.get("vllm_gpu_memory_utilization", 0.3)  # TRL's default; ours is that of a whole GPU
+        return {"rollout_engine": "vllm", "vllm_mode": "colocate", "vllm_gpu_memory_utilization": share}
     host = c.get("vllm_server_host", c.get("vllm_host", "127.0.0.1"))
     host = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104  a listening address, not the client's
     url = (
@@ -424,8 +428,18 @@ def _vllm(c: Conversion, value: Any) -> Values:
 
 
 def _serving(name: str) -> Rule:
-    """A vLLM server option; dropped if the config does not use vLLM."""
-    return lambda c, value: {name: value} if c.get("use_vllm") and value is not None else {}
+    """A vLLM server option; dropped if the config does not use vLLM. Ours has a server per GPU beside the
+    trainer."""
+
+    def rule(c: Conversion, value: Any) -> Values:
+        if not c.get("use_vllm") or value is None:
+            return {}
+        if name == "vllm_tensor_parallel_size" and _colocated(c) and value != 1:
+            c.say("changed", name, f"{value}: beside the trainer each GPU has a server of its own here")
+            return {}
+        return {name: value}
+
+    return rule
 
 
 def _reference_sync(c: Conversion, value: Any) -> Values:
@@ -721,8 +735,8 @@ CHANGED: dict[str, tuple[str, Rule]] = {
     "dataset_mixture": ("`datasets` with `weight`; test_split_size → `val_set_size`", _mixture),
     "dataset_mixer": ("`datasets` with `weight`", _mixer),
     "use_vllm": (
-        "server: `rollout_engine: vllm` at the address that theirs names; colocate: `rollout_engine: "
-        "embedded`",
+        "server: `rollout_engine: vllm` at the address that theirs names; colocate: `vllm_mode: "
+        "colocate`",
         _vllm),
     **{name: (f"`{ours}` of `serve`", _serving(ours)) for name, ours in (
         ("vllm_gpu_memory_utilization", "vllm_gpu_memory_utilization"), ("vllm_dtype", "vllm_dtype"),

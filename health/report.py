@@ -264,7 +264,7 @@ def canvas(width: float, height: float) -> tuple[Any, Any]:
 
 
 def as_svg(figure: Any) -> str:
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # slow to import, and needed only here
 
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})

@@ -124,9 +124,10 @@ class Group:
     index: int  # of the prompt
     size: int
     again: bool = False  # was too old once: now it is waited for
-    begun: int = 0  # optimiser steps of the weights that began it
+    oldest: int | None = None  # optimiser steps of the weights that draw its first token; None: not yet asked
     made: dict[int, dict[str, Any]] = field(default_factory=dict)  # fields of the rollouts that are done
     scores: dict[str, Future] | None = None  # once all are done
+    era: int = 0  # of the gate, when it was begun
     known: bool = False  # whether its servers still had the right weights when it was done
     given_up: bool = False
 
@@ -134,10 +135,9 @@ class Group:
     def done(self) -> bool:
         return self.scores is not None
 
-    def oldest(self) -> int:
-        """Optimiser steps of the weights that wrote its first token."""
-        written = [v for fields in self.made.values() if (v := fields.get("token_versions")) is not None]
-        return min([self.begun, *(int(v.min()) for v in written if len(v))])
+    def age(self, step: int) -> int:
+        """Optimiser steps since its first token; one that has none, and waits for an environment, is new."""
+        return 0 if self.oldest is None else step - self.oldest
 
     def rollouts(self, prompt: Prompt, step: int) -> list[Rollout]:
         """As a batch at `step` has them. Versions of tokens are kept where they differ."""
@@ -145,10 +145,10 @@ class Group:
         for k in range(self.size):
             fields: dict[str, Any] = {"row": prompt.name, "prompt_index": self.index, **self.made[k]}
             versions = fields.get("token_versions")
-            oldest = self.begun if versions is None or not len(versions) else int(versions.min())
+            oldest = self.oldest if versions is None or not len(versions) else int(versions.min())
             if versions is not None and (versions == oldest).all():
                 fields["token_versions"] = None
-            found.append(Rollout(**fields, step=step, weight_version=oldest))
+            found.append(Rollout(**fields, step=step, weight_version=step if oldest is None else oldest))
         return found
 
 
@@ -192,9 +192,9 @@ class Stream:
             except ServerLost:  # begun anew when the gate is open again
                 self._work.put((group, k))
             except BaseException as error:  # raised where a batch is taken
-                self._error = error
-            with self._changed:
-                self._changed.notify_all()
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
 
     def _make(self, group: Group, k: int) -> None:
         gate, era, place = self.engine.gate, self.engine.gate.era, group.number * self.n + k
@@ -202,6 +202,8 @@ class Stream:
         def ask(*question: Any) -> list:
             if group.given_up:
                 raise ServerLost("nobody waits for this any more")
+            if group.oldest is None:
+                group.oldest = self.engine.sent
             return self.engine.go_on(era, place, *question)
 
         made = self.task(group, k)(ask=ask)
@@ -209,14 +211,17 @@ class Stream:
             if era != gate.era:
                 raise ServerLost(gate.trouble)
             group.made[k] = made
-            complete = len(group.made) == group.size and not group.given_up
-        if complete:
-            group.scores = self.score(group)
+            complete = len(group.made) == group.size
+        if complete and not group.given_up:
+            scores = self.score(group)
+            with self._changed:
+                group.scores = scores
+                self._changed.notify_all()
 
     # -- on the main thread ----------------------------------------------------------------------------------
 
     def _begin(self, group: Group) -> None:
-        group.begun = self.engine.sent
+        group.era = self.engine.gate.era
         self.groups.append(group)
         for k in range(group.size):
             self._work.put((group, k))
@@ -245,23 +250,24 @@ class Stream:
         """("ok", `count` groups), or ("stale", why) if a server was lost. Waits until as many are done, and
         those that must not be dropped again; `last`: no batch follows."""
         gate = self.engine.gate
-        with self._changed:
-            while (chosen := self._chosen(count, step, last)) is None:
-                if self._error is not None:
-                    raise self._error
-                if gate.trouble:
-                    break
-                self._changed.wait(0.5)
-        trouble = gate.trouble
-        if self.verify() and chosen is not None:
+        while True:
             with self._changed:
-                self.groups = [g for g in self.groups if g not in chosen]
-            return "ok", chosen
-        return "stale", trouble or gate.trouble
+                while (chosen := self._chosen(count, step, last)) is None:
+                    if self._error is not None:
+                        raise self._error
+                    if gate.trouble:
+                        break
+                    self._changed.wait(0.5)
+            if not self.verify():
+                return "stale", gate.trouble
+            with self._changed:
+                if chosen is not None and all(g.known for g in chosen):
+                    self.groups = [g for g in self.groups if g not in chosen]
+                    return "ok", chosen
 
     def verify(self) -> bool:
-        """Whether the servers have the weights that were sent; else all that was made since the last time is
-        begun anew."""
+        """Whether the servers have the weights that were sent. Where they had not for a while, all that was
+        made since the last time is begun anew."""
         gate, era, done = self.engine.gate, self.engine.gate.era, [g for g in self.groups if g.done]
         if not gate.trouble:
             try:
@@ -269,23 +275,21 @@ class Stream:
             except (StaleServer, ServerLost) as problem:
                 gate.lost(str(problem), era)
         with self._changed:
-            if not gate.trouble:
-                for group in done:
-                    group.known = True
-                return True
-            for group in [g for g in self.groups if g.made and not g.known]:
+            for group in done:
+                group.known |= not gate.trouble and group.era == gate.era
+            for group in [g for g in self.groups if not g.known and g.era != gate.era]:
                 self._begin_again(group, group.again)
-        return False
+        return not gate.trouble
 
     def _chosen(self, count: int, step: int, last: bool) -> list[Group] | None:
         """The groups to hand out at `step`, or None if they are not done. One that is too old is begun anew
         with the weights of now, once; then it is waited for, or prompts with long completions would never be
         trained on."""
-        for group in [g for g in self.groups if step - g.oldest() > self.staleness]:
+        for group in [g for g in self.groups if g.age(step) > self.staleness]:
             if group.done or not group.again:
                 self.dropped += group.size
                 self._begin_again(group, True)
-        urgent = [g for g in self.groups if g.again and step + self.updates - g.begun > self.staleness]
+        urgent = [g for g in self.groups if g.again and g.age(step + self.updates) > self.staleness]
         urgent = [] if last else urgent
         rest = [g for g in self.groups if g.done and g not in urgent]
         chosen = [*urgent, *sorted(rest, key=lambda g: g.number)][:count]
@@ -299,15 +303,15 @@ class Stream:
             rest = [*self.interrupted, *(g for g in self.groups if not g.known)]
         rollouts = [Rollout(**g.made[k]) for g in done for k in range(g.size)]
         return rollouts, {
-            "following": self.following, "done": [[g.number, g.begun] for g in done],
+            "following": self.following, "done": [[g.number, g.oldest] for g in done],
             "begun": [[g.number, g.again] for g in rest],
         }
 
     def restore(self, rollouts: Sequence[Rollout], state: dict[str, Any]) -> None:
         """Go on from what `keep` returned."""
         self.following, n = state["following"], self.n
-        for k, (number, begun) in enumerate(state["done"]):
-            group = Group(number, self.prompt_of(number), n, begun=begun, known=True)
+        for k, (number, oldest) in enumerate(state["done"]):
+            group = Group(number, self.prompt_of(number), n, oldest=oldest, known=True)
             for i, rollout in enumerate(rollouts[k * n : (k + 1) * n]):
                 group.made[i] = {name: value for name, value in vars(rollout).items() if name in KEPT}
             group.scores = self.score(group)
@@ -373,15 +377,15 @@ class StreamQueue(RolloutQueue):
             state, found = self.stream.take(count, step, last)
             if state == "ok":  # scores stay where they are made
                 scores.extend(g.scores for g in found)
-                return state, [(g.number, g.index, g.begun, g.made) for g in found]
+                return state, [(g.number, g.index, g.oldest, g.made) for g in found]
             return state, found
 
         for _ in range(6):
             scores: list[dict[str, Future] | None] = []
             state, found = dist.from_main(groups, self.world, long=True)
             if state == "ok":
-                taken = [Group(number, index, len(made), begun=begun, made=made)
-                         for number, index, begun, made in found]
+                taken = [Group(number, index, len(made), oldest=oldest, made=made)
+                         for number, index, oldest, made in found]
                 for group, score in zip(taken, scores, strict=False):
                     group.scores = score
                 return self.rolled_out(taken, step, timer())

@@ -132,7 +132,8 @@ class RolloutOptions:
         for key, only in (("async_prefetch", False), ("max_staleness", 0), ("vllm_sync_interval", 1),
                           ("vllm_tensor_parallel_size", 1)):
             if getattr(self, key, only) != only:
-                raise ConfigError(key, getattr(self, key), f"must be {str(only).lower()} with vllm_mode: colocate")
+                words = f"must be {str(only).lower()} with vllm_mode: colocate"
+                raise ConfigError(key, getattr(self, key), words)
         if self.vllm_sync_method == "nccl":
             raise ConfigError(
                 "vllm_sync_method", "nccl", "does not work between two processes on one GPU; leave it at auto"

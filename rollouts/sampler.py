@@ -19,7 +19,7 @@ from rollouts.advantages import in_groups, rewarded_steps
 from rollouts.environments import EnvironmentOptions, Episode, conversations, load_environment, play, played
 from rollouts.prompts import PromptData
 from rollouts.queues import Group, RolloutQueue, Stream, StreamOptions, StreamQueue
-from rollouts.records import Recorder
+from rollouts.records import Recorder, kept
 from rollouts.rewards import Scorer, reward_table, weighted_rewards, weights_by_name
 from rollouts.rollout import Engine, Rollout
 from rollouts.signs import ScoreChecks
@@ -117,7 +117,7 @@ class Sampler:
             tasks = conversations(self.environment, prompts, n, seed, self.config, self.tokenizer)
             return self.engine.prefetch(self.engine.conversations_of(tasks))
         ids = [p.ids for p in prompts]
-        self.engine.prefetch(self.engine.groups_of(ids, n, seed=seed, on_group=self._watch(prompts)))
+        self.engine.prefetch(self.engine.completions_of(ids, n, seed=seed, on_group=self._watch(prompts)))
 
     def sample(
         self, indices: list[int], step: int, seed: tuple[int, ...], *, n: int | None = None,
@@ -231,15 +231,13 @@ class Sampler:
         rewards = weighted_rewards(table, weights)
         return rewards, in_groups(rewards, self.config.num_generations)[2].flatten().tolist()
 
-    def queue(
-        self, prompts: PromptData, batch_size: int, updates: int, step: int, ahead: list[Rollout],
-        state: dict[str, Any],
-    ) -> RolloutQueue:
-        """The generation batches of a run, each for `updates` optimiser steps, from `step` on; `ahead` and
-        `state`: what a checkpoint kept of the queue."""
+    def queue(self, prompts: PromptData, batch_size: int, updates: int, run: Any) -> RolloutQueue:
+        """The generation batches of a run, each for `updates` optimiser steps; it begins with what the
+        checkpoint kept that the run goes on from."""
         order, seed, config = prompts.order, self.config.seed, self.config
+        ahead, state = kept(run.resume_from, "ahead", run.state), run.state.get("queue")
         if config.max_staleness:
-            taken = -(-step // updates)  # batches until now
+            taken = -(-run.step // updates)  # batches until now
             state = state or {"following": taken * order.size, "done": [], "begun": []}
             return self._stream(prompts, batch_size, updates, ahead, state)
         if state:  # of a stream: its groups are no batch
@@ -365,5 +363,6 @@ def evaluate(sampler: Sampler, run: Any, recorder: Recorder) -> dict[str, float]
     if config.eval_greedy:
         greedy, _ = scored(1, 0.0)
         metrics["eval/greedy"] = (greedy >= config.eval_success_reward - 1e-9).double().mean().item()
+    sampler.engine.rest()
     recorder.write(step, rollouts, kind="eval")
     return metrics

@@ -201,12 +201,13 @@ class VllmEngine:
         return self._until_done(lambda: self._conversations(tasks))
 
     def prefetch(self, job: Callable[[], tuple[str, Any]]) -> None:
-        """Start a job (`groups_of` or `conversations_of`) on a thread of rank 0; `collect` has the result."""
+        """Start a job (`completions_of`, `conversations_of`) on a thread of rank 0; `collect` has its
+        result."""
         self._job = job
         if self._thread is not None:
             self._pending = self._thread.submit(job)
 
-    def groups_of(self, prompts: list[list[int]], n: int, **how: Any) -> Callable[[], tuple[str, Any]]:
+    def completions_of(self, prompts: list[list[int]], n: int, **how: Any) -> Callable[[], tuple[str, Any]]:
         """A job for `prefetch`: what `generate` would sample."""
         how = {"temperature": None, "limits": None, "on_group": None, **how}
         return lambda: self._groups(prompts, n, **how)
@@ -323,7 +324,7 @@ class VllmEngine:
         Raises ServerLost where the gate's era is over."""
         ids, logprobs, versions = as_ids([]), as_logprobs([]), as_ids([])
         chosen = self.options.temperature if temperature is None else temperature
-        reason = "abort"
+        reason, failures = "abort", 0
         while reason == "abort" and len(ids) < limit:
             left, context = limit - len(ids), [*prompt, *ids.tolist()]
             drawn = random.Random(repr((seed, len(ids)))).getrandbits(31)
@@ -337,16 +338,27 @@ class VllmEngine:
                         answer, 1, left, server.url, context, self.model.arch.vocab_size, parts=True
                     )
                 except ServerLost as problem:
-                    self.gate.lost(str(problem), era)
-                    raise
+                    failures += 1
+                    if failures > 3 or not self._has_our_weights(server):
+                        self.gate.lost(str(problem), era)
+                        raise
+                    time.sleep(0.1 * failures)  # a connection that broke: the server is well
+                    continue
             ids, logprobs = np.concatenate([ids, part.ids]), np.concatenate([logprobs, part.logprobs])
             versions = np.concatenate([versions, np.full(len(part.ids), version, np.int32)])
             reason = part.finish_reason
         return [Completion(ids, logprobs, "length" if reason == "abort" else reason, versions)]
 
+    def _has_our_weights(self, server: Server) -> bool:
+        try:
+            return server.version() == self._version_name()
+        except (ServerLost, EngineError):
+            return False
+
     def restore(self, reason: str) -> None:
         """After a loss: wait for the servers and send the weights again. A collective."""
         log.warning("%s", reason)
+        self.gate.lost(reason, self.gate.era)
         self._wait_until_healthy()
         self._send_until_it_works(self.now)
 

@@ -25,7 +25,7 @@ class FakeVllm:
     """`faults` may hold: ignores_weights, raw_logprobs, raw_below (of prompts shorter than this),
     cache_is_held (a number of times), fails_once (a prompt), and of tensors, by name, loses, corrupts and
     leaves_out; `fails`: by route, how many requests are answered 500, and after how many that are not;
-    never_joins; token_seconds: what a token takes. `workers` share the server."""
+    never_joins; dead: every answer is 503; token_seconds: what a token takes. `workers` share the server."""
 
     def __init__(
         self, checkpoint: Path, name: str, max_model_len: int = 512, workers: int = 1, **faults: Any
@@ -62,7 +62,10 @@ class FakeVllm:
                 length = int(self.headers.get("Content-Length") or 0)
                 self.reply(*fake.answer(self.path, json.loads(self.rfile.read(length) or b"{}")))
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Listener(ThreadingHTTPServer):
+            request_queue_size = 128  # many connect at once
+
+        self.server = Listener(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -77,6 +80,8 @@ class FakeVllm:
 
     def answer(self, path: str, body: dict) -> tuple[int, Any]:
         self.asked.append(path)
+        if self.faults.get("dead"):
+            return 503, {"error": "dead"}
         failures = self.faults.get("fails", {}).get(path, [0, 0])
         if failures[0] > 0 and failures[1] == 0:
             failures[0] -= 1

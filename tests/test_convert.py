@@ -132,8 +132,8 @@ def test_a_grpo_block_is_laid_flat_and_finds_its_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("options, engine, urls", [
-    ("use_vllm: true\n", "embedded", None),  # TRL's vllm_mode is colocate
-    ("use_vllm: true\nvllm_mode: colocate\n", "embedded", None),
+    ("use_vllm: true\n", "vllm", None),  # TRL's vllm_mode is colocate
+    ("use_vllm: true\nvllm_mode: colocate\nvllm_tensor_parallel_size: 2\n", "vllm", None),
     ("use_vllm: true\nvllm_mode: server\n", "vllm", ["http://127.0.0.1:8000"]),
     ("use_vllm: true\nvllm_mode: server\nvllm_server_base_url: http://gpu2:8001\n", "vllm",
          ["http://gpu2:8001"]),
@@ -141,13 +141,14 @@ def test_a_grpo_block_is_laid_flat_and_finds_its_recipe(tmp_path):
      ["http://127.0.0.1:81"]),
     ("use_vllm: false\n", "embedded", None),
 ])
-def test_the_address_of_a_server_is_kept_and_colocate_is_no_server(options, engine, urls, tmp_path):
+def test_the_address_of_a_server_is_kept_and_colocate_is_ours(options, engine, urls, tmp_path):
     text, config = converted(tmp_path, TRL + "reward_funcs: [exact_match]\n" + options)
     assert config.rollout_engine == engine
     assert urls is None or config.vllm_server_base_url == urls
-    assert ("colocate" in comments(text, "changed").get("vllm_mode", "")) == (
-        "use_vllm: true" in options and "server" not in options
-    )
+    colocated = "use_vllm: true" in options and "server" not in options
+    assert ("colocate" in comments(text, "changed").get("vllm_mode", "")) == colocated
+    assert config.vllm_mode == ("colocate" if colocated else "server")
+    assert config.vllm_gpu_memory_utilization == (0.3 if colocated else 0.9)
 
 
 def test_arguments_of_a_trl_trainer(tmp_path):
@@ -360,8 +361,8 @@ def test_the_defaults_of_trl_are_those_of_its_classes():
 # Where both leave something open in their own way: told on the page, or about the machine and not the result
 SAID_ON_THE_PAGE = {
     "output_dir", "datasets", "resume_from_checkpoint", "save_total_limit", "eval_steps", "optimizer",
-    "run_name", "wandb_name", "vllm_gpu_memory_utilization", "vllm_server_base_url", "vllm_timeout",
-    "deterministic", "ref_model_sync_steps", "chat_template_kwargs", "gradient_checkpointing_kwargs",
-    "sample_packing", "max_steps", "entropy_target", "eval_num_generations",
+    "run_name", "wandb_name", "vllm_mode", "vllm_gpu_memory_utilization", "vllm_server_base_url",
+    "vllm_timeout", "deterministic", "ref_model_sync_steps", "chat_template_kwargs",
+    "gradient_checkpointing_kwargs", "sample_packing", "max_steps", "entropy_target", "eval_num_generations",
     "vllm_importance_sampling_clip_min", "kl_steps", "loss_type", "router_aux_loss_coef",
 }

@@ -70,6 +70,14 @@ def slow():
     engine.release(*range(1000))
 
 
+def until_done(stream, count=None):
+    """Wait until so many of its groups are done, or all."""
+    deadline = time.monotonic() + 20
+    while sum(g.done for g in stream.groups) < (len(stream.groups) if count is None else count):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def numbers(stream, count, step, last=False):
     state, groups = stream.take(count, step, last)
     assert state == "ok"
@@ -89,11 +97,10 @@ def test_no_more_is_begun_than_can_be_used_in_time(updates, staleness, ahead, sl
         slow.sent = step
         number, used = divmod(step, updates)
         stream.fill(number + (used > 0))
-        while not all(g.done for g in stream.groups):
-            time.sleep(0.001)
+        until_done(stream)
         if used == 0:
             _, groups = stream.take(2, step, last=False)
-            lags += [step - g.oldest() for g in groups]
+            lags += [step - g.oldest for g in groups]
             stream.fill(number + 1)
     assert max(lags) <= staleness and stream.dropped == 0
     assert max(lags[2 * ahead :]) > 0  # it does run ahead
@@ -103,10 +110,12 @@ def test_a_slow_group_does_not_hold_those_begun_after_it(slow):
     slow.held = {0}
     stream = stream_of(slow)
     stream.fill(0)
+    until_done(stream, 3)
     assert numbers(stream, 2, 0) == [1, 2]
     slow.release(0)
     slow.sent = 1
     stream.fill(1)
+    until_done(stream)
     assert numbers(stream, 2, 1) == [0, 3]  # the oldest first
 
 
@@ -116,6 +125,7 @@ def test_what_is_too_old_is_dropped_counted_and_begun_anew_and_then_waited_for(s
     for step in range(3):
         slow.sent = step
         stream.fill(step)
+        until_done(stream, len(stream.groups) - 1)
         got = numbers(stream, 2, step)
         assert 0 not in got
     assert stream.dropped == 2  # at step 2 its two completions would have been two updates old
@@ -129,6 +139,33 @@ def test_what_is_too_old_is_dropped_counted_and_begun_anew_and_then_waited_for(s
     slow.release(0)
     thread.join(10)
     assert 0 in found[0] and stream.dropped == 2
+
+
+def test_what_waits_for_an_environment_and_has_no_token_yet_does_not_grow_old(slow):
+    opened = threading.Event()
+
+    def task(group, k):
+        def run(ask):
+            if group.number == 0:
+                opened.wait(10)
+            return {"prompt_ids": [1], "completion_ids": [1],
+                    "token_versions": np.array(ask(group.number), np.int32)}
+
+        return run
+
+    stream = stream_of(slow)
+    stream.task = task
+    for step in range(5):
+        slow.sent = step
+        stream.fill(step)
+        until_done(stream, len(stream.groups) - 1)
+        assert 0 not in numbers(stream, 2, step)
+    opened.set()
+    until_done(stream)
+    slow.sent = 5
+    stream.fill(5)
+    _, groups = stream.take(2, 5, last=False)
+    assert (groups[0].number, groups[0].oldest) == (0, 4) and stream.dropped == 0
 
 
 def test_the_last_batch_takes_what_is_left(slow):
@@ -145,29 +182,38 @@ def test_after_a_lost_server_only_what_was_known_to_be_right_remains(slow):
     slow.held = {3}
     stream = stream_of(slow, staleness=5, batches=2)
     stream.fill(0)
-    assert numbers(stream, 1, 0) == [0]  # 1 and 2 may have been done by then: whether they were is no matter
-    while sum(g.done for g in stream.groups) < 2:
-        time.sleep(0.01)
+    until_done(stream, 3)
+    assert numbers(stream, 1, 0) == [0]
     stream.verify()
     slow.release(3)
-    while sum(g.done for g in stream.groups) < 3:
-        time.sleep(0.01)
+    until_done(stream, 3)
     slow.stale, slow.sent = True, 2
     state, why = stream.take(3, 0, last=False)
     assert (state, why) == ("stale", "restarted")
-    assert [g.begun for g in sorted(stream.groups, key=lambda g: g.number)] == [0, 0, 2]
+    assert sorted(g.number for g in stream.groups if g.known) == [1, 2] and len(stream.groups) == 3
     slow.stale = False
     with slow.gate.shut(slow.abort):
         pass
     assert sorted(numbers(stream, 3, 2)) == [1, 2, 3]
 
 
+def test_what_was_done_while_an_evaluation_mended_a_server_is_not_believed(slow):
+    """The versions agree again, and yet nobody knows what a group of before was sampled with."""
+    stream = stream_of(slow, staleness=5, batches=2)
+    stream.fill(0)
+    until_done(stream, 4)
+    slow.gate.lost("seen by an evaluation", slow.gate.era)
+    with slow.gate.shut(slow.abort):
+        slow.sent = 3
+    state, groups = stream.take(2, 3, last=False)
+    assert state == "ok" and [g.oldest for g in groups] == [3, 3]
+
+
 def test_a_checkpoint_keeps_what_is_done_and_names_what_is_not(slow):
     slow.held = {1}
     stream = stream_of(slow, batches=2)
     stream.fill(0)
-    while sum(g.done for g in stream.groups) < 3:
-        time.sleep(0.01)
+    until_done(stream, 3)
     rollouts, state = stream.keep()
     state = json.loads(json.dumps(state))
     assert state == {"following": 4, "done": [[0, 0], [2, 0], [3, 0]], "begun": [[1, False]]}
@@ -411,3 +457,25 @@ def test_a_stream_with_dynamic_sampling_or_an_environment(more, task, small_chec
     rows = stream_run(task, small_checkpoint[0], server, tmp_path / "a", "max_staleness=2", "max_steps=4",
                       "max_completion_length=24", *more)
     assert len(rows) == 4 and max(row["weight_version_lag"] for row in rows) <= 2
+
+
+def test_of_two_servers_one_may_die_while_both_are_busy(task, small_checkpoint, server, tmp_path):
+    """What it had on its way is sampled again by the other one."""
+    other = FakeVllm(small_checkpoint[0], "policy", token_seconds=0.002)
+
+    def die():
+        while other.asked.count("/v1/completions") < 20:
+            time.sleep(0.02)
+        other.faults["dead"] = True
+
+    thread = threading.Thread(target=die, daemon=True)
+    thread.start()
+    rows = stream_run(
+        task, small_checkpoint[0], server, tmp_path / "a", "max_staleness=1", "max_steps=6",
+        f"vllm_server_base_url=[{server.url}, {other.url}]", "vllm_allow_missing_servers=true",
+        "vllm_timeout=2",
+    )
+    other.close()
+    assert not thread.is_alive() and len(rows) == 6
+    before = len(other.bodies)
+    assert before < len(server.bodies) and max(row["weight_version_lag"] for row in rows) <= 1
