@@ -135,7 +135,7 @@ MAY_CHANGE = frozenset({
     "gradient_checkpointing_kwargs", "fsdp_reshard_after_forward", "fsdp_cpu_offload", "hsdp_shard_size",
     "deterministic", "gpu_timeout_minutes", "bf16", "share_prompts", "samples_a_pass", "rollout_batch_size",
     "offload_feature_network", "reward_timeout", "streaming_partial_batch", "async_prefetch", "max_staleness",
-    "vllm_server_base_url", "vllm_model_name", "vllm_sync_interval", "vllm_sync_method",
+    "vllm_mode", "vllm_server_base_url", "vllm_model_name", "vllm_sync_interval", "vllm_sync_method",
     "vllm_sync_directory", "vllm_sync_address", "vllm_dtype", "vllm_timeout", "vllm_probe_tolerance",
     "vllm_allow_missing_servers", "vllm_python", "vllm_max_model_len", "vllm_gpu_memory_utilization",
     "vllm_tensor_parallel_size",
