@@ -222,6 +222,12 @@ class Episode:
             self.fail(run_all([functools.partial(self.answered, answer)], **how)[0])
         return self
 
+    def earned(self) -> dict[str, float | None]:
+        """Its reward by name; tools give none."""
+        if not getattr(self.world, "rewards", True):
+            return {}
+        return {"environment": None if self.failed else float(sum(reward for _, reward in self.rewards))}
+
     def told(self) -> dict[str, Any]:
         """What becomes a rollout of it. One whose environment never answered has a token that is not
         trained."""
@@ -235,7 +241,7 @@ class Episode:
             "messages": self.history[self.asked :],
             "token_versions": self.versions if len(self.versions) == len(ids) else None,
             "truncated": self.truncated, "step_ends": as_ids(ends), "step_rewards": as_logprobs(rewards),
-            "rewards": {"environment": None if self.failed else float(sum(rewards))},
+            "rewards": self.earned(),
         }
 
 

@@ -235,6 +235,8 @@ def _without_self(method: Callable) -> Callable:
 class ToolEnvironment:
     """Runs the calls of each answer, and ends with the first answer that has none."""
 
+    rewards = False  # what a conversation is worth, reward functions say
+
     def __init__(self, box: ToolBox, tokenizer: Tokenizer, timeout: float):
         self.box, self.tokenizer, self.timeout = box, tokenizer, timeout
         self.calls = self.failures = 0

@@ -193,7 +193,7 @@ def test_calls_are_made_and_their_results_are_read_but_not_trained_on(box, token
     coder = tokenizer("qwen3")
     call = f"I add.\n<tool_call>\n{CALL}\n</tool_call>"
     engine, (one, two) = conversation(coder, box, call, "3", columns={"answer": "3"})
-    assert len(engine.asked) == 2 and one.rewards == {"environment": 0.0} and not one.truncated
+    assert len(engine.asked) == 2 and one.rewards == {} and not one.truncated
     heard = coder.decode(one.completion_ids[~one.written()], special=True)
     assert "<tool_response>\n3\n</tool_response>" in heard and heard.endswith("<|im_start|>assistant\n")
     own = coder.decode(one.completion_ids[one.written()], special=True)
