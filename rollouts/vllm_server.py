@@ -214,6 +214,8 @@ def read_completions(
             continue
         if choice.finish_reason not in ("stop", "length", *(("abort",) if parts else ())):
             raise ServerLost(f"{url}: ended a completion with {choice.finish_reason!r}")
+        if choice.logprobs is None:
+            raise EngineError(f"{url}: an answer that is not understood (no logprobs); is it vLLM 0.32?")
         if ids.dtype != np.int64 or ids.min() < 0 or ids.max() >= beyond or len(ids) > limit:
             raise EngineError(
                 f"{url}: a completion of {len(choice.token_ids)} token ids, asked for 1 to {limit} below "

@@ -15,7 +15,7 @@ from rollouts.engines import EmbeddedEngine
 from rollouts.environments import play
 from rollouts.policy import collate, token_logprobs
 from rollouts.rollout import Rollout
-from rollouts.vllm_server import EngineError, read_completions
+from rollouts.vllm_server import EngineError, ServerLost, read_completions
 from text.tokenizer import Tokenizer
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -108,6 +108,18 @@ def answer(**changes):
 def test_a_server_that_answers_wrongly_is_refused(given, named):
     with pytest.raises(EngineError, match=named):
         read_completions(json.dumps(given).encode(), 1, 8, "http://x")
+
+
+def test_what_was_aborted_is_a_part_where_parts_are_wanted_and_else_a_loss():
+    """Before its first token too, where vLLM has neither ids nor log-probs."""
+    begun, unbegun = (answer(finish_reason="abort", **more)
+                      for more in ({}, {"token_ids": [], "logprobs": None}))
+    for given, length in ((begun, 2), (unbegun, 0)):
+        text = json.dumps(given).encode()
+        (part,) = read_completions(text, 1, 8, "http://x", parts=True)
+        assert part.finish_reason == "abort" and len(part.ids) == len(part.logprobs) == length
+        with pytest.raises(ServerLost, match="abort"):
+            read_completions(text, 1, 8, "http://x")
 
 
 def test_missing_log_probs_are_kept_as_unknown():
