@@ -582,9 +582,11 @@ def test_the_requests_of_a_trainer_that_is_gone_do_not_keep_the_server_busy(vllm
 
     def until(wanted, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
-        while not wanted() and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            if wanted():
+                return True
             time.sleep(0.02)
-        return wanted()
+        return False
 
     try:
         for how in (signal.SIGKILL, signal.SIGTERM):
