@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
 from dist import World
-from rollouts.vllm_server import EngineError, server_command
-from run.config import BallastError, ConfigError, resolve_checkpoint
+from rollouts.vllm_server import EngineError, Server, served_checkpoint, server_command
+from run.config import ConfigError
 from run.log import log
 
 # Variables that would make a server join the trainer's processes
@@ -30,11 +29,7 @@ class ColocatedServers:
             raise ConfigError(
                 "vllm_mode", "colocate", "is for one host; start servers with `python grpo.py serve`"
             )
-        try:
-            directory = Path(options.config_directory)
-            model = resolve_checkpoint(options.base_model, options.base_model_revision, directory).resolve()
-        except BallastError as error:
-            raise ConfigError("base_model", options.base_model, f"cannot be served: {error}") from None
+        model = served_checkpoint(options)
         self.log = Path(options.output_dir) / "server"
         self.log.mkdir(parents=True, exist_ok=True)
         self.processes: list[subprocess.Popen] = []
@@ -54,6 +49,7 @@ class ColocatedServers:
                         start_new_session=True, preexec_fn=_end_with_parent,
                     ))
             except OSError as error:
+                self.close()
                 raise ConfigError(
                     "vllm_python", command[0], f"cannot be started ({error.strerror})"
                 ) from None
@@ -79,7 +75,8 @@ class ColocatedServers:
         deadline = time.monotonic() + timeout
         try:
             for k, url in enumerate(self.urls):
-                while not _answers(url):
+                server = Server(url, timeout)
+                while not server.healthy():
                     self.check()
                     if time.monotonic() > deadline:
                         self._fail(k, f"did not answer in {timeout:g} s (vllm_timeout)")
@@ -99,13 +96,6 @@ class ColocatedServers:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         self.processes = []
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5.0).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def _gpu(k: int) -> str:

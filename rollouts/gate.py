@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from rollouts.vllm_server import ServerLost
@@ -18,7 +19,7 @@ class Gate:
         self._shut = self._over = False
         self._inside = 0
         self._since = 0.0  # when the first of those inside came
-        self._busy: list[tuple[float, float]] = []
+        self._busy: deque[tuple[float, float]] = deque(maxlen=4096)  # not every recipe asks for it
         self.era = 0
         self.trouble = ""  # what ended the last era, until the gate is open again
 
@@ -73,7 +74,8 @@ class Gate:
     def busy(self) -> list[tuple[float, float]]:
         """When servers had something to do since the last call, as (begin, end) of `time.time()`."""
         with self._changed:
-            found, self._busy, now = self._busy, [], time.time()
+            found, now = list(self._busy), time.time()
+            self._busy.clear()
             if self._inside:
                 found.append((self._since, now))
                 self._since = now

@@ -272,7 +272,7 @@ class Stream:
         if not gate.trouble:
             try:
                 self.engine.check_versions()
-            except (StaleServer, ServerLost) as problem:
+            except (StaleServer, ServerLost, EngineError) as problem:  # on this rank alone: it must not raise
                 gate.lost(str(problem), era)
         with self._changed:
             for group in done:

@@ -123,7 +123,10 @@ class VllmEngine:
         if self.colocated and not self.asleep:
             # An adapter is loaded onto weights that must be there still.
             level = 1 if self.method == "adapter" else 2
-            self._on_main(lambda: [server.sleep(level) for server in self.servers])
+            try:
+                self._on_main(lambda: [server.sleep(level) for server in self.servers])
+            except ServerLost as problem:  # found again, or given up, when it is to wake
+                log.warning("%s", problem)
             self.asleep = True
 
     def _wake(self, what: str) -> None:
@@ -270,15 +273,10 @@ class VllmEngine:
             place: int, prompt: list[int], n: int, limit: int, temperature: float | None, seed: tuple
         ) -> list[Completion]:
             server = self.servers[place % len(self.servers)]
-            drawn = random.Random(repr(seed)).getrandbits(31)
-            chosen: float = self.options.temperature if temperature is None else temperature
             if over.is_set():
                 raise ServerLost(f"{server.url}: the attempt has ended")
             with self.gate.passage():
-                answer = server.ask(
-                    "POST", "/v1/completions", self._body(prompt, n, limit, chosen, drawn), raw=True
-                )
-            found = read_completions(answer, n, limit, server.url, prompt, self.model.arch.vocab_size)
+                found = self._draw(server, prompt, n, limit, temperature, seed)
             if over.is_set():
                 raise ServerLost(f"{server.url}: the attempt has ended")
             return found
@@ -309,6 +307,17 @@ class VllmEngine:
             self.abort()
             concurrent.futures.wait(running)
 
+    def _draw(
+        self, server: Server, prompt: list[int], n: int, limit: int, temperature: float | None, seed: tuple,
+        parts: bool = False,
+    ) -> list[Completion]:
+        """The answer to one request."""
+        chosen = self.options.temperature if temperature is None else temperature
+        body = self._body(prompt, n, limit, chosen, random.Random(repr(seed)).getrandbits(31))
+        answer = server.ask("POST", "/v1/completions", body, raw=True)
+        vocab_size = self.model.arch.vocab_size
+        return read_completions(answer, n, limit, server.url, prompt, vocab_size, parts=parts)
+
     def abort(self) -> None:
         """End what the servers are asked at the moment."""
         for server in self.servers:
@@ -323,19 +332,14 @@ class VllmEngine:
         stays, the new weights read it and go on. Each token has the version of the weights that drew it.
         Raises ServerLost where the gate's era is over."""
         ids, logprobs, versions = as_ids([]), as_logprobs([]), as_ids([])
-        chosen = self.options.temperature if temperature is None else temperature
         reason, failures = "abort", 0
         while reason == "abort" and len(ids) < limit:
             left, context = limit - len(ids), [*prompt, *ids.tolist()]
-            drawn = random.Random(repr((seed, len(ids)))).getrandbits(31)
             with self.gate.passage(era):
                 server, version = self.servers[place % len(self.servers)], self.sent
                 try:
-                    answer = server.ask(
-                        "POST", "/v1/completions", self._body(context, 1, left, chosen, drawn), raw=True
-                    )
-                    (part,) = read_completions(
-                        answer, 1, left, server.url, context, self.model.arch.vocab_size, parts=True
+                    (part,) = self._draw(
+                        server, context, 1, left, temperature, (seed, len(ids)), parts=True
                     )
                 except ServerLost as problem:
                     failures += 1

@@ -291,13 +291,18 @@ def server_command(options: Any, model: str, url: str) -> tuple[dict[str, str], 
     return environment, command
 
 
-def serve(config: Any) -> None:
-    """Replace this process by the vLLM server that a config needs."""
+def served_checkpoint(config: Any) -> Path:
+    """The directory that a server reads. Raises ConfigError where there is none."""
     try:
         directory = Path(config.config_directory)
-        model = resolve_checkpoint(config.base_model, config.base_model_revision, directory).resolve()
+        return resolve_checkpoint(config.base_model, config.base_model_revision, directory).resolve()
     except BallastError as error:
         raise ConfigError("base_model", config.base_model, f"cannot be served: {error}") from None
+
+
+def serve(config: Any) -> None:
+    """Replace this process by the vLLM server that a config needs."""
+    model = served_checkpoint(config)
     for url in config.vllm_server_base_url[1:]:
         again = ["python", "grpo.py", *sys.argv[1:], f"vllm_server_base_url=[{url}]"]
         print(f"# in another terminal:\n{shlex.join(again)}")

@@ -331,6 +331,18 @@ def test_a_server_that_sleeps_gets_the_weights_before_its_cache_and_before_anyth
     assert engine.sync(0) == {} and not fake.asked
 
 
+def test_a_server_that_is_lost_when_it_should_sleep_costs_no_checkpoint(start):
+    """`rest` is called while one is written after the loss of a server."""
+    engine, fake = start("vllm_timeout=1")
+    engine.colocated = True
+    engine.sync(0)
+    fake.faults["dead"] = True
+    engine.rest()
+    assert engine.asleep
+    with pytest.raises(EngineError, match="no healthy answer"):
+        engine.sync(1)
+
+
 @pytest.mark.parametrize(
     "more, named",
     [(["rollout_engine=embedded"], "vllm_mode"), (["async_prefetch=true"], "async_prefetch"),
